@@ -1,0 +1,123 @@
+"""Where we run, Triton or its absence, and a launch path short enough not to be the thing measured.
+
+Decided once, at import: with a CUDA GPU, Triton compiles; without one, Triton's interpreter is chosen
+before Triton is first imported; without Triton, kernels are stand-ins that explain themselves.
+"""
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from functools import cache
+
+import torch
+
+HAS_GPU = torch.cuda.is_available() and torch.version.hip is None
+_TRITON_CAME_FIRST = "triton" in sys.modules
+
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+class Unavailable(RuntimeError):
+    """This machine cannot run that implementation; the message says why and what to do."""
+
+
+class _StandIn:
+    """Takes the place of `triton` and `tl` where there is no Triton, so that kernel files still import."""
+
+    def __init__(self, why: str):
+        self._why = why
+
+    def jit(self, fn=None, **_):
+        return _StandInKernel(fn, self._why) if fn else lambda f: _StandInKernel(f, self._why)
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _StandIn(self._why)
+
+    def __call__(self, *_, **__):
+        raise Unavailable(self._why)
+
+
+class _StandInKernel:
+    def __init__(self, fn, why):
+        self.fn, self._why = fn, why
+
+    def __getitem__(self, grid):
+        raise Unavailable(self._why)
+
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.runtime.jit import JITFunction
+
+    HAS_TRITON = True
+    WHY_NOT = ""
+    INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+    # Triton builds tl.sum and its like when it is first imported; too late for the interpreter afterwards.
+    if not HAS_GPU and isinstance(tl.sum, JITFunction):
+        WHY_NOT = ("Triton was imported before `kernels`, so its interpreter could not be chosen. "
+                   "Restart the kernel and import kernels first.")
+except ImportError as error:
+    HAS_TRITON, INTERPRETED = False, False
+    WHY_NOT = (f"Triton cannot be imported here ({error}). It has wheels for Linux alone; on "
+               f"{platform.system()} use .python, which gives the same bits.")
+    triton = tl = _StandIn(WHY_NOT)
+
+
+def require_triton(name: str) -> None:
+    """Raise Unavailable, with the way out, where `name`.triton cannot run."""
+    if WHY_NOT:
+        raise Unavailable(f"{name}.triton: {WHY_NOT}")
+
+
+def device() -> torch.device:
+    """Where examples run: the current CUDA device, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if HAS_GPU else torch.device("cpu")
+
+
+@cache
+def has_pdl(index: int) -> bool:
+    """Whether GPU `index` can start a kernel's blocks while the one before it ends (sm_90 and later)."""
+    return torch.cuda.get_device_capability(index) >= (9, 0)
+
+
+def where() -> str:
+    """One of LIVE, INTERPRETER, RECORDED: how `.triton` runs here."""
+    if HAS_GPU and HAS_TRITON:
+        return "LIVE"
+    return "INTERPRETER" if HAS_TRITON and not WHY_NOT else "RECORDED"
+
+
+class Compiled:
+    """One compiled kernel bound to its grid and constants: a call launches it with no binder in between.
+
+    `fn` is a @triton.jit function, `tensors` an example of its pointer arguments, `scalars` the rest of its
+    run-time arguments. What Triton specialises on (pointer alignment, divisibility, values of 1, integer
+    width) must be part of the key under which the caller keeps this object.
+    """
+
+    __slots__ = ("_run", "_function", "_metadata", "_constants", "_grid", "kernel")
+
+    def __init__(self, fn, grid: int, tensors: tuple, scalars: tuple, constants: tuple, **options):
+        self.kernel = fn.warmup(*tensors, *scalars, *constants, grid=(1,), **options)
+        self.kernel._init_handles()  # loads the module now: it must not happen inside a graph capture
+        self._run = self.kernel.run
+        self._function = self.kernel.function
+        self._metadata = self.kernel.packed_metadata
+        self._constants = constants
+        self._grid = grid
+
+    def __call__(self, stream: int, *arguments):
+        self._run(self._grid, 1, 1, stream, self._function, self._metadata, None, None, None,
+                  *arguments, *self._constants)
+
+
+if HAS_GPU:
+    current_stream = torch._C._cuda_getCurrentRawStream
+else:
+    def current_stream(index: int) -> int:
+        raise Unavailable("there is no CUDA GPU here")
