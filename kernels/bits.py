@@ -128,7 +128,8 @@ def check_invariance(function: Callable, arguments: tuple, per_token: Sequence[i
                 rows = torch.arange(tokens)[batch]
                 width = part[0].numel()
                 element = int(moved[at[0]].flatten().nonzero()[0]) if width > 1 else 0
-                first = Difference(output, _describe(batch), int(rows[at[0]]), element, part[at].item(), expected[at].item())
+                first = Difference(output, _describe(batch), int(rows[at[0]]), element,
+                                   part[at].item(), expected[at].item())
     return Report(len(batches), elements, differ, largest, first)
 
 

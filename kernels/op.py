@@ -101,7 +101,8 @@ class Op:
         try:
             return self.implementations[name]
         except KeyError:
-            raise ValueError(f"{self.name} has no implementation {name!r}; it has {', '.join(self.implementations)}") from None
+            names = ", ".join(self.implementations)
+            raise ValueError(f"{self.name} has no implementation {name!r}; it has {names}") from None
 
     def take(self, arguments: tuple, rows) -> tuple:
         """The same arguments with only these rows (an index tensor or a slice) of every per-token one."""

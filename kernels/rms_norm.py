@@ -21,8 +21,7 @@ import torch.nn.functional as F
 
 from . import bits
 from .op import DTYPES, Op, Shape, Work
-from .runtime import (HAS_GPU, INTERPRETED, Compiled, Unavailable, current_stream, has_pdl, require_triton, tl,
-                      triton)
+from .runtime import Compiled, Unavailable, current_stream, has_pdl, require_triton, tl, triton
 from .sums import CHUNK, ordered_sum, tree, tree_width
 
 RESIDENT_WIDTH = 16 * CHUNK  # wider rows do not fit a block's registers and are read twice
@@ -152,7 +151,7 @@ class Schedule:
     streaming: int = 0
 
     def __str__(self):
-        return f"stream={self.streaming} warps={self.warps}" if self.streaming else f"rows={self.rows} warps={self.warps}"
+        return (f"stream={self.streaming}" if self.streaming else f"rows={self.rows}") + f" warps={self.warps}"
 
 
 def _schedule(tokens: int, width: int) -> Schedule:
@@ -217,7 +216,8 @@ class _Plan:
         key = 0 if (px | pr | pw) & 15 == 0 else (px & 15, pr & 15, pw & 15)
         if torch.cuda.current_device() != self.index:
             with torch.cuda.device(self.index):
-                return self._launch(x, weight, residual, y, stream)
+                self._launch(x, weight, residual, y, stream)
+            return
         compiled = self.compiled.get(key)
         if compiled is None:
             pdl = has_pdl(self.index)
@@ -359,7 +359,8 @@ def _inputs(tokens: int, shape, dtype=torch.bfloat16, device="cpu", seed: int = 
 def _work(tokens: int, shape, dtype=torch.bfloat16) -> Work:
     shape = Shape.parse(shape)
     tensors = 4 if shape.get("residual") else 2
-    return Work(bytes=(tensors * tokens + 1) * shape["D"] * dtype.itemsize, flops=(4 + tensors // 4) * tokens * shape["D"])
+    elements = tokens * shape["D"]
+    return Work(bytes=(tensors * elements + shape["D"]) * dtype.itemsize, flops=(4 + tensors // 4) * elements)
 
 
 rms_norm = Op(

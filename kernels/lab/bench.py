@@ -1,0 +1,164 @@
+"""Time, measured three ways, with contenders interleaved.
+
+cold   device time a call, inputs out of cache: a CUDA graph of calls on as many separate inputs, replayed
+       after a read of three L2s' worth of memory has evicted them; CUDA events around the replay, divided
+graph  device time a call on warm inputs: a CUDA graph of calls on one input
+call   host wall clock a call over a queue of calls, launch included: what eager code pays
+"""
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .. import runtime
+
+CLOCKS = ("cold", "graph", "call")
+PERCENTILES = (5, 20, 50, 80, 95)
+
+
+@dataclass
+class Timing:
+    """Samples in microseconds a call, one a round."""
+
+    us: list[float]
+
+    def __add__(self, other: Timing) -> Timing:
+        return Timing(self.us + other.us)
+
+    def percentiles(self) -> dict[str, float]:
+        """us_p05 ... us_p95"""
+        return {f"us_p{p:02d}": float(v) for p, v in zip(PERCENTILES, np.percentile(self.us, PERCENTILES), strict=True)}
+
+
+def clocks(device: torch.device) -> tuple[str, ...]:
+    """The clocks there are on this device: all three on a GPU, `call` on a CPU."""
+    return CLOCKS if device.type == "cuda" else ("call",)
+
+
+def measure(contenders: Mapping[str, Callable], inputs: Callable[[int], tuple], clock: str, *, device: torch.device,
+            set_bytes: int, repeats: int = 7) -> dict[str, Timing | Exception]:
+    """Time each contender, round by round so that drift hits all alike.
+
+    inputs(i) makes the i-th set of arguments; set_bytes is what one call touches, and decides how many sets
+    stand in a graph. A contender that fails gives its exception; the others go on.
+    """
+    if clock not in clocks(device):
+        raise ValueError(f"clock must be one of {', '.join(clocks(device))} on {device}, got {clock!r}")
+    if clock == "call":
+        return _call(contenders, inputs(0), device, repeats)
+    return _replay(contenders, inputs, clock == "cold", device, set_bytes, repeats)
+
+
+def _replay(contenders, inputs, cold, device, set_bytes, repeats):
+    sets_in_cold = int(np.clip(3 * _l2(device) // max(set_bytes, 1), 2, 48))
+    calls = sets_in_cold if cold else (20 if set_bytes < 1 << 26 else 4)
+    sets = [inputs(i) for i in range(calls)] if cold else [inputs(0)] * calls
+    results, graphs = {}, {}
+    for name, function in contenders.items():
+        try:
+            graphs[name] = _capture(function, sets)
+        except Exception as error:  # noqa: BLE001 - one contender's failure must not cost the others' points
+            results[name] = error
+    evict = torch.zeros(3 * _l2(device) // 4 if cold else 1, device=device)
+    events = {name: [] for name in graphs}
+    for _ in range(repeats + 1):
+        for name, (graph, _keep) in graphs.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            if cold:
+                evict.sum()
+            start.record()
+            graph.replay()
+            end.record()
+            events[name].append((start, end))
+        torch.cuda.synchronize(device)
+    for name, pairs in events.items():  # the first round only warms up
+        results[name] = Timing([a.elapsed_time(b) * 1e3 / calls for a, b in pairs[1:]])
+    return results
+
+
+def _capture(function, sets):
+    function(*(a.clone() if isinstance(a, torch.Tensor) else a for a in sets[0]))  # compiles and loads before capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        keep = [function(*arguments) for arguments in sets]
+    return graph, keep
+
+
+def _call(contenders, arguments, device, repeats, budget_s=0.02):
+    results, queue = {}, {}
+    for name, function in contenders.items():
+        try:
+            function(*arguments)
+            queue[name] = int(np.clip(budget_s / max(_wall(function, arguments, device, 1), 1e-7), 1, 200))
+        except Exception as error:  # noqa: BLE001 - as above
+            results[name] = error
+    samples = {name: [] for name in queue}
+    for _ in range(repeats):
+        for name, calls in queue.items():
+            samples[name].append(1e6 * _wall(contenders[name], arguments, device, calls))
+    return {**results, **{name: Timing(us) for name, us in samples.items()}}
+
+
+def _wall(function, arguments, device, calls) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        function(*arguments)
+    _synchronize(device)
+    return (time.perf_counter() - start) / calls
+
+
+def _synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _l2(device) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size
+
+
+def after_flush(function: Callable, arguments: tuple, repeats: int = 15) -> Timing:
+    """The other way to a cold time, to check `cold` against: events around one eager call after an L2 flush.
+
+    It counts the event pair and the launch gap too, about 2-3 us.
+    """
+    device = arguments[0].device
+    evict = torch.zeros(3 * _l2(device) // 4, device=device)
+    function(*arguments)
+    us = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        for _ in range(4):  # keeps the device busy while the host queues the call
+            evict.sum()
+        start.record()
+        function(*arguments)
+        end.record()
+        torch.cuda.synchronize(device)
+        us.append(start.elapsed_time(end) * 1e3)
+    return Timing(us)
+
+
+def copy_gbytes_per_s(device: torch.device | None = None, repeats: int = 11) -> float:
+    """Measured ceiling for moving memory: bytes read plus bytes written by a large copy, in GB/s."""
+    device = device or runtime.device()
+    source = torch.ones(1 << (30 if device.type == "cuda" else 26), device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _best(lambda: target.copy_(source), device, repeats) / 1e9
+
+
+def matmul_tflops(device: torch.device | None = None, dtype=None, repeats: int = 11) -> float:
+    """Measured ceiling for arithmetic: a large matrix product on random data, in TFLOP/s."""
+    device = device or runtime.device()
+    n, dtype = (8192, dtype or torch.bfloat16) if device.type == "cuda" else (1024, dtype or torch.float32)
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / _best(lambda: a @ b, device, repeats) / 1e12
+
+
+def _best(function, device, repeats) -> float:
+    function()
+    return float(np.median([_wall(function, (), device, 3) for _ in range(repeats)]))
