@@ -159,18 +159,19 @@ def portable(rows: int, width: int, dtype: torch.dtype = torch.float32, device="
              scale: int = 0) -> torch.Tensor:
     """A (rows, width) input with the same bits on every machine: a hashed integer times a power of two.
 
-    Row i depends on i, the width and the seed, never on `rows`. Values fill the significand and lie in
-    [-1, 1) times 2**scale, spread over four binades so that additions round.
+    Row i depends on i, the width and the seed, never on `rows`. Values fill the significand up to its last
+    bit and lie in [-1, 1) times 2**scale, spread over four binades so that additions round.
     """
     precision = _SIGNIFICANT_BITS[dtype]
     out = torch.empty(rows, width, dtype=dtype, device=device)
-    step = max(1, (1 << 22) // max(width, 1))
+    step = max(1, (1 << 18) // max(width, 1))
     column = torch.arange(width, dtype=torch.int64, device=device)
+    binades = torch.tensor([1.0, 0.5, 0.25, 0.125], device=device)
     for start in range(0, rows, step):
         row = torch.arange(start, min(start + step, rows), dtype=torch.int64, device=device)[:, None]
         h = _hash(row * width + column, seed)
         integer = (h & ((1 << min(precision, 24)) - 1)) - (1 << (min(precision, 24) - 1))
-        binade = torch.tensor([1.0, 0.5, 0.25, 0.125], device=device)[(h >> 28) & 3]
+        binade = binades[(h >> 28) & 3]
         out[start : start + step] = (integer.float() * (binade * 2.0 ** (scale + 1 - min(precision, 24)))).to(dtype)
     return out
 
@@ -195,7 +196,7 @@ def adversarial(kind: str, rows: int, width: int, dtype: torch.dtype = torch.flo
     low, high = (-24, 15) if dtype == torch.float16 else (-140, 120)
     if kind == "cancellation":
         flip = torch.where(torch.arange(width, device=device) % 2 == 0, 1.0, -1.0)
-        x = flip * (1.0 + x / 1024)
+        x = flip * (1.0 + x * max(2.0**-10, 2.0 ** (4 - _SIGNIFICANT_BITS[dtype])))  # bfloat16 needs the wider spread
     elif kind == "wide":
         exponent = low // 2 + h % (high // 2 - low // 2)
         x = x * ((exponent + 127) << 23).int().view(torch.float32)  # an exact power of two, built from its bits

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from . import bits
 from .op import DTYPES, Op, Shape, Work
-from .runtime import Compiled, Unavailable, current_stream, has_pdl, require_triton, tl, triton
+from .runtime import Compiled, Unavailable, current_device, current_stream, has_pdl, require_triton, tl, triton
 from .sums import CHUNK, ordered_sum, tree, tree_width
 
 RESIDENT_WIDTH = 16 * CHUNK  # wider rows do not fit a block's registers and are read twice
@@ -64,7 +64,6 @@ def _resident_kernel(x_ptr, residual_ptr, weight_ptr, y_ptr, stream_ptr, rows, x
                      PDL: tl.constexpr):
     """ROWS rows a program, held in registers; every load is issued before the first addition waits for one."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, WIDTH)[None, :]
@@ -95,6 +94,8 @@ def _resident_kernel(x_ptr, residual_ptr, weight_ptr, y_ptr, stream_ptr, rows, x
         square = h.to(tl.float32) * h.to(tl.float32)
         total = square if c == 0 else total + square
 
+    if PDL:  # the next kernel's blocks may come while this one's stores drain; they wait before touching memory
+        tl.extra.cuda.gdc_launch_dependents()
     scale = tl.div_rn(1.0, tl.sqrt_rn(tree(total) * (1.0 / D) + eps))
     for c in tl.static_range(CHUNKS):
         j = c * WIDTH + column
@@ -108,7 +109,6 @@ def _streaming_kernel(x_ptr, residual_ptr, weight_ptr, y_ptr, stream_ptr, rows, 
                       PDL: tl.constexpr):
     """One row of any width a program, CHUNKS chunks in flight; the second pass reads what the first left in L2."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)[None, :]
@@ -130,6 +130,8 @@ def _streaming_kernel(x_ptr, residual_ptr, weight_ptr, y_ptr, stream_ptr, rows, 
                 tl.store(stream_ptr + row * D + j, h, mask=j < D)
             total += h.to(tl.float32) * h.to(tl.float32)
 
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     scale = tl.div_rn(1.0, tl.sqrt_rn(tree(total) * (1.0 / D) + eps))
     if HAS_RESIDUAL:  # each thread reads back its own stores
         source_ptr = stream_ptr + row * D
@@ -154,14 +156,14 @@ class Schedule:
         return (f"stream={self.streaming}" if self.streaming else f"rows={self.rows}") + f" warps={self.warps}"
 
 
-def _schedule(tokens: int, width: int) -> Schedule:
-    """The fastest schedule we know for so many rows of this width."""
+def _schedule(tokens: int, width: int, itemsize: int = 2) -> Schedule:
+    """The fastest schedule we know for so many rows of this width and of numbers this many bytes long."""
     if width > RESIDENT_WIDTH:
         return Schedule(warps=16, streaming=4)
     if width < CHUNK:  # several narrow rows a program, once there are enough to go round
-        rows = min(CHUNK // tree_width(width), 1 << max(tokens // 528, 1).bit_length() - 1)
+        rows = min(2 * CHUNK // tree_width(width), 1 << max(tokens // 528, 1).bit_length() - 1)
         return Schedule(rows, 4 if rows * tree_width(width) >= 512 else 1)
-    return Schedule(warps=min(16, max(4, 1 << (-(-width // CHUNK) - 1).bit_length())))
+    return Schedule(warps=4 if width < 2 * CHUNK else 8 if width * itemsize <= 16 * CHUNK else 16)
 
 
 def _schedules(shape, dtype) -> list[Schedule]:
@@ -170,8 +172,10 @@ def _schedules(shape, dtype) -> list[Schedule]:
     streaming = [Schedule(1, warps, chunks) for warps in (4, 16) for chunks in (1, 4)]
     if width > RESIDENT_WIDTH:
         return streaming
-    return [Schedule(rows, warps) for rows in (1, 2, 4) for warps in (1, 4, 8, 16)
-            if rows * width <= 8 * 1024 * warps] + streaming
+    resident = [Schedule(rows, warps) for rows in (1, 2, 4) for warps in (1, 4, 8, 16)
+                if rows * width <= 8 * 1024 * warps]
+    chosen = [_schedule(1 << i, width, dtype.itemsize) for i in range(21)]
+    return list(dict.fromkeys(resident + chosen + streaming))
 
 
 def run_schedule(schedule: Schedule, x, weight, residual=None, eps=1e-6):
@@ -186,9 +190,12 @@ class _Plan:
         _check(x, weight, residual, eps)
         require_triton("rms_norm")
         self.width, self.rows = x.shape[-1], x.numel() // x.shape[-1]
-        self.schedule = schedule or _schedule(self.rows, self.width)
+        self.schedule = schedule or _schedule(self.rows, self.width, x.itemsize)
         self.eps, self.index = eps, x.get_device()
-        self.flat = x.dim() == 2 and x.stride(1) == 1 and (residual is None or residual.stride(1) == 1)
+        given = [t for t in (x, residual) if t is not None]
+        self.in_place = all(t.is_contiguous() or (t.dim() == 2 and t.stride(1) == 1) for t in given)
+        strides = [t.stride(0) if t.dim() == 2 and self.in_place else self.width for t in given]
+        self.scalars = (self.rows, strides[0], strides[-1], eps)
         self.kernel = _streaming_kernel if self.schedule.streaming else _resident_kernel
         self.grid = -(-self.rows // self.schedule.rows)
         self.compiled: dict = {}
@@ -197,46 +204,45 @@ class _Plan:
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         stream = None if residual is None else torch.empty_like(y)
         if self.rows:
-            if not self.flat:
-                x, residual = _rows_of(x), None if residual is None else _rows_of(residual)
+            if not self.in_place:  # strides that no single row stride describes: copy once
+                x, residual = x.contiguous(), None if residual is None else residual.contiguous()
             if self.index < 0:
                 self._interpret(x, weight, residual, y, stream)
-            else:
+            elif current_device() == self.index:
                 self._launch(x, weight, residual, y, stream)
+            else:
+                with torch.cuda.device(self.index):
+                    self._launch(x, weight, residual, y, stream)
         return y if residual is None else (y, stream)
+
+    def _launch(self, x, weight, residual, y, stream):
+        px, pw, py = x.data_ptr(), weight.data_ptr(), y.data_ptr()
+        pr, ps = (px, py) if residual is None else (residual.data_ptr(), stream.data_ptr())
+        alignment = 0 if (px | pr | pw) & 15 == 0 else (px & 15, pr & 15, pw & 15)
+        compiled = self.compiled.get(alignment)
+        if compiled is None:
+            compiled = self.compiled[alignment] = self._compile(x, weight, residual, y, stream)
+        compiled(current_stream(self.index), px, pr, pw, py, ps, *self.scalars)
+
+    def _compile(self, x, weight, residual, y, stream):
+        pdl = has_pdl(self.index)
+        tensors = (x, x, weight, y, y) if residual is None else (x, residual, weight, y, stream)
+        return Compiled(self.kernel, self.grid, tensors, self.scalars, self._constants(residual is not None, pdl),
+                        num_warps=self.schedule.warps, enable_fp_fusion=False, launch_pdl=pdl)
 
     def _constants(self, has_residual, pdl):
         s = self.schedule
         return (self.width, tree_width(self.width), s.streaming or s.rows, has_residual, pdl)
 
-    def _launch(self, x, weight, residual, y, stream):
-        px, pw, py = x.data_ptr(), weight.data_ptr(), y.data_ptr()
-        pr, ps = (px, py) if residual is None else (residual.data_ptr(), stream.data_ptr())
-        strides = (x.stride(0), (x if residual is None else residual).stride(0))
-        key = 0 if (px | pr | pw) & 15 == 0 else (px & 15, pr & 15, pw & 15)
-        if torch.cuda.current_device() != self.index:
-            with torch.cuda.device(self.index):
-                self._launch(x, weight, residual, y, stream)
-            return
-        compiled = self.compiled.get(key)
-        if compiled is None:
-            pdl = has_pdl(self.index)
-            tensors = (x, x if residual is None else residual, weight, y, y if residual is None else stream)
-            compiled = self.compiled[key] = Compiled(
-                self.kernel, self.grid, tensors, (self.rows, *strides, self.eps),
-                self._constants(residual is not None, pdl),
-                num_warps=self.schedule.warps, enable_fp_fusion=False, launch_pdl=pdl)
-        compiled(current_stream(self.index), px, pr, pw, py, ps, self.rows, *strides, self.eps)
-
     def _interpret(self, x, weight, residual, y, stream):
         """Triton's interpreter is wrong for bf16: it gets float32 copies, and torch rounds."""
         if residual is not None:
-            stream.view_as(x).copy_((x.float() + residual.float()).to(x.dtype))
-            x = stream.view_as(x)
-        x, out = x.float().contiguous(), torch.empty_like(x, dtype=torch.float32)
+            stream.copy_((x.float() + residual.float()).to(x.dtype))
+            x = stream
+        x, out = x.float().contiguous(), torch.empty(x.shape, dtype=torch.float32)
         self.kernel[(self.grid,)](x, x, weight.float(), out, out, self.rows, self.width, self.width, self.eps,
                                   *self._constants(False, False))
-        y.view_as(x).copy_(out.to(y.dtype))
+        y.copy_(out.to(y.dtype))
 
 
 _PLANS: dict = {}
@@ -256,11 +262,6 @@ def _eager(x, weight, residual, eps):
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         raise RuntimeError("rms_norm.triton has no backward yet: call it under torch.no_grad()")
     return plan(x, weight.contiguous(), residual)
-
-
-def _rows_of(x: torch.Tensor) -> torch.Tensor:
-    """(..., D) -> (rows, D) with unit stride along the row; a view where the strides allow it."""
-    return (x if x.stride(-1) == 1 else x.contiguous()).reshape(-1, x.shape[-1])
 
 
 def _check(x, weight, residual, eps):
@@ -375,7 +376,7 @@ rms_norm = Op(
     per_token=(0, 2),
     shapes=("D=8192,residual", "D=8192", "D=4096,residual", "D=4096"),
     schedules=_schedules,
-    schedule=lambda tokens, shape, dtype: str(_schedule(tokens, Shape.parse(shape)["D"])),
+    schedule=lambda tokens, shape, dtype: str(_schedule(tokens, Shape.parse(shape)["D"], dtype.itemsize)),
     extras={"compile": _compile, "flashinfer": _flashinfer, "split": split},
     mutates=frozenset({"flashinfer"}),
 )
