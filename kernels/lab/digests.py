@@ -1,0 +1,131 @@
+"""Digests: what a machine's bits are, over thousands of rows, small enough to commit and to redo anywhere.
+
+    python -m kernels.lab.digests --out data       record this machine into data/<machine>/digests.csv
+    python -m kernels.lab.digests --check          redo every recorded digest here, with the specification
+
+A GPU records `triton`, after finding `python` on the same GPU equal to it; a CPU records `python`.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from .. import OPS, bits, runtime
+from ..op import DTYPES, Op, Shape
+from . import records
+
+DIGESTS = records.Table(
+    "digests.csv",
+    ("op", "implementation", "dtype", "shape", "rows", "seed", "input", "digest", "recorded_at", "source"),
+    ("op", "implementation", "dtype", "shape", "rows", "seed", "input"),
+)
+ROWS, ADVERSARIAL_ROWS, MANY_ROWS = 512, 64, 4096
+_RMS_NORM_WIDTHS = (4096, 5120, 7168, 8192, 1000, 20000)
+SHAPES = {"rms_norm": tuple(f"D={width}{residual}" for width in _RMS_NORM_WIDTHS for residual in ("", ",residual"))}
+MANY = {"rms_norm": ("D=8192,residual", "D=1000")}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One input, named so that any machine can make it again: the fields are columns of digests.csv."""
+
+    op: str
+    dtype: str
+    shape: str
+    rows: int
+    seed: int
+    input: str
+
+
+def cases(op: Op, seed: int = 0) -> Iterator[Case]:
+    """Every case of an op: its shapes, dtypes, portable inputs and each adversarial kind."""
+    for shape in SHAPES.get(op.name, op.shapes):
+        for dtype in DTYPES:
+            yield Case(op.name, dtype, shape, MANY_ROWS if shape in MANY.get(op.name, ()) else ROWS, seed, "portable")
+            for kind in bits.ADVERSARIAL:
+                yield Case(op.name, dtype, shape, ADVERSARIAL_ROWS, seed, kind)
+
+
+def arguments(case: Case, device="cpu") -> tuple:
+    """The op's own inputs; for an adversarial kind, argument i is made of that kind with seed + i if it is per token."""
+    op, dtype = OPS[case.op], DTYPES[case.dtype]
+    made = list(op.inputs(case.rows, Shape.parse(case.shape), dtype, device, case.seed))
+    if case.input != "portable":
+        for i in op.per_token:
+            if made[i] is not None:
+                made[i] = bits.adversarial(case.input, *made[i].shape, dtype, device, case.seed + i)
+    return tuple(made)
+
+
+@cache
+def specified(case: Case) -> str:
+    """The digest that the specification gives on this machine's CPU."""
+    return bits.digest(OPS[case.op].python(*arguments(case)))
+
+
+def measured(case: Case, device) -> dict:
+    """One row: the digest of `triton` on a GPU, or of `python` on a CPU. Raises RuntimeError if the two differ."""
+    op, given = OPS[case.op], arguments(case, device)
+    result, implementation = op.python(*given), "python"
+    if torch.device(device).type == "cuda":
+        specification, result, implementation = result, op.triton(*given), "triton"
+        if not bits.same_bits(specification, result):
+            count = bits.elements_differ(specification, result)
+            raise RuntimeError(f"{case}: triton and python differ on this GPU in {count} elements; nothing is recorded")
+    return {**vars(case), "implementation": implementation, "digest": bits.digest(result),
+            "recorded_at": records.now(), "source": records.source()}
+
+
+def record(folder, device=None) -> int:
+    """Measure every case of every op and write them to folder/digests.csv at once; how many there are."""
+    device = device or runtime.device()
+    rows = [measured(case, device) for op in OPS.values() for case in cases(op)]
+    DIGESTS.merge(folder, rows)
+    return len(rows)
+
+
+def check(out=records.DATA) -> tuple[int, list[str]]:
+    """Redo every digest recorded under `out` on this CPU: how many there are, and one line for each that differs."""
+    count, wrong = 0, []
+    for path in sorted(Path(out).glob(f"*/{DIGESTS.file}")):
+        for row in DIGESTS.read(path.parent).itertuples():
+            case = Case(row.op, row.dtype, row.shape, int(row.rows), int(row.seed), row.input)
+            count += 1
+            if specified(case) != row.digest:
+                wrong.append(f"{path.parent.name} {' '.join(map(str, astuple(case)))}: recorded {row.digest}, "
+                             f"here {specified(case)}")
+    return count, wrong
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kernels.lab.digests", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default=records.DATA, help="the data folder")
+    parser.add_argument("--machine", help="the folder's name under it (default: from the device)")
+    parser.add_argument("--check", action="store_true", help="redo what is recorded instead of recording")
+    a = parser.parse_args(argv)
+    try:
+        if a.check:
+            return _report(*check(a.out))
+        folder = records.open_machine(a.out, a.machine)
+        print(f"recorded {record(folder)} digests in {folder / DIGESTS.file}")
+        records.note_machine(folder, DIGESTS.file)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _report(count: int, wrong: list[str]) -> int:
+    print(*wrong, sep="\n", end="\n" if wrong else "")
+    print(f"{count - len(wrong)} of {count} digests reproduced on a CPU ({torch.backends.cpu.get_cpu_capability()})")
+    return 1 if wrong or not count else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

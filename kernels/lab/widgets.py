@@ -1,0 +1,487 @@
+"""TokenSweep: a sweep run and looked at in a notebook; a thin shell over sweep.sweep and chart.sweep_chart.
+
+A worker thread only measures: it puts rows in a queue, and the thread that made the widget draws them.
+"""
+from __future__ import annotations
+
+import asyncio
+import base64
+import html
+import io
+import queue
+import re
+import threading
+import time
+from pathlib import Path
+
+import ipywidgets as w
+import pandas as pd
+
+from .. import OPS, runtime
+from ..op import DTYPES, Op, Shape
+from . import bench, chart, records, style, sweep
+
+NUMBERS = ("tokens", "us_p20", "us_p50", "us_p80", "gbytes_per_s")
+NO_ROWS = pd.DataFrame(columns=list(records.TOKEN_SWEEP.columns))
+
+
+class TokenSweep(w.VBox):
+    """Time and bits of an op's contenders over token counts: controls, a live chart, verdicts, a table, downloads.
+
+    op       an Op or its name; machine: the recorded machine to open on (default: the first there is)
+    out      the data folder that holds recorded machines
+    passes, repeats   as in sweep.Plan (default: few, so that a sweep stays interactive)
+
+    It opens on recorded rows. `rows` are those of the last live sweep, `shown` those in the chart; `run()`,
+    `stop()` and `join()` do from code what the buttons do.
+    """
+
+    def __init__(self, op: Op | str = "rms_norm", machine: str | None = None, *, out=records.DATA,
+                 passes: int | None = None, repeats: int | None = None):
+        self._op, self._out = (OPS[op] if isinstance(op, str) else op), Path(out)
+        self._passes, self._repeats = passes or (3 if runtime.HAS_GPU else 1), repeats or 5
+        self._device = runtime.device()
+        self._queue, self._stop, self._drawn = queue.SimpleQueue(), threading.Event(), threading.Event()
+        self._worker, self._plan, self._rows, self._failures = None, None, {}, {}
+        self._home, self._loop = threading.get_ident(), _running_loop()
+        self._recorded_rows, self._experiments, self._data_error, self._loading = NO_ROWS, {}, "", False
+        self._build(machine)
+        self._load()
+        self._draw()
+        super().__init__(self._laid_out(), layout=w.Layout(max_width="920px"))
+        self._connect()
+
+    # --- what it holds
+
+    @property
+    def rows(self) -> pd.DataFrame:
+        """The rows of the last live sweep, with data/'s columns."""
+        return pd.DataFrame(list(self._rows.values()), columns=NO_ROWS.columns)
+
+    @property
+    def recorded(self) -> pd.DataFrame:
+        """The chosen recorded experiment, with data/'s columns and `machine`; empty if there is none."""
+        all_rows = self._recorded_rows
+        if self.recording.value not in self._experiments:
+            return all_rows.iloc[:0]
+        dtype, shape, clock = self._experiments[self.recording.value]
+        return all_rows[(all_rows.op == self._op.name) & (all_rows.dtype == dtype)
+                        & (all_rows["shape"] == shape) & (all_rows.clock == clock)]
+
+    @property
+    def shown(self) -> pd.DataFrame:
+        """The rows the chart, the table and the downloads show: the live ones, else the recorded ones."""
+        return self.rows if self._live else self.recorded[list(NO_ROWS.columns)]
+
+    @property
+    def _live(self) -> bool:
+        return self._plan is not None
+
+    @property
+    def running(self) -> bool:
+        return self._worker is not None
+
+    # --- the controls
+
+    def _build(self, machine):
+        gpu, labelled = runtime.HAS_GPU, {"style": {"description_width": "initial"}}
+        shape = self._op.shapes[0] if gpu or self._op.name != "rms_norm" else "D=1024,residual"
+        clocks = bench.clocks(self._device)
+        counts = (1, 8, 32, 128, 256, 512, 1024, 2048, 4096) if gpu else (1, 2, 4, 8, 16, 32)
+        self.op = w.Dropdown(description="Op", options=list(OPS), value=self._op.name, **labelled)
+        self.dtype = w.Dropdown(description="Dtype", options=list(DTYPES), **labelled,
+                                value="bfloat16" if gpu else "float32")  # the interpreter is at home in float32
+        self.shape = w.Combobox(description="Shape", value=shape, options=[shape, *self._op.shapes],
+                                continuous_update=False, placeholder="D=8192,residual", **labelled)
+        self.clock = w.Dropdown(description="Clock", options=clocks, **labelled)
+        self.tokens = w.Text(description="Token counts", value=" ".join(map(str, counts)),
+                             continuous_update=False, **labelled)
+        self.implementations = {}
+        self.contenders = w.HBox(layout=w.Layout(flex_flow="row wrap", grid_gap="0 18px"))
+        self.run_button = w.Button(description="Run", icon="play", button_style="primary")
+        self.stop_button = w.Button(description="Stop", icon="stop", disabled=True)
+        self.progress = w.IntProgress(min=0, max=1, value=0)
+        self.status = w.HTML()
+        names = [("none", None)] + [(n, n) for n in records.machines(out=self._out)]
+        known = [n for _, n in names]
+        chosen = machine or next(filter(None, known), None)
+        if chosen not in known:
+            self._data_error = f"no recorded machine {chosen!r}; there are {', '.join(filter(None, known)) or 'none'}"
+            chosen = None
+        self.machine = w.Dropdown(description="Recorded on", options=names, value=chosen, **labelled)
+        self.recording = w.Dropdown(description="Experiment", options=["none"], **labelled)
+        self.overlay = w.Checkbox(description="recorded beside live", value=gpu, indent=False)
+        self.published = w.Checkbox(description="LLM-42's published points", indent=False)
+        self.log_axes = w.Checkbox(description="log axes", value=True, indent=False)
+        self.chart = w.Image(format="png", layout=w.Layout(width="100%", max_width="900px"))
+        self.errors, self.table, self.downloads = w.HTML(), w.HTML(), w.HTML()
+        self._offer_contenders()
+
+    def _offer_contenders(self):
+        split_shows_bits_moving = not runtime.HAS_GPU
+        chosen = {"cuda", "python", "triton"} | ({"split"} if split_shows_bits_moving else set())
+        self.implementations = {
+            name: w.Checkbox(description=name, value=name in chosen, indent=False, layout=w.Layout(width="auto"))
+            for name in self._op.implementations}
+        self.contenders.children = tuple(self.implementations.values())
+        self.published.disabled = self._op.name != "rms_norm"
+
+    def _laid_out(self):
+        for control, width in ((self.op, "170px"), (self.dtype, "170px"), (self.shape, "260px"), (self.clock, "150px"),
+                               (self.tokens, "auto"), (self.run_button, "96px"), (self.stop_button, "96px"),
+                               (self.progress, "220px"), (self.machine, "200px"), (self.recording, "370px"),
+                               (self.overlay, "auto"), (self.published, "auto"), (self.log_axes, "auto")):
+            control.layout.width = width
+        self.tokens.layout.flex = "1 1 auto"
+        panel = {"border": "1px solid var(--jp-border-color2, #ddd)", "padding": "8px 12px", "margin": "0 0 8px 0"}
+        row = {"flex_flow": "row wrap", "grid_gap": "2px 16px", "align_items": "center"}
+        measure = w.VBox([
+            w.HBox([self.op, self.dtype, self.shape, self.clock], layout=w.Layout(**row)),
+            w.HBox([self.tokens], layout=w.Layout(**row)),
+            w.HBox([w.Label("Contenders"), self.contenders], layout=w.Layout(**row)),
+            w.HBox([self.run_button, self.stop_button, self.progress, self.status], layout=w.Layout(**row)),
+        ], layout=w.Layout(**panel))
+        compare = w.VBox([
+            w.HBox([self.machine, self.recording], layout=w.Layout(**row)),
+            w.HBox([w.Label("Show"), self.overlay, self.published, self.log_axes], layout=w.Layout(**row)),
+        ], layout=w.Layout(**panel))
+        return [measure, compare, self.errors, self.chart, self.downloads, self.table]
+
+    def _connect(self):
+        self.run_button.on_click(lambda _: self._at_home(self.run))
+        self.stop_button.on_click(lambda _: self.stop())
+        self.op.observe(lambda change: self._at_home(self._change_op), "value")
+        self.machine.observe(lambda change: self._at_home(self._change_machine), "value")
+        self.recording.observe(lambda change: self._at_home(self._change_recording), "value")
+        for toggle in (self.overlay, self.published, self.log_axes):
+            toggle.observe(lambda change: self._at_home(self._draw), "value")
+
+    def _at_home(self, action):
+        """Do it on the thread that made the widget: a frontend's messages may arrive on another one."""
+        if self._loop is None or threading.get_ident() == self._home:
+            action()
+        else:
+            self._loop.call_soon_threadsafe(action)
+
+    def _change_op(self):
+        self.stop()
+        self._op, self._plan, self._rows = OPS[self.op.value], None, {}
+        self.shape.options, self.shape.value = self._op.shapes, self._op.shapes[0]
+        self.published.value = False
+        self._offer_contenders()
+        self._load()
+        self._draw()
+
+    def _change_machine(self):
+        self._data_error = ""
+        self._load()
+        self._change_recording()
+
+    def _change_recording(self):
+        if not self._loading:
+            self.overlay.value = True  # whoever picks a recording wants to see it
+            self._draw()
+
+    # --- recorded data
+
+    def _load(self):
+        """Read the chosen machine's rows; what is wrong with them is shown, not raised."""
+        rows = NO_ROWS.assign(machine=[])
+        if self.machine.value is not None:
+            try:
+                rows = records.load(machine=self.machine.value, out=self._out)
+                _must_be_numbers(rows, self.machine.value)
+            except (OSError, ValueError) as error:
+                rows, self._data_error = rows.iloc[:0], str(error)
+        self._recorded_rows = rows
+        mine = rows[rows.op == self._op.name]
+        found = list(mine[["dtype", "shape", "clock"]].drop_duplicates().itertuples(index=False, name=None))
+        found.sort(key=self._preference)
+        self._experiments = {f"{shape} · {dtype} · {clock}": (dtype, shape, clock) for dtype, shape, clock in found}
+        kept, self._loading = self.recording.value, True
+        self.recording.options = list(self._experiments) or ["none"]
+        self.recording.value = kept if kept in self._experiments else self.recording.options[0]
+        self._loading = False
+
+    def _preference(self, experiment):
+        """The experiment set in the controls first, then the op's own first shape, bfloat16, cold."""
+        dtype, shape, clock = experiment
+        shapes, kinds, clocks = list(self._op.shapes), list(DTYPES), list(bench.CLOCKS)
+        here = experiment == (self.dtype.value, self.shape.value, self.clock.value)
+        return (not here, *(seq.index(v) if v in seq else 99 for seq, v in
+                            ((shapes, shape), (kinds, dtype), (clocks, clock))))
+
+    # --- measuring
+
+    def plan(self) -> sweep.Plan:
+        """The sweep the controls ask for. Raises ValueError that says which control is wrong."""
+        names = [name for name, box in self.implementations.items() if box.value]
+        if not names:
+            raise ValueError("choose at least one contender")
+        return sweep.Plan(self._op, _token_counts(self.tokens.value), names, [self.dtype.value],
+                          [_shape_for(self._op, self.shape.value)], [self.clock.value], self._passes, self._repeats)
+
+    def run(self):
+        """Start measuring; returns at once."""
+        if self.running:
+            return
+        try:
+            plan = self.plan()
+        except ValueError as error:
+            self.errors.value = _message(str(error))
+            return
+        self._plan, self._rows, self._failures = plan, {}, {}
+        self._stop.clear()
+        self._clock = _Clock(plan)
+        self.run_button.disabled, self.stop_button.disabled = True, False
+        self.progress.max, self.progress.value, self.progress.bar_style = len(self._clock.todo), 0, "info"
+        self._say(f"measuring {plan.tokens[0]} tokens")
+        self._draw()
+        self._worker = threading.Thread(target=self._measure, args=(plan,), name="token sweep", daemon=True)
+        self._worker.start()
+
+    def stop(self):
+        """Ask the sweep to end after the point it measures; its rows are kept."""
+        self._stop.set()
+        if self.running:
+            self._at_home(lambda: self.running and self._say("stopping after this point"))
+
+    def join(self, timeout: float = 600.0):
+        """Wait for the sweep to end and draw it: for scripts and tests, where no event loop does so."""
+        end = time.monotonic() + timeout
+        while self.running and time.monotonic() < end:
+            self._worker.join(0.02)
+            self._take()
+
+    def close(self):
+        """Stop measuring, then close as every widget does."""
+        self._stop.set()
+        super().close()
+
+    def _measure(self, plan):
+        """The worker: measures and tells. Between two points it waits, so that drawing does not disturb a timing."""
+        def failed(where, error):
+            self._tell("failed", (where, error))
+
+        try:
+            for rows in sweep.sweep(plan, stop=self._stop, on_error=failed, progress=False):
+                self._drawn.clear()
+                self._tell("rows", rows)
+                self._drawn.wait(1.0)
+        except Exception as error:  # noqa: BLE001 - shown in the widget, where the reader looks
+            failed("the sweep", error)
+        self._tell("ended", None)
+
+    def _tell(self, what, value):
+        self._queue.put((what, value))
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._take)
+
+    def _take(self):
+        """Take what the worker told and show it."""
+        told = []
+        while not self._queue.empty():
+            told.append(self._queue.get())
+        for what, value in told:
+            if what == "rows":
+                self._take_rows(value)
+            elif what == "failed":
+                self._take_failure(*value)
+            else:
+                self._end()
+        if any(what in ("rows", "ended") for what, _ in told):
+            self._draw()
+            self._drawn.set()
+        elif told:
+            self._show_errors()
+
+    def _take_rows(self, rows):
+        for row in rows:
+            self._rows[row["implementation"], row["tokens"]] = row
+        self._clock.tick()
+        self.progress.value = self._clock.done
+        if not self._stop.is_set():
+            self._say(self._clock.text())
+
+    def _take_failure(self, where, error):
+        name, _, point = where.partition(" at ")
+        text = str(error).strip().splitlines()
+        why = f"{type(error).__name__}: {text[0] if text else 'no message'}"
+        points = self._failures.setdefault((name, why), [])
+        if point not in points:
+            points.append(point)
+
+    def _end(self):
+        self._worker.join()
+        self._worker = None
+        self.run_button.disabled, self.stop_button.disabled = False, True
+        stopped = self._clock.done < len(self._clock.todo)
+        self.progress.bar_style = "warning" if stopped or self._failures else "success"
+        what = f"stopped after {self._clock.done} of {len(self._clock.todo)} points" if stopped else "done"
+        self._say(f"{what}, {_seconds(self._clock.elapsed())}")
+
+    def _say(self, text):
+        self.status.value = f'<span style="color:var(--jp-ui-font-color2,#555)">{html.escape(text)}</span>'
+
+    # --- drawing
+
+    def _draw(self):
+        """Replace the chart, the table and, when nothing is being measured, the downloads."""
+        self._show_errors()
+        published = self._published_points()
+        rows = self.shown
+        png = _png(self._figure(rows, published))
+        self.chart.value = png
+        self.table.value = table_html(rows)
+        if not self.running:
+            where = records.slug() if self._live else self.machine.value
+            self.downloads.value = downloads_html(rows, png, f"{self._op.name}-{where}") if len(rows) else ""
+
+    def _figure(self, rows, published):
+        recorded, look = self.recorded, {"log": self.log_axes.value, "published": published, "title": chart.claim(rows)}
+        if not self._live:
+            clock = recorded.clock.iloc[0] if len(recorded) else self.clock.value
+            return chart.sweep_chart(rows, clock=clock, machine=self._recorded_device(), **look)
+        overlays = [recorded] if self.overlay.value and len(recorded) else []
+        labels = {} if runtime.HAS_GPU else {"cuda": "Default (PyTorch on a CPU)"}
+        here = records.device_name() + (", Triton's interpreter" if runtime.where() == "INTERPRETER" else "")
+        return chart.sweep_chart(rows, clock=self._plan.clocks[0], machine=here, overlays=overlays, labels=labels,
+                                 tokens=self._plan.tokens, **look)
+
+    def _recorded_device(self) -> str:
+        if self.machine.value is None:
+            return ""
+        try:
+            return f"Recorded on {records.read_machine(self._out / self.machine.value).get('device', '?')}"
+        except (OSError, ValueError, AttributeError) as error:
+            self._data_error = str(error)
+            return f"Recorded on {self.machine.value}"
+
+    def _published_points(self):
+        if not self.published.value:
+            return None
+        path = self._out / "llm42" / "rms_norm.csv"
+        try:
+            points = pd.read_csv(path, comment="#")
+            return points[["tokens", "implementation", "read_off_ms", "logged_ms"]].astype({"tokens": int})
+        except (OSError, ValueError, KeyError) as error:
+            self._data_error = f"{path}: {error}"
+            return None
+
+    def _show_errors(self):
+        told = [_message(f"recorded data: {self._data_error}")] if self._data_error else []
+        for (name, why), points in self._failures.items():
+            more = f" and {len(points) - 1} more points" if len(points) > 1 else ""
+            at = f" at {points[0]}{more}" if points[0] else ""
+            told.append(_message(f"{name}{at}: {why}"))
+        self.errors.value = "".join(told)
+
+
+class _Clock:
+    """How far a sweep has come, and how long the rest takes: a point costs what it cost in the pass before."""
+
+    def __init__(self, plan):
+        self.todo = plan.points() * plan.passes
+        self.done, self._costs = 0, {}
+        self._start = self._last = time.monotonic()
+
+    def tick(self):
+        now = time.monotonic()
+        self._costs[self.todo[self.done]] = now - self._last
+        self._last, self.done = now, self.done + 1
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self._start
+
+    def text(self) -> str:
+        worst = max(self._costs.values())  # later points are larger, so unknown ones are not taken for cheaper
+        left = sum(self._costs.get(point, worst) for point in self.todo[self.done:])
+        return f"{self.done} of {len(self.todo)} points, about {_seconds(left)} left"
+
+
+def table_html(rows: pd.DataFrame) -> str:
+    """A small table: a line for each token count, a column for each contender, its median time and its verdict."""
+    if not len(rows):
+        return ""
+    names = chart.in_order(rows)
+    cells = {(r.implementation, r.tokens): r for r in rows.itertuples()}
+    head = "".join(f'<th style="{_CELL};color:{style.contender(n)["color"]}">{html.escape(n)}</th>' for n in names)
+    lines = "".join(
+        f'<tr><td style="{_CELL}">{t:,}</td>' + "".join(_cell(cells.get((n, t))) for n in names) + "</tr>"
+        for t in sorted(rows.tokens.unique()))
+    return (f'<table style="border-collapse:collapse;font-size:12px;line-height:1.5">'
+            f'<tr style="border-bottom:1px solid #bbb"><th style="{_CELL}">tokens</th>{head}</tr>{lines}</table>'
+            '<div style="font-size:11px;color:#666;margin-top:2px">Median time a call. '
+            '✓ the bits of the largest batch, ✗ so many elements differ from it.</div>')
+
+
+def downloads_html(rows: pd.DataFrame, png: bytes, name: str) -> str:
+    """Links that save the rows as CSV and the chart as PNG, with the data inside them."""
+    csv = rows.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
+    return " · ".join(
+        f'<a download="{html.escape(name)}.{kind}" href="data:{mime};base64,{base64.b64encode(data).decode()}" '
+        f'style="color:var(--jp-content-link-color,#0366d6)">Download {kind.upper()}</a>'
+        for kind, mime, data in (("csv", "text/csv", csv), ("png", "image/png", png)))
+
+
+_CELL = "padding:1px 14px 1px 4px;text-align:right;font-variant-numeric:tabular-nums"
+
+
+def _cell(row) -> str:
+    if row is None:
+        return f'<td style="{_CELL};color:#888">-</td>'
+    time_text = f"{row.us_p50:,.1f} µs" if row.us_p50 < 1000 else f"{row.us_p50 / 1000:,.2f} ms"
+    if pd.isna(row.same_bits):
+        verdict = ""
+    elif row.same_bits:
+        verdict = f'<span style="color:{chart.SAME[2]}">✓</span>'
+    else:
+        verdict = f'<b style="color:{chart.MOVED[1]}">✗ {row.elements_differ:,}</b>'
+    return f'<td style="{_CELL}">{time_text} {verdict}</td>'
+
+
+def _message(text: str) -> str:
+    return (f'<div style="border-left:3px solid {chart.MOVED[1]};background:#fbeeed;color:#5b1512;padding:3px 10px;'
+            f'margin:2px 0;font-size:12px;line-height:1.5">{html.escape(text)}</div>')
+
+
+def _seconds(s: float) -> str:
+    return f"{s:.0f} s" if s < 100 else f"{s / 60:.0f} min"
+
+
+def _token_counts(text: str) -> list[int]:
+    words = re.split(r"[\s,;]+", text.strip(" ,;"))
+    for word in words:
+        if not word.isdecimal() or int(word) < 1:
+            raise ValueError(f"token counts must be whole numbers of at least 1, such as '1 8 64', got {word!r}")
+    return [int(word) for word in words]
+
+
+def _shape_for(op: Op, text: str) -> str:
+    """The shape as data/ writes it. ValueError unless it has the op's sizes, each at least 1, and its switches only."""
+    shape, own = Shape.parse(text.strip()), [Shape.parse(s) for s in op.shapes]
+    sizes = {name for name, value in own[0].items() if value is not True}
+    known = {name for s in own for name in s}
+    good = {name for name, value in shape.items() if (value is True) != (name in sizes) and value > 0}
+    if not sizes <= good or good != set(shape) or not good <= known:
+        raise ValueError(f"{op.name} needs a shape like {' or '.join(map(repr, op.shapes[:2]))}, got {text!r}")
+    return str(shape)
+
+
+def _must_be_numbers(rows: pd.DataFrame, machine: str):
+    for column in NUMBERS:
+        if len(rows) and not pd.api.types.is_numeric_dtype(rows[column]):
+            raise ValueError(f"{machine}/{records.TOKEN_SWEEP.file} is damaged: column {column} holds no numbers")
+
+
+def _png(figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=150)
+    return file.getvalue()
+
+
+def _running_loop():
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:  # a script or a test: join() draws
+        return None
