@@ -180,7 +180,7 @@ def _schedules(shape, dtype) -> list[Schedule]:
 
 def run_schedule(schedule: Schedule, x, weight, residual=None, eps=1e-6):
     """Run one given schedule; the tests, the tuner and notebook 03 use it. Same arguments and bits as the rest."""
-    return _Plan(x, weight, residual, eps, schedule)(x, weight, residual)
+    return _Plan(x, weight, residual, eps, schedule)(x, weight.contiguous(), residual)
 
 
 class _Plan:
@@ -259,7 +259,8 @@ def _eager(x, weight, residual, eps):
         if len(_PLANS) >= 4096:
             _PLANS.clear()
         plan = _PLANS[key] = _Plan(x, weight, residual, eps)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad
+                                    or residual is not None and residual.requires_grad):
         raise RuntimeError("rms_norm.triton has no backward yet: call it under torch.no_grad()")
     return plan(x, weight.contiguous(), residual)
 

@@ -38,6 +38,8 @@ def sweep_chart(rows: pd.DataFrame, *, clock: str, title: str = "", log: bool = 
     published  data/llm42/rms_norm.csv, as faint marks; ceiling: GB/s of a copy, as the least time there could be
     tokens     counts to leave room for, though no row has them yet; labels: other words for a contender
     unit       "us" or "ms" (default: by the largest time)
+
+    The reader's rcParams stay as they are; to save an SVG with the same bytes each time, call style.theme() first.
     """
     rows = one_experiment(rows, clock)
     overlays = [one_experiment(o, clock, or_other=True) for o in overlays]
@@ -138,8 +140,8 @@ def verdict_strip(axes: Axes, rows: pd.DataFrame, tokens: Sequence[int], *, log:
     axes.spines[:].set_visible(False)
 
 
-def claim(rows: pd.DataFrame) -> str:
-    """What the verdicts in these rows (of one experiment) say, in one sentence."""
+def claim(rows: pd.DataFrame, tokens: Sequence[int] = ()) -> str:
+    """What the verdicts in these rows (of one experiment, over `tokens` if not all are there yet) say."""
     if not len(rows):
         return "Nothing measured yet"
     sizes, moves = {}, {}
@@ -151,8 +153,8 @@ def claim(rows: pd.DataFrame) -> str:
     kept = [n for n in moves if not moves[n]]
     if moved:
         return f"Bits moved: {_listed(moved)}" + (f". Same bits: {_listed(kept)}" if kept else "")
-    if rows.tokens.nunique() == 1:
-        return f"{rows.tokens.iloc[0]} tokens: measure another count to compare bits"
+    if len({*rows.tokens, *tokens}) == 1:
+        return "One token count: its bits have nothing to be compared with"
     return f"Same bits at every token count: {_listed(kept)}"
 
 
@@ -276,7 +278,7 @@ def _head(axes, title, lines, notes):
             legend.set_in_layout(False)  # a wide legend must not squeeze the axes
             if before:  # an Axes holds one legend; the one before stays as a plain artist
                 axes.add_artist(before)
-    axes.set_title(textwrap.fill(title, 84), pad=10 + _LINE * (rows_of_notes + rows_of_lines))
+    axes.set_title(textwrap.fill(title, 84) or " ", pad=10 + _LINE * (rows_of_notes + rows_of_lines))
 
 
 def _time_ticks(axes, log):

@@ -14,6 +14,11 @@ from __future__ import annotations
 import dis
 from collections.abc import Callable
 from inspect import isfunction
+from itertools import permutations
+
+import torch
+
+from .. import bits, sums
 
 CHECKERS: dict[str, Callable] = {}
 _CONSTANT = {"RESUME", "NOP", "LOAD_CONST", "RETURN_CONST", "RETURN_VALUE", "COPY_FREE_VARS"}
@@ -63,3 +68,83 @@ def _unanswered(answer) -> bool:
         return answer is ...
     constants = set(answer.__code__.co_consts) - {answer.__doc__}
     return constants <= {None, ...} and {i.opname for i in dis.get_instructions(answer)} <= _CONSTANT
+
+
+@exercise("00.1")
+def _(answer):
+    assert isinstance(answer, int), f"a count is a whole number, and this is a {type(answer).__name__}."
+    found = {_left_to_right(order) for order in permutations([1e8, 1.0, -1e8, 1.0])}
+    assert answer != 24, "24 is the number of orders; many of them give the same sum."
+    assert answer == len(found), "in float32 1e8 + 1 is 1e8: is each 1 added before 1e8 is gone, or after?"
+
+
+def _left_to_right(numbers) -> float:
+    total = torch.tensor(0.0)
+    for number in numbers:
+        total = total + torch.tensor(number)
+    return total.item()
+
+
+@exercise("00.2")
+def _(answer):
+    for width in (1, 2, 8, 1024):
+        x = bits.portable(1, width, seed=width)[0]
+        got = torch.as_tensor(answer(x.clone())).reshape(-1)
+        assert got.numel() == 1, f"{width} numbers left {got.numel()}; go on until one is left."
+        assert torch.isclose(got, x.sum(), rtol=1e-4, atol=1e-4).all(), f"this is not the sum of {width} numbers."
+        assert bits.same_bits(got, sums.add_neighbours(x)), (
+            f"near, but other bits for {width} numbers: which are neighbours, 0 and 1, or 0 and the middle?")
+
+
+@exercise("03.1")
+def _(answer):
+    first, last = answer
+    assert last - first == 7, "each side of an addition covers as many columns as the other: eight."
+    assert (first, last) != (16, 23), "close: in which pairs do the blocks of eight go, counted from column 0?"
+    assert (first, last) == (0, 7), "draw the tree over 16 columns: 0+1, 2+3, ..., then pairs of pairs."
+
+
+@exercise("03.2")
+def _(answer):
+    exact = 4 * 4096 * 8192 * 2 / 4.0e12 * 1e6
+    assert abs(answer / exact - 0.5) > 0.02, "half of it: two rows are read and two are written."
+    assert abs(answer / exact - 2) > 0.04, "twice it: a bfloat16 number has two bytes."
+    assert abs(answer / exact - 1) < 0.02, "bytes read and written, divided by bytes a second, in microseconds."
+
+
+@exercise("03.3")
+def _(answer):
+    rows = bits.portable(16, 4096)
+    got = torch.stack([torch.as_tensor(answer(row.clone())).reshape(-1) for row in rows])
+    exact = rows.double().square().sum(-1, keepdim=True)
+    assert got.shape == exact.shape, f"one sum a row is asked for, and this is {got.shape[-1]} numbers."
+    wrong = (got / exact - 1).abs().max().item()
+    assert wrong < 1e-5, f"this is not the sum of squares: {wrong:.2g} of it is missing or too much."
+    again = torch.stack([torch.as_tensor(answer(row.clone())).reshape(-1) for row in rows])
+    assert bits.same_bits(got, again), "the same row gave other bits the second time."
+    assert not bits.same_bits(got, sums.ordered_sum(rows * rows)), "these are our order's bits; find another order."
+
+
+@exercise("07.1")
+def _(answer):
+    assert abs(answer / 600 - 1) > 0.02, "twice of it: a weight takes two operations a token, a multiply and an add."
+    assert abs(answer / 150 - 1) > 0.02, "half of it: a bfloat16 weight has two bytes."
+    assert abs(answer / 300 - 1) < 0.02, "bytes / (bytes a second) = operations / (operations a second)."
+
+
+@exercise("07.2")
+def _(answer):
+    exact = 8 * 4000 * 32 * 2 * 8 * 128 * 2 / 1e9
+    assert abs(answer / exact - 4) > 0.1, "four times too much: keys and values have 8 heads, not 32."
+    assert abs(answer / exact - 0.5) > 0.01, "half of it: there is a key and a value, and each number has two bytes."
+    assert abs(answer / exact - 0.125) > 0.01, "that is one request; the group has eight."
+    assert abs(answer / exact - 1) < 0.03, "requests x tokens x layers x 2 x kv_heads x head_dim x bytes, in GB."
+
+
+@exercise("07.3")
+def _(answer):
+    assert abs(answer(1.0, 64) - 1) < 1e-6, "if every draft differs, a pass still yields one token: the verifier's own."
+    for p, window in ((0.5, 2), (0.01, 64), (0.003, 512)):
+        exact = sum((1 - p) ** i for i in range(window))
+        assert abs(answer(p, window) / exact - 1) < 1e-6, (
+            f"p={p}, W={window} gives {exact:.4g}. Token i is kept, as it is or replaced, if all before it agreed.")

@@ -170,12 +170,13 @@ _LARGEST_IMAGE = 1_000_000
 def read(path) -> dict:
     """The notebook as plain dicts. Raises NotebookError for anything that is not one."""
     import nbformat
+    from nbformat.v4.rwbase import rejoin_lines
 
     try:
         nb = json.loads(Path(path).read_text(encoding="utf-8"))
         if nb.get("nbformat") != 4:
             raise ValueError(f"nbformat is {nb.get('nbformat')}, and must be 4")
-        return nbformat.from_dict({**nb, "nbformat_minor": 5})
+        return rejoin_lines(nbformat.from_dict({**nb, "nbformat_minor": 5}))
     except (OSError, ValueError, AttributeError) as error:
         raise NotebookError(f"{Path(path).name} is not a readable notebook: {error}") from None
 
@@ -284,7 +285,7 @@ def _image_faults(kind, value, metadata):
 
 def _text_faults(text):
     own = "|".join(re.escape(str(p)) for p in (records.ROOT, sys.prefix, tempfile.gettempdir()))
-    found = _MACHINE_PATH.search(text) or re.search(f"(?:{own})[/\\\\]{_REST}", text)
+    found = _MACHINE_PATH.search(text) or re.search(f"(?<![\\w.])(?:{own})[/\\\\]{_REST}", text)
     if found:
         yield f"a path of this machine in the output: {found[0]}"
     if _ADDRESS.search(text):

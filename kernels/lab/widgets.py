@@ -21,7 +21,7 @@ from .. import OPS, runtime
 from ..op import DTYPES, Op, Shape
 from . import bench, chart, records, style, sweep
 
-NUMBERS = ("tokens", "us_p20", "us_p50", "us_p80", "gbytes_per_s")
+CPU_WORDS = {"cuda": "Default (PyTorch on a CPU)"}
 NO_ROWS = pd.DataFrame(columns=list(records.TOKEN_SWEEP.columns))
 
 
@@ -33,18 +33,22 @@ class TokenSweep(w.VBox):
     passes, repeats   as in sweep.Plan (default: few, so that a sweep stays interactive)
 
     It opens on recorded rows. `rows` are those of the last live sweep, `shown` those in the chart; `run()`,
-    `stop()` and `join()` do from code what the buttons do.
+    `stop()` and `join()` do from code what the buttons do. ValueError for an op there is not.
     """
 
     def __init__(self, op: Op | str = "rms_norm", machine: str | None = None, *, out=records.DATA,
                  passes: int | None = None, repeats: int | None = None):
-        self._op, self._out = (OPS[op] if isinstance(op, str) else op), Path(out)
+        self._stop = threading.Event()  # first: a widget is closed even if it was never made
+        name = op if isinstance(op, str) else op.name
+        if name not in OPS:
+            raise ValueError(f"op must be one of {', '.join(OPS)}, got {name!r}")
+        self._op, self._out = OPS[name], Path(out)
         self._passes, self._repeats = passes or (3 if runtime.HAS_GPU else 1), repeats or 5
         self._device = runtime.device()
-        self._queue, self._stop, self._drawn = queue.SimpleQueue(), threading.Event(), threading.Event()
+        self._queue, self._drawn = queue.SimpleQueue(), threading.Event()
         self._worker, self._plan, self._rows, self._failures = None, None, {}, {}
         self._home, self._loop = threading.get_ident(), _running_loop()
-        self._recorded_rows, self._experiments, self._data_error, self._loading = NO_ROWS, {}, "", False
+        self._recorded_rows, self._experiments, self._problems, self._loading = NO_ROWS, {}, {}, False
         self._build(machine)
         self._load()
         self._draw()
@@ -75,11 +79,14 @@ class TokenSweep(w.VBox):
 
     @property
     def _live(self) -> bool:
-        return self._plan is not None
+        return bool(self._rows)  # until the first point is there, the chart stays as it was
 
     @property
     def running(self) -> bool:
         return self._worker is not None
+
+    def __repr__(self):  # what a saved notebook keeps of the widget
+        return f"TokenSweep({self._op.name!r}): run this cell in JupyterLab to use it"
 
     # --- the controls
 
@@ -91,22 +98,24 @@ class TokenSweep(w.VBox):
         self.op = w.Dropdown(description="Op", options=list(OPS), value=self._op.name, **labelled)
         self.dtype = w.Dropdown(description="Dtype", options=list(DTYPES), **labelled,
                                 value="bfloat16" if gpu else "float32")  # the interpreter is at home in float32
-        self.shape = w.Combobox(description="Shape", value=shape, options=[shape, *self._op.shapes],
-                                continuous_update=False, placeholder="D=8192,residual", **labelled)
+        self.shape = w.Combobox(description="Shape", value=shape, options=sorted({shape, *self._op.shapes}),
+                                continuous_update=False, placeholder=self._op.shapes[0], **labelled)
         self.clock = w.Dropdown(description="Clock", options=clocks, **labelled)
         self.tokens = w.Text(description="Token counts", value=" ".join(map(str, counts)),
                              continuous_update=False, **labelled)
         self.implementations = {}
         self.contenders = w.HBox(layout=w.Layout(flex_flow="row wrap", grid_gap="0 18px"))
-        self.run_button = w.Button(description="Run", icon="play", button_style="primary")
-        self.stop_button = w.Button(description="Stop", icon="stop", disabled=True)
+        # toggles: a Button's click may overtake the edit before it, since the two reach the kernel by different ways
+        self.run_button = w.ToggleButton(description="Run", icon="play", button_style="primary")
+        self.stop_button = w.ToggleButton(description="Stop", icon="stop", disabled=True)
         self.progress = w.IntProgress(min=0, max=1, value=0)
         self.status = w.HTML()
         names = [("none", None)] + [(n, n) for n in records.machines(out=self._out)]
         known = [n for _, n in names]
         chosen = machine or next(filter(None, known), None)
         if chosen not in known:
-            self._data_error = f"no recorded machine {chosen!r}; there are {', '.join(filter(None, known)) or 'none'}"
+            there_are = ", ".join(filter(None, known)) or "none"
+            self._problems["machine"] = f"no recorded machine {chosen!r}; there are: {there_are}"
             chosen = None
         self.machine = w.Dropdown(description="Recorded on", options=names, value=chosen, **labelled)
         self.recording = w.Dropdown(description="Experiment", options=["none"], **labelled)
@@ -148,8 +157,8 @@ class TokenSweep(w.VBox):
         return [measure, compare, self.errors, self.chart, self.downloads, self.table]
 
     def _connect(self):
-        self.run_button.on_click(lambda _: self._at_home(self.run))
-        self.stop_button.on_click(lambda _: self.stop())
+        self.run_button.observe(lambda change: change["new"] and self.run(), "value")
+        self.stop_button.observe(lambda change: change["new"] and self.stop(), "value")
         self.op.observe(lambda change: self._at_home(self._change_op), "value")
         self.machine.observe(lambda change: self._at_home(self._change_machine), "value")
         self.recording.observe(lambda change: self._at_home(self._change_recording), "value")
@@ -165,7 +174,7 @@ class TokenSweep(w.VBox):
 
     def _change_op(self):
         self.stop()
-        self._op, self._plan, self._rows = OPS[self.op.value], None, {}
+        self._op, self._rows, self._failures = OPS[self.op.value], {}, {}
         self.shape.options, self.shape.value = self._op.shapes, self._op.shapes[0]
         self.published.value = False
         self._offer_contenders()
@@ -173,7 +182,6 @@ class TokenSweep(w.VBox):
         self._draw()
 
     def _change_machine(self):
-        self._data_error = ""
         self._load()
         self._change_recording()
 
@@ -186,13 +194,15 @@ class TokenSweep(w.VBox):
 
     def _load(self):
         """Read the chosen machine's rows; what is wrong with them is shown, not raised."""
-        rows = NO_ROWS.assign(machine=[])
-        if self.machine.value is not None:
+        rows, name, self._device_name = NO_ROWS.assign(machine=[]), self.machine.value, ""
+        if name is not None:
+            for solved in ("machine", "recorded"):
+                self._problems.pop(solved, None)
             try:
-                rows = records.load(machine=self.machine.value, out=self._out)
-                _must_be_numbers(rows, self.machine.value)
+                self._device_name = f"Recorded on {_device_in(self._out / name)}"
+                rows = _undamaged(records.load(machine=name, out=self._out))
             except (OSError, ValueError) as error:
-                rows, self._data_error = rows.iloc[:0], str(error)
+                self._problems["recorded"] = f"recorded data of {name}: {error}"
         self._recorded_rows = rows
         mine = rows[rows.op == self._op.name]
         found = list(mine[["dtype", "shape", "clock"]].drop_duplicates().itertuples(index=False, name=None))
@@ -222,21 +232,30 @@ class TokenSweep(w.VBox):
                           [_shape_for(self._op, self.shape.value)], [self.clock.value], self._passes, self._repeats)
 
     def run(self):
-        """Start measuring; returns at once."""
-        if self.running:
-            return
+        """Start measuring what the controls say now; returns at once."""
         try:
             plan = self.plan()
         except ValueError as error:
-            self.errors.value = _message(str(error))
+            self._problems["input"] = str(error)
+            self._at_home(self._refuse)
+        else:
+            self._at_home(lambda: self._start(plan))
+
+    def _refuse(self):
+        self.run_button.value = self.running
+        self._show_errors()
+
+    def _start(self, plan):
+        if self.running:
             return
+        self._problems.pop("input", None)
         self._plan, self._rows, self._failures = plan, {}, {}
         self._stop.clear()
         self._clock = _Clock(plan)
         self.run_button.disabled, self.stop_button.disabled = True, False
         self.progress.max, self.progress.value, self.progress.bar_style = len(self._clock.todo), 0, "info"
         self._say(f"measuring {plan.tokens[0]} tokens")
-        self._draw()
+        self._show_errors()
         self._worker = threading.Thread(target=self._measure, args=(plan,), name="token sweep", daemon=True)
         self._worker.start()
 
@@ -297,7 +316,8 @@ class TokenSweep(w.VBox):
 
     def _take_rows(self, rows):
         for row in rows:
-            self._rows[row["implementation"], row["tokens"]] = row
+            if row["op"] == self._op.name:  # the op may have been changed since
+                self._rows[row["implementation"], row["tokens"]] = row
         self._clock.tick()
         self.progress.value = self._clock.done
         if not self._stop.is_set():
@@ -314,10 +334,12 @@ class TokenSweep(w.VBox):
     def _end(self):
         self._worker.join()
         self._worker = None
+        self.run_button.value = self.stop_button.value = False
         self.run_button.disabled, self.stop_button.disabled = False, True
-        stopped = self._clock.done < len(self._clock.todo)
-        self.progress.bar_style = "warning" if stopped or self._failures else "success"
-        what = f"stopped after {self._clock.done} of {len(self._clock.todo)} points" if stopped else "done"
+        early = self._clock.done < len(self._clock.todo)
+        self.progress.bar_style = "warning" if early or self._failures else "success"
+        verb = "stopped" if self._stop.is_set() else "broke off"
+        what = f"{verb} after {self._clock.done} of {len(self._clock.todo)} points" if early else "done"
         self._say(f"{what}, {_seconds(self._clock.elapsed())}")
 
     def _say(self, text):
@@ -327,10 +349,9 @@ class TokenSweep(w.VBox):
 
     def _draw(self):
         """Replace the chart, the table and, when nothing is being measured, the downloads."""
-        self._show_errors()
-        published = self._published_points()
         rows = self.shown
-        png = _png(self._figure(rows, published))
+        png = _png(self._figure(rows, self._published_points()))
+        self._show_errors()
         self.chart.value = png
         self.table.value = table_html(rows)
         if not self.running:
@@ -338,26 +359,20 @@ class TokenSweep(w.VBox):
             self.downloads.value = downloads_html(rows, png, f"{self._op.name}-{where}") if len(rows) else ""
 
     def _figure(self, rows, published):
-        recorded, look = self.recorded, {"log": self.log_axes.value, "published": published, "title": chart.claim(rows)}
+        recorded, look = self.recorded, {"log": self.log_axes.value, "published": published}
+        look["title"] = chart.claim(rows, self._plan.tokens if self._live else ())
         if not self._live:
             clock = recorded.clock.iloc[0] if len(recorded) else self.clock.value
-            return chart.sweep_chart(rows, clock=clock, machine=self._recorded_device(), **look)
+            labels = CPU_WORDS if str(self.machine.value).startswith("cpu") else {}
+            return chart.sweep_chart(rows, clock=clock, machine=self._device_name, labels=labels, **look)
         overlays = [recorded] if self.overlay.value and len(recorded) else []
-        labels = {} if runtime.HAS_GPU else {"cuda": "Default (PyTorch on a CPU)"}
+        labels = {} if runtime.HAS_GPU else CPU_WORDS
         here = records.device_name() + (", Triton's interpreter" if runtime.where() == "INTERPRETER" else "")
         return chart.sweep_chart(rows, clock=self._plan.clocks[0], machine=here, overlays=overlays, labels=labels,
                                  tokens=self._plan.tokens, **look)
 
-    def _recorded_device(self) -> str:
-        if self.machine.value is None:
-            return ""
-        try:
-            return f"Recorded on {records.read_machine(self._out / self.machine.value).get('device', '?')}"
-        except (OSError, ValueError, AttributeError) as error:
-            self._data_error = str(error)
-            return f"Recorded on {self.machine.value}"
-
     def _published_points(self):
+        self._problems.pop("published", None)
         if not self.published.value:
             return None
         path = self._out / "llm42" / "rms_norm.csv"
@@ -365,11 +380,11 @@ class TokenSweep(w.VBox):
             points = pd.read_csv(path, comment="#")
             return points[["tokens", "implementation", "read_off_ms", "logged_ms"]].astype({"tokens": int})
         except (OSError, ValueError, KeyError) as error:
-            self._data_error = f"{path}: {error}"
+            self._problems["published"] = f"{path}: {error}"
             return None
 
     def _show_errors(self):
-        told = [_message(f"recorded data: {self._data_error}")] if self._data_error else []
+        told = [_message(problem) for problem in self._problems.values()]
         for (name, why), points in self._failures.items():
             more = f" and {len(points) - 1} more points" if len(points) > 1 else ""
             at = f" at {points[0]}{more}" if points[0] else ""
@@ -405,7 +420,8 @@ def table_html(rows: pd.DataFrame) -> str:
         return ""
     names = chart.in_order(rows)
     cells = {(r.implementation, r.tokens): r for r in rows.itertuples()}
-    head = "".join(f'<th style="{_CELL};color:{style.contender(n)["color"]}">{html.escape(n)}</th>' for n in names)
+    head = "".join(f'<th style="{_CELL};color:{style.contender(n)["color"]}">{html.escape(n)}</th><th></th>'
+                   for n in names)
     lines = "".join(
         f'<tr><td style="{_CELL}">{t:,}</td>' + "".join(_cell(cells.get((n, t))) for n in names) + "</tr>"
         for t in sorted(rows.tokens.unique()))
@@ -424,12 +440,12 @@ def downloads_html(rows: pd.DataFrame, png: bytes, name: str) -> str:
         for kind, mime, data in (("csv", "text/csv", csv), ("png", "image/png", png)))
 
 
-_CELL = "padding:1px 14px 1px 4px;text-align:right;font-variant-numeric:tabular-nums"
+_CELL = "padding:1px 4px 1px 14px;text-align:right;font-variant-numeric:tabular-nums"
 
 
 def _cell(row) -> str:
     if row is None:
-        return f'<td style="{_CELL};color:#888">-</td>'
+        return f'<td style="{_CELL};color:#888">-</td><td></td>'
     time_text = f"{row.us_p50:,.1f} µs" if row.us_p50 < 1000 else f"{row.us_p50 / 1000:,.2f} ms"
     if pd.isna(row.same_bits):
         verdict = ""
@@ -437,7 +453,7 @@ def _cell(row) -> str:
         verdict = f'<span style="color:{chart.SAME[2]}">✓</span>'
     else:
         verdict = f'<b style="color:{chart.MOVED[1]}">✗ {row.elements_differ:,}</b>'
-    return f'<td style="{_CELL}">{time_text} {verdict}</td>'
+    return f'<td style="{_CELL}">{time_text}</td><td style="text-align:left">{verdict}</td>'
 
 
 def _message(text: str) -> str:
@@ -468,10 +484,24 @@ def _shape_for(op: Op, text: str) -> str:
     return str(shape)
 
 
-def _must_be_numbers(rows: pd.DataFrame, machine: str):
-    for column in NUMBERS:
-        if len(rows) and not pd.api.types.is_numeric_dtype(rows[column]):
-            raise ValueError(f"{machine}/{records.TOKEN_SWEEP.file} is damaged: column {column} holds no numbers")
+def _undamaged(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows. ValueError that names the column in which there is something a chart cannot show."""
+    for column in ("tokens", "us_p20", "us_p50", "us_p80", "gbytes_per_s"):
+        if not (pd.to_numeric(rows[column], errors="coerce") > 0).all():
+            raise ValueError(f"column {column} holds something other than positive numbers")
+    for column in ("op", "implementation", "dtype", "shape", "clock"):
+        if not rows[column].map(lambda value: isinstance(value, str)).all():
+            raise ValueError(f"column {column} has empty or numeric cells")
+    if not rows.same_bits.dropna().isin([True, False]).all():
+        raise ValueError("column same_bits holds something other than True and False")
+    return rows
+
+
+def _device_in(folder: Path) -> str:
+    machine = records.read_machine(folder)
+    if not isinstance(machine, dict) or "device" not in machine:
+        raise ValueError(f"{folder / 'machine.json'} names no device")
+    return machine["device"]
 
 
 def _png(figure) -> bytes:

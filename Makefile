@@ -1,0 +1,57 @@
+# Each target sets up .venv first when it is missing or older than what it is made from.
+# PYTHON=python3.12 chooses the interpreter, ARGS="..." is handed to the command behind a target.
+
+PYTHON    ?= python3
+ARGS      ?=
+RECORDERS ?= rms_norm
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+READY := $(VENV)/.ready
+# torch alone first, by the pin in requirements.txt: the largest download fails early, and nothing else picks another
+TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' requirements.txt)
+ROOT_USER := $(if $(filter 0,$(shell id -u)),--allow-root)
+
+.DEFAULT_GOAL := help
+.PHONY: help lab test figures notebooks record FORCE
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+lab: $(READY) ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab $(ROOT_USER) --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" \
+		--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(ARGS)
+
+test: $(READY) ## check the style and run all tests
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest $(ARGS)
+
+figures: $(READY) ## redraw every figure from data/
+	$(BIN)/python -m figures $(ARGS)
+
+notebooks: $(READY) ## execute every notebook and keep its outputs
+	$(BIN)/python -m kernels.lab.notebook run all $(ARGS)
+
+record: $(READY) ## measure this machine into data/
+	set -e; for op in $(RECORDERS); do $(BIN)/python -m kernels.lab.sweep $$op --out data $(ARGS); done
+
+# A PYTHON named by the caller counts also when .venv is up to date but was made with another version.
+ifneq ($(origin PYTHON),file)
+ifneq ($(shell $(PYTHON) -V 2>&1),$(shell $(BIN)/python -V 2>&1))
+$(READY): FORCE
+endif
+endif
+
+# The stamp comes last, so an interrupted set-up is taken up again.
+$(READY): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 or newer is needed; '$(PYTHON)' is: $$($(PYTHON) -V 2>&1)." \
+		"Name another one, as in: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@rm -f $@
+	@test "$$($(BIN)/python -V 2>&1)" = "$$($(PYTHON) -V 2>&1)" || rm -rf $(VENV)
+	@echo "Setting up $(VENV): some minutes and, for an NVIDIA GPU, some gigabytes the first time."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[test]"
+	$(BIN)/jupyter labextension disable --level=sys_prefix "@jupyterlab/apputils-extension:announcements"
+	@touch $@

@@ -1,0 +1,55 @@
+"""LLM-42's second chart, measured again: what a window of tokens costs a token, and the same passes undivided."""
+from __future__ import annotations
+
+import textwrap
+
+from matplotlib.figure import Figure
+
+from kernels.lab import records, style, window_chart
+from kernels.lab.window_cost import VERIFY_COST
+
+ALT = ("Two panels over the tokens in a window. Left, the published chart's axes: latency per token in milliseconds "
+       "over 16 to 512 tokens, our eager passes as a blue line with round markers and the area beneath in green. It "
+       "halves with every doubling and flattens towards the right; hollow marks show the published points. Right, the "
+       "time of the whole pass in milliseconds on log axes, over 16 to 1024 tokens: eager passes are level up to 256 "
+       "tokens, a CUDA graph takes about half to two thirds of them, rises slowly up to 128, and both then rise in "
+       "proportion to the tokens. So does the dotted floor below, level up to its knee. Dashed lines, the same with "
+       "this suite's ops, lie below those of the default.")
+TOKENS = (16, 32, 64, 128, 256, 512)
+
+
+def draw(data=records.DATA) -> Figure:
+    rows = records.load(VERIFY_COST, out=data)
+    machine = records.read_machine(records.Path(data) / rows.machine.iloc[0])
+    points = window_chart.published()
+    figure = Figure(figsize=(13, 5.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    paper = rows[(rows.curve == "paper") & (rows.ops == "default") & rows.tokens.isin(TOKENS)]
+    window_chart.per_token(left, paper, TOKENS, points=points)
+    top = max(left.get_ylim()[1], 0.85)
+    ticks = [i / 5 for i in range(int(5 * top) + 1)]
+    left.set_yticks(ticks, [f"{tick:.1f}" for tick in ticks])
+    left.set(ylim=(0, top), title="The published chart, measured again")
+    window_chart.whole_pass(right, rows, sorted(rows.tokens.unique()), points=points)
+    right.set_title("The same passes, not divided by their tokens")
+    figure.suptitle(_claim(rows), x=0.01, ha="left", fontsize=14, fontweight="bold")
+    style.caption(figure, _caption(machine))
+    return figure
+
+
+def _claim(rows) -> str:
+    ms = rows[(rows.curve == "graph") & (rows.ops == "default")].set_index("tokens").ms_p50
+    return (f"128 tokens take {ms[128] / ms[16]:.2f} times as long as 16: one reading of the weights serves a whole "
+            "window")
+
+
+def _caption(machine) -> str:
+    bandwidth, rate = machine["copy_gbytes_per_s"], machine["matmul_tflops"]
+    return textwrap.fill(
+        f"{machine['verify_cost_model']}, random weights, one request, empty prefix. Lines: {machine['device']}, "
+        "medians with their 5-95 % band. Clock: host wall time of one pass. paper: preparing the batch, an eager "
+        "forward, the chosen token back on the host. graph: the same, forward and argmax replayed as one CUDA graph. "
+        f"floor: for each matrix product the longer of its bytes at {bandwidth:,.0f} GB/s and its operations at "
+        f"{rate:,.0f} TFLOP/s, both measured. Invariant ops: this suite's RMSNorm, rotary and SwiGLU; products and "
+        "attention are PyTorch's. Hollow marks: published by LLM-42, an H100 PCIe; read off the chart (left), the "
+        "authors' log (right).", 190)

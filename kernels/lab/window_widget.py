@@ -1,0 +1,374 @@
+"""WindowCost: what a window of tokens costs, measured and looked at in a notebook; a thin shell over window_cost.
+
+A worker thread only measures: it puts rows in a queue, and the thread that made the widget draws them.
+"""
+from __future__ import annotations
+
+import html
+import queue
+import threading
+import time
+from pathlib import Path
+
+import ipywidgets as w
+import pandas as pd
+import torch
+
+from .. import runtime
+from ..inference.llama import PRESETS, preset
+from . import records, window_chart, window_cost
+from .widgets import _CELL, _message, _png, _running_loop, _seconds, _token_counts, downloads_html
+from .window_cost import VERIFY_COST, Ceilings
+
+NO_ROWS = pd.DataFrame(columns=list(VERIFY_COST.columns))
+_BETWEEN_TOLD = 0.3  # seconds: how often the worker says how far it is
+
+
+class Measuring(w.VBox):
+    """A widget with one worker thread, which only measures and tells; its maker's thread takes that and shows it.
+
+    A subclass gives `run`, `_draw`, `_say(text)`, and `_on_<what>(value)` for everything its worker tells. It draws
+    when told "rows" and "ended", the worker's last word.
+    """
+
+    def __init__(self):  # first of all: a widget is closed even if it was never made
+        self._queue, self._stop, self._taken = queue.SimpleQueue(), threading.Event(), threading.Event()
+        self._worker, self._home, self._loop = None, threading.get_ident(), _running_loop()
+
+    @property
+    def running(self) -> bool:
+        return self._worker is not None
+
+    def _start(self, measure, *arguments):
+        self._stop.clear()
+        self._worker = threading.Thread(target=measure, args=arguments, name=type(self).__name__, daemon=True)
+        self._worker.start()
+
+    def stop(self):
+        """Ask the run to end after the round it measures; finished points are kept."""
+        self._stop.set()
+        if self.running:
+            self._at_home(lambda: self.running and self._say("stopping"))
+
+    def join(self, timeout: float = 600.0):
+        """Wait for the run to end and draw it: for scripts and tests, where no event loop does so."""
+        end = time.monotonic() + timeout
+        while self.running and time.monotonic() < end:
+            self._worker.join(0.02)
+            self._take()
+
+    def close(self):
+        """Stop measuring, then close as every widget does."""
+        self._stop.set()
+        super().close()
+
+    def _at_home(self, action):
+        """Do it on the thread that made the widget: a frontend's messages may arrive on another one."""
+        if self._loop is None or threading.get_ident() == self._home:
+            action()
+        else:
+            self._loop.call_soon_threadsafe(action)
+
+    def _tell(self, what, value=None):
+        """The worker says something, and waits until it is shown, so that drawing does not disturb a timing."""
+        self._taken.clear()
+        self._queue.put((what, value))
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._take)
+        self._taken.wait(0 if what == "ended" else 1.0)
+
+    def _take(self):
+        """Show what the worker told."""
+        told = []
+        while not self._queue.empty():
+            told.append(self._queue.get())
+        for what, value in told:
+            getattr(self, f"_on_{what}")(value)
+        if any(what in ("rows", "ended") for what, _ in told):
+            self._draw()
+        if told:
+            self._taken.set()
+
+
+class WindowCost(Measuring):
+    """The time of a pass over windows of tokens: controls, a live chart, a table, downloads.
+
+    model   the name of a preset
+    out     the data folder that holds recorded machines
+    runs, warmups   rounds at each window (few, so that a run stays interactive)
+
+    It opens on recorded rows. `rows` are those of the last live run, `shown` those in the chart; `run()`,
+    `stop()` and `join()` do from code what the buttons do. ValueError for a model there is not.
+    """
+
+    def __init__(self, model: str = "small", *, out=records.DATA, runs: int = 10, warmups: int = 2):
+        super().__init__()
+        self._out, self._runs, self._warmups = Path(out), runs, warmups
+        self._rows, self._asked, self._problems = {}, [], {}
+        self._ceilings = self._clock = None
+        self._recordings = self._find_recordings()
+        self._build(preset(model).name)
+        self._load()
+        self._draw()
+        w.VBox.__init__(self, self._laid_out(), layout=w.Layout(max_width="980px"))
+        self._connect()
+
+    # --- what it holds
+
+    @property
+    def rows(self) -> pd.DataFrame:
+        """The rows of the last live run, with verify_cost.csv's columns."""
+        return pd.DataFrame(list(self._rows.values()), columns=NO_ROWS.columns)
+
+    @property
+    def recorded(self) -> pd.DataFrame:
+        """The chosen recorded rows, with verify_cost.csv's columns; empty if there are none."""
+        return self._recorded
+
+    @property
+    def shown(self) -> pd.DataFrame:
+        """The rows that chart, table and downloads show: the live ones, else the recorded ones."""
+        return self.rows if self._live else self.recorded
+
+    @property
+    def _live(self) -> bool:
+        return bool(self._rows)  # until the first point is there, the chart stays as it was
+
+    def __repr__(self):  # what a saved notebook keeps of the widget
+        return f"WindowCost({self.model.value!r}): run this cell in JupyterLab to use it"
+
+    # --- the controls
+
+    def _build(self, model):
+        labelled, gpu = {"style": {"description_width": "initial"}}, runtime.HAS_GPU
+        windows = window_cost.WINDOWS if gpu else (1, 2, 4, 8, 16, 32, 64, 128, 256)
+        self.model = w.Dropdown(description="Model", options=list(PRESETS), value=model, **labelled)
+        self.windows = w.Text(description="Windows", value=" ".join(map(str, windows)), continuous_update=False,
+                              **labelled)
+        self.curves = {name: w.Checkbox(description=name, value=True, indent=False) for name in ("paper", "graph")}
+        if not gpu:
+            self.curves["graph"].value, self.curves["graph"].disabled = False, True
+            self.curves["graph"].description = "graph (needs a CUDA GPU)"
+        self.ops = {name: w.Checkbox(description=f"{name} ops", value=name == "default", indent=False)
+                    for name in ("default", "invariant")}
+        self.run_button = w.Button(description="Run", icon="play", button_style="primary")
+        self.stop_button = w.Button(description="Stop", icon="stop", disabled=True)
+        self.progress, self.status = w.IntProgress(min=0, max=1, value=0), w.HTML()
+        self.recording = w.Dropdown(description="Recorded on", options=[*self._recordings, "none"], **labelled)
+        self.overlay = w.Checkbox(description="recorded beside live", value=gpu, indent=False)
+        self.published = w.Checkbox(description="LLM-42's published points", indent=False)
+        self.chart = w.Image(format="png", layout=w.Layout(width="100%", max_width="960px"))
+        self.errors, self.table, self.downloads = w.HTML(), w.HTML(), w.HTML()
+
+    def _laid_out(self):
+        for control, width in ((self.model, "200px"), (self.windows, "auto"), (self.run_button, "96px"),
+                               (self.stop_button, "96px"), (self.progress, "220px"), (self.recording, "290px")):
+            control.layout.width = width
+        for box in (*self.curves.values(), *self.ops.values(), self.overlay, self.published):
+            box.layout.width = "auto"
+        self.windows.layout.flex = "1 1 auto"
+        row = {"flex_flow": "row wrap", "grid_gap": "2px 16px", "align_items": "center"}
+        panel = {"border": "1px solid var(--jp-border-color2, #ddd)", "padding": "8px 12px", "margin": "0 0 8px 0"}
+        lines = [(self.model, self.windows), (w.Label("Curves"), *self.curves.values(), *self.ops.values()),
+                 (self.run_button, self.stop_button, self.progress, self.status)]
+        measure = w.VBox([w.HBox(line, layout=w.Layout(**row)) for line in lines], layout=w.Layout(**panel))
+        compare = w.HBox([self.recording, self.overlay, self.published], layout=w.Layout(**row, **panel))
+        return [measure, compare, self.errors, self.chart, self.downloads, self.table]
+
+    def _connect(self):
+        self.run_button.on_click(lambda _: self._at_home(self.run))
+        self.stop_button.on_click(lambda _: self.stop())
+        self.recording.observe(lambda change: self._at_home(self._change_recording), "value")
+        for toggle in (self.overlay, self.published):
+            toggle.observe(lambda change: self._at_home(self._draw), "value")
+
+    def _change_recording(self):
+        self._load()
+        self.overlay.value = True  # whoever picks a recording wants to see it
+        self._draw()
+
+    # --- recorded data
+
+    def _find_recordings(self) -> dict[str, tuple[str, str, records.Table]]:
+        """What is recorded: 'machine · model' -> machine's name, its device, the table of that model."""
+        found = {}
+        for name in records.machines(VERIFY_COST.file, self._out):
+            folder = self._out / name
+            try:
+                device = str(records.read_machine(folder).get("device", name))
+                tables = {model: window_cost.table_for(model, folder) for model in PRESETS}
+            except (ValueError, AttributeError) as error:
+                self._problems[name] = f"recorded data of {name}: {error}"
+                continue
+            found |= {f"{name} · {model}": (name, device, table) for model, table in tables.items()
+                      if (folder / table.file).exists()}
+        return found
+
+    def _load(self):
+        """Read the chosen recording; what is wrong with it is shown, not raised."""
+        self._problems.pop("recording", None)
+        self._recorded, self._device = NO_ROWS, ""
+        if self.recording.value not in self._recordings:
+            return
+        name, self._device, table = self._recordings[self.recording.value]
+        try:
+            numbers = dict.fromkeys(("ms_p05", "ms_p50", "ms_p95", "ms_per_token_p50", "floor_ms"), float)
+            self._recorded = table.read(self._out / name).astype({**numbers, "tokens": int})
+        except (OSError, ValueError) as error:
+            self._problems["recording"] = f"recorded data of {name}: {error}"
+
+    # --- measuring
+
+    def asked(self) -> dict:
+        """The arguments for window_cost that the controls ask for. Raises ValueError that says what is wrong."""
+        wanted = {"windows": _token_counts(self.windows.value), "runs": self._runs, "warmups": self._warmups}
+        for name, boxes in (("curves", self.curves), ("ops", self.ops)):
+            wanted[name] = [key for key, box in boxes.items() if box.value]
+            if not wanted[name]:
+                raise ValueError(f"choose at least one of {' and '.join(boxes)}")
+        window_cost._checked(preset(self.model.value), runtime.device(), wanted["windows"], wanted["curves"],
+                             wanted["ops"], self._runs, self._warmups)
+        return wanted
+
+    def run(self):
+        """Start measuring; returns at once."""
+        if self.running:
+            return
+        self._problems.pop("run", None)
+        try:
+            wanted = self.asked()
+        except ValueError as error:
+            self._problems["run"] = str(error)
+            self._show_errors()
+            return
+        self._rows, self._asked = {}, sorted(set(wanted["windows"]))
+        self._measured, self._began = self.model.value, time.monotonic()
+        self.run_button.disabled, self.stop_button.disabled = True, False
+        rounds = self._runs + self._warmups
+        self.progress.max, self.progress.value, self.progress.bar_style = len(self._asked) * rounds, 0, "info"
+        self._say("measuring what a copy and a large product reach here")
+        self._show_errors()
+        self._start(self._measure, self.model.value, wanted)
+
+    def _measure(self, model, wanted):
+        """The worker."""
+        told = time.monotonic()
+
+        def on_run(done, total):
+            nonlocal told
+            if time.monotonic() - told > _BETWEEN_TOLD:
+                self._tell("round", done)
+                told = time.monotonic()
+
+        try:
+            ceilings = self._ceilings or Ceilings.measured(runtime.device())
+            self._tell("ceilings", ceilings)
+            window_cost.window_cost(model, **wanted, ceilings=ceilings, stop=self._stop, on_run=on_run,
+                                    on_point=lambda row: self._tell("rows", [row]))
+        except Exception as error:  # noqa: BLE001 - shown in the widget, where the reader looks
+            self._tell("failed", error)
+        self._tell("ended")
+
+    def _on_ceilings(self, ceilings):
+        self._ceilings, config = ceilings, preset(self._measured)
+        floors = [window_cost.floor_ms(config, window, _dtype(), ceilings) for window in self._asked]
+        self._clock = _Clock([floor for floor in floors for _ in range(self._runs + self._warmups)])
+        self._say("making the model")
+
+    def _on_round(self, done):
+        self.progress.value = done
+        if not self._stop.is_set():
+            at = min(done // (self._runs + self._warmups), len(self._asked) - 1)
+            self._say(f"window {self._asked[at]} ({at + 1} of {len(self._asked)}), {self._clock.text(done)}")
+
+    def _on_rows(self, rows):
+        for row in rows:
+            self._rows[row["curve"], row["ops"], row["tokens"]] = row
+        self.progress.value = self._finished() * (self._runs + self._warmups)
+
+    def _finished(self) -> int:
+        return len({tokens for _, _, tokens in self._rows})
+
+    def _on_failed(self, error):
+        text = str(error).strip().splitlines()
+        self._problems["run"] = f"{type(error).__name__}: {text[0] if text else 'no message'}"
+
+    def _on_ended(self, _):
+        self._worker.join()
+        self._worker = None
+        self.run_button.disabled, self.stop_button.disabled = False, True
+        finished, asked = self._finished(), len(self._asked)
+        self.progress.bar_style = "success" if finished == asked else "warning"
+        verb = "stopped" if self._stop.is_set() else "broke off"
+        what = "done" if finished == asked else f"{verb} after {finished} of {asked} windows"
+        self._say(f"{what}, {_seconds(time.monotonic() - self._began)}")
+
+    def _say(self, text):
+        self.status.value = f'<span style="color:var(--jp-ui-font-color2,#555)">{html.escape(text)}</span>'
+
+    # --- drawing
+
+    def _draw(self):
+        """Replace the chart, the table and, when nothing is being measured, the downloads."""
+        rows, points = self.shown, self._published_points()
+        self._show_errors()
+        beside = self.recorded.assign(machine=self.recording.value) if self._live and self.overlay.value else None
+        model = self._measured if self._live else self.recording.value.partition(" · ")[2]
+        where = records.device_name() if self._live else self._device and f"Recorded on {self._device}"
+        png = _png(window_chart.window_chart(
+            rows, windows=self._asked if self._live else (), points=points, recorded=beside,
+            title=window_chart.claim(rows), caption=window_chart.caption(model, where) if len(rows) else ""))
+        self.chart.value, self.table.value = png, table_html(rows)
+        if not self.running:
+            slug = records.slug() if self._live else self.recording.value.partition(" · ")[0]
+            self.downloads.value = downloads_html(rows, png, f"window-cost-{model}-{slug}") if len(rows) else ""
+
+    def _published_points(self):
+        self._problems.pop("published", None)
+        try:
+            return window_chart.published(self._out) if self.published.value else None
+        except (OSError, ValueError) as error:
+            self._problems["published"] = f"published points: {error}"
+
+    def _show_errors(self):
+        self.errors.value = "".join(map(_message, self._problems.values()))
+
+
+class _Clock:
+    """How long the rest takes: what the rounds so far took, scaled by what each round should cost."""
+
+    def __init__(self, costs):
+        self._costs, self._first = costs, None
+
+    def text(self, done: int) -> str:
+        now = time.monotonic()
+        if self._first is None:  # the rounds before this one began while the model was made
+            self._first = done, now
+        earlier, then = self._first
+        known = sum(self._costs[earlier:done])
+        if not known:
+            return "measuring"
+        return f"about {_seconds((now - then) / known * sum(self._costs[done:]))} left"
+
+
+def table_html(rows: pd.DataFrame) -> str:
+    """A small table: a line for each window, and for each curve the median time of a pass and of a token."""
+    if not len(rows):
+        return ""
+    lines = window_chart.in_order(rows)
+    cells = {(r.curve, r.ops, r.tokens): f"{r.ms_p50:,.4g}</td><td style='{_CELL}'>{r.ms_per_token_p50:,.3g}"
+             for r in rows.itertuples()}
+    head = "".join(f'<th style="{_CELL};color:{window_chart.CURVES[curve][0]}">{curve}, {ops}</th>'
+                   f'<th style="{_CELL}">a token</th>' for curve, ops in lines)
+    empty = f"-</td><td style='{_CELL}'>-"
+    body = "".join(f'<tr><td style="{_CELL}">{t:,}</td>' + "".join(
+        f'<td style="{_CELL}">{cells.get((*line, t), empty)}</td>' for line in lines) + "</tr>"
+        for t in sorted(rows.tokens.unique()))
+    return (f'<table style="border-collapse:collapse;font-size:12px;line-height:1.5">'
+            f'<tr style="border-bottom:1px solid #bbb"><th style="{_CELL}">tokens</th>{head}</tr>{body}</table>'
+            '<div style="font-size:11px;color:#666;margin-top:2px">Medians in ms: a pass, and a pass divided by its '
+            'tokens.</div>')
+
+
+def _dtype() -> torch.dtype:
+    return torch.bfloat16 if runtime.HAS_GPU else torch.float32

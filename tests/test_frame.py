@@ -1,0 +1,286 @@
+"""The frame: importing, the direction of imports, pins, and the files a stranger meets first."""
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+TOP_LEVEL = {".ci", ".gitignore", "CITATION.cff", "LICENSE", "Makefile", "README.md", "data", "figures", "kernels",
+             "notebooks", "pyproject.toml", "requirements.txt", "tests"}
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
+HAS_GPU = torch.cuda.is_available()
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def python(code: str, cwd=ROOT) -> str:
+    """What this code prints in a fresh interpreter; a traceback there fails the test here."""
+    fresh = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}  # conftest has set it
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=fresh, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+# Importing.
+
+@pytest.mark.parametrize("place", ["root", "notebooks", "elsewhere"])
+def test_imports_from(place, tmp_path):
+    cwd = {"root": ROOT, "notebooks": ROOT / "notebooks", "elsewhere": tmp_path}[place]
+    assert python("import kernels; print(kernels.__file__)", cwd) == str(ROOT / "kernels" / "__init__.py")
+
+
+def test_import_adds_at_most_half_a_second():
+    code = ("import os; os.environ['TRITON_INTERPRET'] = '1'\nimport time, torch\n"
+            "try: import triton.language\nexcept ImportError: pass\n"
+            "start = time.perf_counter(); import kernels; print(time.perf_counter() - start)")
+    assert min(float(python(code)) for _ in range(3)) <= 0.5
+
+
+PEACE = """
+import torch
+{first}
+{second}
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import is_kernels_available
+from kernels import rms_norm, runtime
+assert not is_kernels_available()
+config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+assert LlamaForCausalLM(config)(torch.zeros(1, 3, dtype=torch.long)).logits.isfinite().all()
+x, weight = torch.ones(2, 8, device=runtime.device()), torch.ones(8, device=runtime.device())
+try:
+    print(torch.equal(rms_norm.triton(x, weight), rms_norm.python(x, weight)))
+except runtime.Unavailable as why:
+    print(why)
+"""
+
+
+def test_lives_in_peace_with_transformers_imported_after():
+    said = python(PEACE.format(first="import kernels", second="import transformers"))
+    assert said == "True" or not HAS_TRITON and "Triton cannot be imported here" in said
+
+
+def test_lives_in_peace_with_transformers_imported_before():
+    said = python(PEACE.format(first="import transformers", second="import kernels"))
+    assert said == "True" or "restart the kernel and import kernels first" in said.lower() or not HAS_TRITON
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="there is no Triton here")
+def test_triton_imported_first_is_explained():
+    said = python(PEACE.format(first="import triton", second="import kernels"))
+    assert said == "True" if HAS_GPU else "restart the kernel and import kernels first" in said.lower()
+
+
+def test_without_triton_the_specification_runs_and_triton_explains_itself():
+    said = python("""
+import sys
+sys.modules["triton"] = None
+import torch
+from kernels import rms_norm, runtime
+assert not runtime.HAS_TRITON and runtime.where() == "RECORDED"
+x = torch.tensor([[3.0, 4.0]])
+assert torch.allclose(rms_norm.python(x, torch.ones(2)), x / 12.5**0.5)
+try:
+    rms_norm.triton(x, torch.ones(2))
+except runtime.Unavailable as why:
+    print(why)
+""")
+    assert said.startswith("rms_norm.triton: Triton cannot be imported here")
+    assert ".python" in said
+
+
+def test_a_stand_in_kernel_keeps_its_source_and_refuses_to_launch():
+    said = python("""
+import sys
+sys.modules["triton"] = None
+import inspect, kernels
+from kernels.runtime import Unavailable
+from kernels.sums import tree
+assert "def tree" in inspect.getsource(tree.fn)
+try:
+    tree[(1,)]
+except Unavailable as why:
+    print(why)
+""")
+    assert "Triton cannot be imported here" in said
+
+
+# Import direction: each layer imports from those below it, or from its own.
+
+LAYERS = ({"kernels.op", "kernels.runtime", "kernels.bits"},
+          {"kernels.sums", "kernels.tensor_core", "kernels.schedules"},
+          {"kernels"},  # the ops, which `kernels` itself names
+          {"kernels.mode", "kernels.inference"},
+          {"kernels.lab"},
+          {"figures"})
+
+
+def layer(module: str) -> int:
+    for depth, names in enumerate(LAYERS):
+        if module in names:
+            return depth
+    return layer(module.rpartition(".")[0])
+
+
+def imports(path: Path, name: str) -> set[str]:
+    """Modules of this repository that a file imports, anywhere in it, under their full names."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {f"{base}.{alias.name}" if is_module(f"{base}.{alias.name}") else base for alias in node.names}
+    return {module for module in found if module.split(".")[0] in ("kernels", "figures")}
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def modules() -> dict[str, Path]:
+    files = [*(ROOT / "kernels").rglob("*.py"), *(ROOT / "figures").glob("*.py")]
+    return {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f for f in files}
+
+
+def upward(name: str, path: Path) -> list[str]:
+    return [f"{name} imports {other}" for other in sorted(imports(path, name)) if layer(other) > layer(name)]
+
+
+def test_imports_point_one_way():
+    assert [fault for name, path in modules().items() for fault in upward(name, path)] == []
+
+
+@pytest.mark.parametrize("line", ["from .lab import bench", "from kernels.lab.bench import measure",
+                                  "import kernels.lab", "def f():\n    from .inference import llama"])
+def test_an_import_upward_is_found(line, tmp_path):
+    (tmp_path / "softmax.py").write_text(line)
+    assert len(upward("kernels.softmax", tmp_path / "softmax.py")) == 1
+
+
+def test_ops_are_not_imported_from_the_package_that_names_them():
+    below = {n: p for n, p in modules().items() if n.startswith("kernels.") and layer(n) <= 2}
+    assert "kernels.rms_norm" in below
+    assert [name for name, path in below.items() if "kernels" in imports(path, name)] == []
+
+
+# Pins and the files beside the code.
+
+def requirement_lines():
+    return [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("line", requirement_lines())
+def test_a_requirement_is_pinned_and_says_why(line):
+    assert re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9.]*\s*(;[^#]+)?\s+# \S.{10,}", line)
+
+
+def test_the_test_extra_is_pinned():
+    extra = PYPROJECT["project"]["optional-dependencies"]["test"]
+    assert extra
+    assert [r for r in extra if not re.fullmatch(r"[a-z0-9_.-]+==[0-9][0-9.]*", r)] == []
+
+
+def test_torch_and_triton_are_the_pair_torch_asks_for():
+    pins = dict(re.match(r"([a-z]+)==([0-9.]+)", line).groups() for line in requirement_lines()[:2])
+    assert pins == {"torch": "2.13.0", "triton": "3.7.1"}
+
+
+@needs_make
+def test_the_makefile_reads_torchs_pin_from_requirements():
+    dry = subprocess.run(["make", "--dry-run", "--always-make", "figures"], cwd=ROOT, capture_output=True, text=True)
+    installs = [line for line in dry.stdout.splitlines() if "pip install" in line]
+    assert [line.split()[-1] for line in installs] == ['"torch==2.13.0"', '".[test]"']
+
+
+@needs_make
+@pytest.mark.parametrize("target", ["lab", "test", "figures", "notebooks", "record"])
+def test_make_help_lists(target):
+    said = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.search(rf"^make {target}\s+\S", said, re.M)
+
+
+@needs_make
+def test_an_old_python_is_refused_before_anything_is_made(tmp_path):
+    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    old = tmp_path / "old-python"
+    old.write_text("#!/bin/sh\n[ $1 = -V ] && echo Python 3.9.1\nexit 1\n")
+    old.chmod(0o755)
+    made = subprocess.run(["make", "test", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True)
+    assert made.returncode != 0
+    assert "Python 3.11 or newer is needed" in made.stderr and "Python 3.9.1" in made.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+@needs_make
+def test_an_interrupted_set_up_leaves_no_stamp(tmp_path):
+    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / ".ready").touch()
+    os.utime(tmp_path / ".venv" / ".ready", (0, 0))
+    broken = tmp_path / "python"  # new enough, and dies while it makes the environment
+    broken.write_text("#!/bin/sh\n[ $1 = -m ] && exit 1\nexit 0\n")
+    broken.chmod(0o755)
+    made = subprocess.run(["make", "test", f"PYTHON={broken}"], cwd=tmp_path, capture_output=True, text=True)
+    assert made.returncode != 0
+    assert not (tmp_path / ".venv" / ".ready").exists()
+
+
+def test_citation_names_this_version_and_licence():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["version"] == PYPROJECT["project"]["version"]
+    assert citation["license"] == PYPROJECT["project"]["license"] == "MIT"
+    assert citation["authors"] and citation["title"] and citation["message"]
+
+
+def test_licence_is_mit():
+    text = (ROOT / "LICENSE").read_text()
+    assert text.startswith("MIT License\n\nCopyright (c) 2026 the Same Bits authors\n")
+    assert "WITHOUT WARRANTY OF ANY KIND" in text
+
+
+def git(*arguments, cwd=ROOT) -> list[str]:
+    done = subprocess.run(["git", *arguments], cwd=cwd, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"not a git checkout: {done.stderr.strip()}")
+    return done.stdout.splitlines()
+
+
+def test_top_level_has_only_the_named_files():
+    listed = git("ls-files", "--cached", "--others", "--exclude-standard")
+    assert {name.split("/")[0] for name in listed} - TOP_LEVEL == set()
+
+
+@pytest.mark.parametrize("cache", [
+    ".venv/bin/python", "kernels/__pycache__/op.cpython-311.pyc", "same_bits.egg-info/PKG-INFO",
+    "notebooks/.ipynb_checkpoints/x.ipynb", ".pytest_cache/x", ".ruff_cache/x", ".hypothesis/x",
+    "notebooks/.virtual_documents/x", "data/h200/token_sweep.csv.lock", "data/h200/abc.tmp"])
+def test_caches_are_ignored(cache, tmp_path):
+    git("init", "-q", cwd=tmp_path)
+    (tmp_path / ".gitignore").write_bytes((ROOT / ".gitignore").read_bytes())
+    ignored = subprocess.run(["git", "check-ignore", "--quiet", cache], cwd=tmp_path)
+    assert ignored.returncode == 0
+
+
+# What the tests themselves rest on.
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_uninitialised_memory_is_nan_in_tests(dtype):
+    assert torch.empty(4, dtype=dtype).isnan().all()
+    assert torch.empty_like(torch.ones(4, dtype=dtype)).isnan().all()
