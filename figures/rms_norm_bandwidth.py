@@ -32,7 +32,7 @@ def draw(data=records.DATA) -> Figure:
     share = rows[(rows.implementation == "triton")].set_index("tokens").gbytes_per_s[tokens[-1]] / copy
     axes.set_title(f"At {tokens[-1]} tokens the batch-invariant kernel runs at {share:.0%} of a plain copy")
     axes.legend(loc="upper left", bbox_to_anchor=(0, 0.9))
-    style.caption(figure, f"residual + RMSNorm, hidden 8192, bfloat16 · {machine['device']} · clock `cold`: device time "
-                          "with inputs out of cache,\nmedians of three interleaved sweeps · bytes counted once "
+    style.caption(figure, f"residual + RMSNorm, hidden 8192, bfloat16 · {machine['device']} · clock `cold`: device "
+                          "time with inputs out of cache,\nmedians of three interleaved sweeps · bytes counted once "
                           "for each input and output")
     return figure

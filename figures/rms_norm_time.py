@@ -28,7 +28,7 @@ def draw(data=records.DATA) -> Figure:
     figure.suptitle("Fixed bits cost nothing here: the batch-invariant kernel beats the default at every count",
                     x=0.01, ha="left", fontsize=14, fontweight="bold")
     style.caption(figure, f"residual + RMSNorm, hidden 8192, bfloat16. Lines: {device}, medians of three interleaved "
-                          "sweeps with their 20-80 % band. Left: clock `call`, host wall time a call, launch included.\n"
+                          "sweeps with their 20-80 % band. Left: clock `call`, host wall time, launch included.\n"
                           "Right: clock `graph`, CUDA-graph replay on warm inputs, no launch. Hollow marks: the points "
                           "published by LLM-42, measured on an H100 PCIe.")
     return figure

@@ -46,7 +46,14 @@ def digest(value) -> str:
 
 def elements_differ(a, b) -> int:
     """How many elements differ in their bits, over a tensor or a tuple of them."""
-    return sum(int((bits(x) != bits(y.to(x.device))).sum()) for x, y in zip(_each(a), _each(b), strict=True))
+    return sum(int(_moved(x, y).sum()) for x, y in zip(_each(a), _each(b), strict=True))
+
+
+def _moved(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Where two tensors' bits differ. ValueError unless they have one shape and dtype."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        raise ValueError(f"cannot compare bits of {a.dtype} {tuple(a.shape)} with {b.dtype} {tuple(b.shape)}")
+    return bits(a) != bits(b.to(a.device))
 
 
 def ulp_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -115,7 +122,7 @@ def check_invariance(function: Callable, arguments: tuple, per_token: Sequence[i
         some = tuple(a[batch] if i in per_token and a is not None else a for i, a in enumerate(arguments))
         for output, (whole, part) in enumerate(zip(full, _each(function(*some)), strict=True)):
             expected = whole[batch].to(part.device)
-            moved = bits(expected) != bits(part)
+            moved = _moved(expected, part)
             elements += moved.numel()
             if not moved.any():
                 continue
@@ -125,7 +132,7 @@ def check_invariance(function: Callable, arguments: tuple, per_token: Sequence[i
                 largest = max(largest, int(ulp_distance(expected, part)[finite].max()))
             if first is None:
                 at = tuple(int(i) for i in moved.nonzero()[0])
-                rows = torch.arange(tokens)[batch]
+                rows = torch.arange(tokens, device=part.device)[batch]
                 width = part[0].numel()
                 element = int(moved[at[0]].flatten().nonzero()[0]) if width > 1 else 0
                 first = Difference(output, _describe(batch), int(rows[at[0]]), element,

@@ -133,7 +133,8 @@ def _streaming_kernel(x_ptr, residual_ptr, weight_ptr, y_ptr, stream_ptr, rows, 
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     scale = tl.div_rn(1.0, tl.sqrt_rn(tree(total) * (1.0 / D) + eps))
-    if HAS_RESIDUAL:  # each thread reads back its own stores
+    tl.debug_barrier()  # what follows reads what other threads stored
+    if HAS_RESIDUAL:
         source_ptr = stream_ptr + row * D
     else:
         source_ptr = x_ptr + row * x_stride
@@ -249,11 +250,13 @@ _PLANS: dict = {}
 
 
 def _eager(x, weight, residual, eps):
-    if residual is None:
+    try:
         key = (x.shape, x.stride(), x.dtype, x.get_device(), weight.shape, weight.dtype, weight.get_device(), eps)
-    else:
-        key = (x.shape, x.stride(), x.dtype, x.get_device(), weight.shape, weight.dtype, weight.get_device(), eps,
-               residual.shape, residual.stride(), residual.dtype, residual.get_device())
+        if residual is not None:
+            key += (residual.shape, residual.stride(), residual.dtype, residual.get_device())
+    except AttributeError:  # not tensors: say so by name
+        _check(x, weight, residual, eps)
+        raise
     plan = _PLANS.get(key)
     if plan is None:
         if len(_PLANS) >= 4096:
@@ -285,6 +288,8 @@ def _check(x, weight, residual, eps):
         raise ValueError(f"weight must have shape ({x.shape[-1]},), the width of x, got {tuple(weight.shape)}")
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
     if not 0 < eps < float("inf"):
         raise ValueError(f"eps must be a positive number, got {eps}")
 

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from functools import cache
 
 import torch
 
 HAS_GPU = torch.cuda.is_available() and torch.version.hip is None
-_TRITON_CAME_FIRST = "triton" in sys.modules
-
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -56,13 +53,17 @@ try:
 
     HAS_TRITON = True
     WHY_NOT = ""
-    INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
     # Triton builds tl.sum and its like when it is first imported; too late for the interpreter afterwards.
-    if not HAS_GPU and isinstance(tl.sum, JITFunction):
+    compiles = isinstance(tl.sum, JITFunction)
+    if HAS_GPU and not compiles:
+        WHY_NOT = "TRITON_INTERPRET is set, but there is a GPU: unset it and restart the kernel."
+    elif not HAS_GPU and compiles and os.environ["TRITON_INTERPRET"] != "1":
+        WHY_NOT = f"there is no GPU, and TRITON_INTERPRET={os.environ['TRITON_INTERPRET']!r}: unset it and restart."
+    elif not HAS_GPU and compiles:
         WHY_NOT = ("Triton was imported before `kernels`, so its interpreter could not be chosen. "
                    "Restart the kernel and import kernels first.")
 except ImportError as error:
-    HAS_TRITON, INTERPRETED = False, False
+    HAS_TRITON = False
     WHY_NOT = (f"Triton cannot be imported here ({error}). It has wheels for Linux alone; on "
                f"{platform.system()} use .python, which gives the same bits.")
     triton = tl = _StandIn(WHY_NOT)
@@ -87,9 +88,9 @@ def has_pdl(index: int) -> bool:
 
 def where() -> str:
     """One of LIVE, INTERPRETER, RECORDED: how `.triton` runs here."""
-    if HAS_GPU and HAS_TRITON:
-        return "LIVE"
-    return "INTERPRETER" if HAS_TRITON and not WHY_NOT else "RECORDED"
+    if WHY_NOT:
+        return "RECORDED"
+    return "LIVE" if HAS_GPU else "INTERPRETER"
 
 
 class Compiled:

@@ -21,6 +21,7 @@ from .. import OPS, runtime
 from ..op import DTYPES, Op, Shape
 from . import bench, chart, records, style, sweep
 
+SETTLE_SECONDS = 0.15
 CPU_WORDS = {"cuda": "Default (PyTorch on a CPU)"}
 NO_ROWS = pd.DataFrame(columns=list(records.TOKEN_SWEEP.columns))
 
@@ -105,9 +106,8 @@ class TokenSweep(w.VBox):
                              continuous_update=False, **labelled)
         self.implementations = {}
         self.contenders = w.HBox(layout=w.Layout(flex_flow="row wrap", grid_gap="0 18px"))
-        # toggles: a Button's click may overtake the edit before it, since the two reach the kernel by different ways
-        self.run_button = w.ToggleButton(description="Run", icon="play", button_style="primary")
-        self.stop_button = w.ToggleButton(description="Stop", icon="stop", disabled=True)
+        self.run_button = w.Button(description="Run", icon="play", button_style="primary")
+        self.stop_button = w.Button(description="Stop", icon="stop", disabled=True)
         self.progress = w.IntProgress(min=0, max=1, value=0)
         self.status = w.HTML()
         names = [("none", None)] + [(n, n) for n in records.machines(out=self._out)]
@@ -157,8 +157,8 @@ class TokenSweep(w.VBox):
         return [measure, compare, self.errors, self.chart, self.downloads, self.table]
 
     def _connect(self):
-        self.run_button.observe(lambda change: change["new"] and self.run(), "value")
-        self.stop_button.observe(lambda change: change["new"] and self.stop(), "value")
+        self.run_button.on_click(lambda _: self._run_soon())
+        self.stop_button.on_click(lambda _: self.stop())
         self.op.observe(lambda change: self._at_home(self._change_op), "value")
         self.machine.observe(lambda change: self._at_home(self._change_machine), "value")
         self.recording.observe(lambda change: self._at_home(self._change_recording), "value")
@@ -232,23 +232,16 @@ class TokenSweep(w.VBox):
                           [_shape_for(self._op, self.shape.value)], [self.clock.value], self._passes, self._repeats)
 
     def run(self):
-        """Start measuring what the controls say now; returns at once."""
+        """Start measuring what the controls say; returns at once."""
+        if self.running:
+            return
+        self._problems.pop("input", None)
         try:
             plan = self.plan()
         except ValueError as error:
             self._problems["input"] = str(error)
-            self._at_home(self._refuse)
-        else:
-            self._at_home(lambda: self._start(plan))
-
-    def _refuse(self):
-        self.run_button.value = self.running
-        self._show_errors()
-
-    def _start(self, plan):
-        if self.running:
+            self._show_errors()
             return
-        self._problems.pop("input", None)
         self._plan, self._rows, self._failures = plan, {}, {}
         self._stop.clear()
         self._clock = _Clock(plan)
@@ -258,6 +251,14 @@ class TokenSweep(w.VBox):
         self._show_errors()
         self._worker = threading.Thread(target=self._measure, args=(plan,), name="token sweep", daemon=True)
         self._worker.start()
+
+    def _run_soon(self):
+        """Run once edits made before the click are sure to be here: each control's messages find their own way
+        to the kernel, by its main shell or a subshell, and a click may overtake them."""
+        if self._loop is None:
+            self.run()
+        else:
+            self._loop.call_soon_threadsafe(self._loop.call_later, SETTLE_SECONDS, self.run)
 
     def stop(self):
         """Ask the sweep to end after the point it measures; its rows are kept."""
@@ -334,7 +335,6 @@ class TokenSweep(w.VBox):
     def _end(self):
         self._worker.join()
         self._worker = None
-        self.run_button.value = self.stop_button.value = False
         self.run_button.disabled, self.stop_button.disabled = False, True
         early = self._clock.done < len(self._clock.todo)
         self.progress.bar_style = "warning" if early or self._failures else "success"
