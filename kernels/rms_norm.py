@@ -44,8 +44,8 @@ def _python(x, weight, residual=None, eps=1e-6):
     stream = x if residual is None else (x.float() + residual.float()).to(x.dtype)
     h = stream.float()
     total = ordered_sum(h * h)
-    mean = total * torch.tensor(1.0 / x.shape[-1], dtype=torch.float32, device=x.device)
-    shifted = mean + torch.tensor(eps, dtype=torch.float32, device=x.device)
+    mean = total * torch.full_like(total, 1.0 / x.shape[-1])  # a float32 tensor: both factors round once, alike
+    shifted = mean + torch.full_like(total, eps)
     root = shifted.double().sqrt().float()  # a CPU's float32 sqrt is not always correctly rounded
     y = ((h * (1.0 / root)) * weight.float()).to(x.dtype)
     return y if residual is None else (y, stream)

@@ -185,7 +185,8 @@ def note_machine(folder, file: str, **ceilings) -> dict:
     folder = Path(folder)
     with FileLock(folder / "machine.json.lock"):
         machine = read_machine(folder)
-        commands = {**machine.get("command", {}), file: command()}
+        commands = machine.get("command", {})
+        commands[file] = list(dict.fromkeys([*commands.get(file, []), command()]))
         machine = {**machine, **this_machine(), **ceilings, "date": now(), "command": commands}
         write_atomic(folder / "machine.json", json.dumps(machine, indent=2, sort_keys=True) + "\n")
     return machine

@@ -110,8 +110,8 @@ def claim(rows: pd.DataFrame) -> str:
 def caption(model: str, where: str) -> str:
     """What was measured, where, and by which clock."""
     return (f"{model}, one request, empty prefix · {where} · clock: host wall time of a pass, medians, band 5-95 %\n"
-            "paper: prepare the batch, eager forward, token back on the host · graph: forward and argmax in one graph · "
-            "invariant ops: this suite's, where it has the op")
+            "paper: prepare the batch, eager forward, token back on the host · graph: forward and argmax in one graph "
+            "· invariant ops: this suite's, where it has the op")
 
 
 def _lines(axes, rows, windows, *, divided=False, faint=False) -> list[Line2D]:

@@ -1,0 +1,202 @@
+"""A real JupyterLab in headless Chromium: a notebook is opened and run, and TokenSweep is used as a reader would."""
+import csv
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from kernels.lab import records
+
+pytestmark = pytest.mark.browser
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+IMAGE = ".jp-OutputArea img.widget-image"
+DIGEST_OF_IMAGE = """async selector => {
+  const bytes = await (await fetch(document.querySelector(selector).src)).arrayBuffer();
+  return [...new Uint8Array(await crypto.subtle.digest('SHA-256', bytes))].join();
+}"""
+WATCH_IMAGE = """selector => {
+  window.frames_seen = 0; window.frames_without_image = 0;
+  const look = () => {
+    const image = document.querySelector(selector);
+    window.frames_seen += 1;
+    if (!image || image.clientHeight < 200) window.frames_without_image += 1;
+    window.watching = requestAnimationFrame(look);
+  };
+  look();
+}"""
+
+
+def _recorded_point(implementation, tokens, us):
+    return dict.fromkeys(records.TOKEN_SWEEP.columns, 1.0) | {
+        "op": "rms_norm", "implementation": implementation, "dtype": "bfloat16", "shape": "D=8192,residual",
+        "tokens": tokens, "clock": "cold", "us_p05": us * 0.95, "us_p20": us * 0.98, "us_p50": us, "us_p80": us * 1.04,
+        "us_p95": us * 1.1, "repeats": 21, "gbytes_per_s": 64 * tokens / us, "same_bits": True, "elements_differ": 0,
+        "digest": "0123456789abcdef", "schedule": None, "recorded_at": "2026-11-01T00:00:00Z", "source": "0123456789ab"}
+
+
+def _record(data: Path):
+    """A data folder with one recorded machine, as the real one has."""
+    us = {"cuda": (15.8, 16.1, 107.0), "python": (98.0, 54.0, 690.0), "triton": (5.3, 7.8, 72.0)}
+    records.TOKEN_SWEEP.merge(data / "h200", [
+        _recorded_point(name, tokens, t) for name, times in us.items()
+        for tokens, t in zip((1, 128, 4096), times, strict=True)])
+    (data / "h200" / "machine.json").write_text(json.dumps({"device": "NVIDIA H200"}))
+    shutil.copytree(records.DATA / "llm42", data / "llm42")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, or a skip that says why (a failure where SAME_BITS_REQUIRE_BROWSER=1)."""
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        why = f"none of {', '.join(BROWSERS)} is installed, so no notebook can be opened in a browser"
+        if os.environ.get("SAME_BITS_REQUIRE_BROWSER") == "1":
+            pytest.fail(why)
+        pytest.skip(why)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=found, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """JupyterLab on loopback over a folder with one notebook; gives the notebook's address."""
+    root, home = tmp_path_factory.mktemp("lab"), tmp_path_factory.mktemp("home")
+    _record(root / "data")
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell("from kernels.lab.widgets import TokenSweep"),
+               nbformat.v4.new_code_cell("TokenSweep('rms_norm', out='data', passes=1)")],
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
+    nbformat.write(notebook, root / "sweep.ipynb")
+    settings = home / "settings" / "@jupyterlab" / "apputils-extension"
+    settings.mkdir(parents=True)
+    (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    token, port = secrets.token_hex(16), _free_port()
+    places = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "share", "JUPYTER_RUNTIME_DIR": "runtime",
+              "IPYTHONDIR": "ipython", "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces"}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1",
+               f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}",
+               f"--ServerApp.root_dir={root}"]
+    with open(home / "log.txt", "w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                                  env=os.environ | {k: str(home / v) for k, v in places.items()})
+        try:
+            _wait_for(f"http://127.0.0.1:{port}/api/status?token={token}", server, home / "log.txt")
+            yield f"http://127.0.0.1:{port}/lab/tree/sweep.ipynb?token={token}"
+        finally:
+            _shut_down(server, port, token)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _wait_for(address, server, log, seconds=40):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        assert server.poll() is None, f"JupyterLab ended with {server.returncode}: {log.read_text()[-2000:]}"
+        try:
+            with urllib.request.urlopen(address, timeout=2):
+                return
+        except OSError:
+            time.sleep(0.2)
+    pytest.fail(f"JupyterLab did not answer within {seconds} s: {log.read_text()[-2000:]}")
+
+
+def _shut_down(server, port, token):
+    """Ask the server to end its kernels and itself; it is ours, so insist if it does not."""
+    try:
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/api/shutdown", method="POST",
+                                         headers={"Authorization": f"token {token}"})
+        urllib.request.urlopen(request, timeout=10).close()
+        server.wait(15)
+    except (OSError, subprocess.TimeoutExpired):
+        server.terminate()
+        server.wait(15)
+
+
+@pytest.fixture(scope="module")
+def page(browser, lab, tmp_path_factory):
+    """The notebook, opened and run, with the widget on the screen."""
+    page = browser.new_page(viewport={"width": 1280, "height": 1400})
+    page.set_default_timeout(30_000)
+    page.page_errors = []
+    page.on("pageerror", lambda error: page.page_errors.append(str(error)))
+    try:
+        page.goto(lab)
+        page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        page.wait_for_function("s => document.querySelector(s)?.naturalWidth > 0", arg=IMAGE, timeout=20_000)
+    except Exception:
+        _screenshot(page, tmp_path_factory.mktemp("failed"), "widget_did_not_open")
+        raise
+    yield page
+    page.close()
+
+
+def _screenshot(page, tmp_path, name):
+    folder = Path(os.environ.get("SAME_BITS_SCREENSHOTS") or tmp_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=folder / f"{name}.png")
+    return folder / f"{name}.png"
+
+
+def _button(page, name):
+    return page.locator(".jp-OutputArea button.widget-button", has_text=name)
+
+
+def _type_tokens(page, text):
+    box = page.get_by_label("Token counts")
+    box.fill(text)
+    box.press("Tab")
+
+
+def test_stress(page):
+    for n in ('triton','split'):
+        page.get_by_label(n, exact=True).uncheck()
+    page.get_by_label("python", exact=True).check()
+    for k in range(30):
+        _type_tokens(page, "1 2 4 8 16 32 64 128 256 512 1024 2048 4096 8192 9000 10000 12000")
+        page.get_by_label("Shape").fill(f"D={k+100}")
+        page.get_by_label("Shape").press("Tab")
+        _button(page, "Run").click()
+        try:
+            page.get_by_text("of 17 points, about").wait_for(timeout=6000)
+        except Exception:
+            print("K", k, "BUTTON", _button(page,"Run").get_attribute("disabled"))
+            page.screenshot(path="/tmp/dbg.png")
+            raise
+        _button(page, "Stop").click()
+        page.get_by_text("stopped after").wait_for(timeout=6000)
+        _type_tokens(page, "1 2")
+        page.get_by_label("Shape").fill("D=1000000000000000")
+        page.get_by_label("Shape").press("Tab")
+        _button(page, "Run").click()
+        try:
+            page.locator(".jp-OutputArea").get_by_text("cuda at 1 tokens").wait_for(timeout=4000)
+            _type_tokens(page, "1 many")
+            _button(page, "Run").click()
+            page.get_by_text("got 'many'").wait_for(timeout=4000)
+        except Exception as e:
+            print("LOST", k, _button(page, "Run").get_attribute("class"), e)
+            page.screenshot(path="/tmp/dbg.png")
+            break
+            assert 0
