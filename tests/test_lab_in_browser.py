@@ -220,7 +220,7 @@ def test_the_csv_link_downloads_the_rows(page, tmp_path):
 def test_stop_ends_a_sweep_early_and_keeps_its_rows(page, tmp_path):
     _type_tokens(page, "1 2 4 8 16 32 64 128")
     _button(page, "Run").click()
-    page.get_by_text("1 of 8 points").wait_for()
+    page.get_by_text("of 8 points, about").wait_for()
     _button(page, "Stop").click()
     page.get_by_text("stopped after").wait_for()
     lines = page.locator(".jp-OutputArea table tr").count()

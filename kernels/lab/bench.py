@@ -48,6 +48,8 @@ def measure(contenders: Mapping[str, Callable], inputs: Callable[[int], tuple], 
     """
     if clock not in clocks(device):
         raise ValueError(f"clock must be one of {', '.join(clocks(device))} on {device}, got {clock!r}")
+    if not contenders:
+        return {}
     if clock == "call":
         return _call(contenders, inputs(0), device, repeats)
     return _replay(contenders, inputs, clock == "cold", device, set_bytes, repeats)

@@ -48,6 +48,9 @@ class Plan:
         unknown = [d for d in self.dtypes if d not in DTYPES]
         if unknown:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {unknown[0]!r}")
+        for clock in self.clocks:
+            if clock not in bench.clocks(self.device):
+                raise ValueError(f"clock must be one of {', '.join(bench.clocks(self.device))} here, got {clock!r}")
         if not self.tokens or self.tokens[0] < 1:
             raise ValueError(f"tokens must be whole numbers of at least 1, got {self.tokens}")
 
