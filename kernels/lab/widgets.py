@@ -26,7 +26,73 @@ CPU_WORDS = {"cuda": "Default (PyTorch on a CPU)"}
 NO_ROWS = pd.DataFrame(columns=list(records.TOKEN_SWEEP.columns))
 
 
-class TokenSweep(w.VBox):
+class Measuring(w.VBox):
+    """A widget with one worker thread, which only measures and tells; its maker's thread takes that and shows it.
+
+    A subclass gives `run`, `_draw`, `_say(text)`, and `_on_<what>(value)` for everything its worker tells. It draws
+    when told "rows" and "ended", the worker's last word.
+    """
+
+    def __init__(self):  # first of all: a widget is closed even if it was never made
+        self._queue, self._stop, self._taken = queue.SimpleQueue(), threading.Event(), threading.Event()
+        self._worker, self._home, self._loop = None, threading.get_ident(), _running_loop()
+
+    @property
+    def running(self) -> bool:
+        return self._worker is not None
+
+    def _start(self, measure, *arguments):
+        self._stop.clear()
+        self._worker = threading.Thread(target=measure, args=arguments, name=type(self).__name__, daemon=True)
+        self._worker.start()
+
+    def stop(self):
+        """Ask the run to end after the round it measures; finished points are kept."""
+        self._stop.set()
+        if self.running:
+            self._at_home(lambda: self.running and self._say("stopping"))
+
+    def join(self, timeout: float = 600.0):
+        """Wait for the run to end and draw it: for scripts and tests, where no event loop does so."""
+        end = time.monotonic() + timeout
+        while self.running and time.monotonic() < end:
+            self._worker.join(0.02)
+            self._take()
+
+    def close(self):
+        """Stop measuring, then close as every widget does."""
+        self._stop.set()
+        super().close()
+
+    def _at_home(self, action):
+        """Do it on the thread that made the widget: a frontend's messages may arrive on another one."""
+        if self._loop is None or threading.get_ident() == self._home:
+            action()
+        else:
+            self._loop.call_soon_threadsafe(action)
+
+    def _tell(self, what, value=None):
+        """The worker says something, and waits until it is shown, so that drawing does not disturb a timing."""
+        self._taken.clear()
+        self._queue.put((what, value))
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._take)
+        self._taken.wait(0 if what == "ended" else 1.0)
+
+    def _take(self):
+        """Show what the worker told."""
+        told = []
+        while not self._queue.empty():
+            told.append(self._queue.get())
+        for what, value in told:
+            getattr(self, f"_on_{what}")(value)
+        if any(what in ("rows", "ended") for what, _ in told):
+            self._draw()
+        if told:
+            self._taken.set()
+
+
+class TokenSweep(Measuring):
     """Time and bits of an op's contenders over token counts: controls, a live chart, verdicts, a table, downloads.
 
     op       an Op or its name; machine: the recorded machine to open on (default: the first there is)
@@ -39,21 +105,19 @@ class TokenSweep(w.VBox):
 
     def __init__(self, op: Op | str = "rms_norm", machine: str | None = None, *, out=records.DATA,
                  passes: int | None = None, repeats: int | None = None):
-        self._stop = threading.Event()  # first: a widget is closed even if it was never made
+        super().__init__()
         name = op if isinstance(op, str) else op.name
         if name not in OPS:
             raise ValueError(f"op must be one of {', '.join(OPS)}, got {name!r}")
         self._op, self._out = OPS[name], Path(out)
         self._passes, self._repeats = passes or (3 if runtime.HAS_GPU else 1), repeats or 5
         self._device = runtime.device()
-        self._queue, self._drawn = queue.SimpleQueue(), threading.Event()
-        self._worker, self._plan, self._rows, self._failures = None, None, {}, {}
-        self._home, self._loop = threading.get_ident(), _running_loop()
+        self._plan, self._rows, self._failures = None, {}, {}
         self._recorded_rows, self._experiments, self._problems, self._loading = NO_ROWS, {}, {}, False
         self._build(machine)
         self._load()
         self._draw()
-        super().__init__(self._laid_out(), layout=w.Layout(max_width="920px"))
+        w.VBox.__init__(self, self._laid_out(), layout=w.Layout(max_width="920px"))
         self._connect()
 
     # --- what it holds
@@ -81,10 +145,6 @@ class TokenSweep(w.VBox):
     @property
     def _live(self) -> bool:
         return bool(self._rows)  # until the first point is there, the chart stays as it was
-
-    @property
-    def running(self) -> bool:
-        return self._worker is not None
 
     def __repr__(self):  # what a saved notebook keeps of the widget
         return f"TokenSweep({self._op.name!r}): run this cell in JupyterLab to use it"
@@ -165,13 +225,6 @@ class TokenSweep(w.VBox):
         for toggle in (self.overlay, self.published, self.log_axes):
             toggle.observe(lambda change: self._at_home(self._draw), "value")
 
-    def _at_home(self, action):
-        """Do it on the thread that made the widget: a frontend's messages may arrive on another one."""
-        if self._loop is None or threading.get_ident() == self._home:
-            action()
-        else:
-            self._loop.call_soon_threadsafe(action)
-
     def _change_op(self):
         self.stop()
         self._op, self._rows, self._failures = OPS[self.op.value], {}, {}
@@ -243,14 +296,12 @@ class TokenSweep(w.VBox):
             self._show_errors()
             return
         self._plan, self._rows, self._failures = plan, {}, {}
-        self._stop.clear()
         self._clock = _Clock(plan)
         self.run_button.disabled, self.stop_button.disabled = True, False
         self.progress.max, self.progress.value, self.progress.bar_style = len(self._clock.todo), 0, "info"
         self._say(f"measuring {plan.tokens[0]} tokens")
         self._show_errors()
-        self._worker = threading.Thread(target=self._measure, args=(plan,), name="token sweep", daemon=True)
-        self._worker.start()
+        self._start(self._measure, plan)
 
     def _run_soon(self):
         """Run once edits made before the click are sure to be here: each control's messages find their own way
@@ -260,62 +311,19 @@ class TokenSweep(w.VBox):
         else:
             self._loop.call_soon_threadsafe(self._loop.call_later, SETTLE_SECONDS, self.run)
 
-    def stop(self):
-        """Ask the sweep to end after the point it measures; its rows are kept."""
-        self._stop.set()
-        if self.running:
-            self._at_home(lambda: self.running and self._say("stopping after this point"))
-
-    def join(self, timeout: float = 600.0):
-        """Wait for the sweep to end and draw it: for scripts and tests, where no event loop does so."""
-        end = time.monotonic() + timeout
-        while self.running and time.monotonic() < end:
-            self._worker.join(0.02)
-            self._take()
-
-    def close(self):
-        """Stop measuring, then close as every widget does."""
-        self._stop.set()
-        super().close()
-
     def _measure(self, plan):
-        """The worker: measures and tells. Between two points it waits, so that drawing does not disturb a timing."""
+        """The worker."""
         def failed(where, error):
             self._tell("failed", (where, error))
 
         try:
             for rows in sweep.sweep(plan, stop=self._stop, on_error=failed, progress=False):
-                self._drawn.clear()
                 self._tell("rows", rows)
-                self._drawn.wait(1.0)
         except Exception as error:  # noqa: BLE001 - shown in the widget, where the reader looks
             failed("the sweep", error)
-        self._tell("ended", None)
+        self._tell("ended")
 
-    def _tell(self, what, value):
-        self._queue.put((what, value))
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._take)
-
-    def _take(self):
-        """Take what the worker told and show it."""
-        told = []
-        while not self._queue.empty():
-            told.append(self._queue.get())
-        for what, value in told:
-            if what == "rows":
-                self._take_rows(value)
-            elif what == "failed":
-                self._take_failure(*value)
-            else:
-                self._end()
-        if any(what in ("rows", "ended") for what, _ in told):
-            self._draw()
-            self._drawn.set()
-        elif told:
-            self._show_errors()
-
-    def _take_rows(self, rows):
+    def _on_rows(self, rows):
         for row in rows:
             if row["op"] == self._op.name:  # the op may have been changed since
                 self._rows[row["implementation"], row["tokens"]] = row
@@ -324,7 +332,8 @@ class TokenSweep(w.VBox):
         if not self._stop.is_set():
             self._say(self._clock.text())
 
-    def _take_failure(self, where, error):
+    def _on_failed(self, told):
+        where, error = told
         name, _, point = where.partition(" at ")
         text = str(error).strip().splitlines()
         why = f"{type(error).__name__}: {text[0] if text else 'no message'}"
@@ -332,7 +341,7 @@ class TokenSweep(w.VBox):
         if point not in points:
             points.append(point)
 
-    def _end(self):
+    def _on_ended(self, _):
         self._worker.join()
         self._worker = None
         self.run_button.disabled, self.stop_button.disabled = False, True

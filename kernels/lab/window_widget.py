@@ -5,8 +5,6 @@ A worker thread only measures: it puts rows in a queue, and the thread that made
 from __future__ import annotations
 
 import html
-import queue
-import threading
 import time
 from pathlib import Path
 
@@ -17,77 +15,11 @@ import torch
 from .. import runtime
 from ..inference.llama import PRESETS, preset
 from . import records, window_chart, window_cost
-from .widgets import _CELL, _message, _png, _running_loop, _seconds, _token_counts, downloads_html
+from .widgets import _CELL, Measuring, _message, _png, _seconds, _token_counts, downloads_html
 from .window_cost import VERIFY_COST, Ceilings
 
 NO_ROWS = pd.DataFrame(columns=list(VERIFY_COST.columns))
 _BETWEEN_TOLD = 0.3  # seconds: how often the worker says how far it is
-
-
-class Measuring(w.VBox):
-    """A widget with one worker thread, which only measures and tells; its maker's thread takes that and shows it.
-
-    A subclass gives `run`, `_draw`, `_say(text)`, and `_on_<what>(value)` for everything its worker tells. It draws
-    when told "rows" and "ended", the worker's last word.
-    """
-
-    def __init__(self):  # first of all: a widget is closed even if it was never made
-        self._queue, self._stop, self._taken = queue.SimpleQueue(), threading.Event(), threading.Event()
-        self._worker, self._home, self._loop = None, threading.get_ident(), _running_loop()
-
-    @property
-    def running(self) -> bool:
-        return self._worker is not None
-
-    def _start(self, measure, *arguments):
-        self._stop.clear()
-        self._worker = threading.Thread(target=measure, args=arguments, name=type(self).__name__, daemon=True)
-        self._worker.start()
-
-    def stop(self):
-        """Ask the run to end after the round it measures; finished points are kept."""
-        self._stop.set()
-        if self.running:
-            self._at_home(lambda: self.running and self._say("stopping"))
-
-    def join(self, timeout: float = 600.0):
-        """Wait for the run to end and draw it: for scripts and tests, where no event loop does so."""
-        end = time.monotonic() + timeout
-        while self.running and time.monotonic() < end:
-            self._worker.join(0.02)
-            self._take()
-
-    def close(self):
-        """Stop measuring, then close as every widget does."""
-        self._stop.set()
-        super().close()
-
-    def _at_home(self, action):
-        """Do it on the thread that made the widget: a frontend's messages may arrive on another one."""
-        if self._loop is None or threading.get_ident() == self._home:
-            action()
-        else:
-            self._loop.call_soon_threadsafe(action)
-
-    def _tell(self, what, value=None):
-        """The worker says something, and waits until it is shown, so that drawing does not disturb a timing."""
-        self._taken.clear()
-        self._queue.put((what, value))
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._take)
-        self._taken.wait(0 if what == "ended" else 1.0)
-
-    def _take(self):
-        """Show what the worker told."""
-        told = []
-        while not self._queue.empty():
-            told.append(self._queue.get())
-        for what, value in told:
-            getattr(self, f"_on_{what}")(value)
-        if any(what in ("rows", "ended") for what, _ in told):
-            self._draw()
-        if told:
-            self._taken.set()
 
 
 class WindowCost(Measuring):
