@@ -19,6 +19,7 @@ from itertools import permutations
 import torch
 
 from .. import bits, sums
+from . import orders
 
 CHECKERS: dict[str, Callable] = {}
 _CONSTANT = {"RESUME", "NOP", "LOAD_CONST", "RETURN_CONST", "RETURN_VALUE", "COPY_FREE_VARS"}
@@ -94,6 +95,88 @@ def _(answer):
         assert torch.isclose(got, x.sum(), rtol=1e-4, atol=1e-4).all(), f"this is not the sum of {width} numbers."
         assert bits.same_bits(got, sums.add_neighbours(x)), (
             f"near, but other bits for {width} numbers: which are neighbours, 0 and 1, or 0 and the middle?")
+
+
+@exercise("01.1")
+def _(answer):
+    assert len(answer) == 3, "three numbers are asked for: bfloat16's, float16's and float32's."
+    for n, dtype in zip(answer, (torch.bfloat16, torch.float16, torch.float32), strict=True):
+        first = next(2**i + 1 for i in range(60) if orders.ulp(2**i, dtype) == 2)
+        assert n >= first, f"{dtype} holds every whole number up to {n}, and more; where does its gap become 2?"
+        assert n == first, f"{dtype} lacks a smaller one than {n}; where does its gap become 2?"
+
+
+@exercise("01.2")
+def _(answer):
+    assert answer != 3_628_800, "10! orders are those from left to right, and they count a + b and b + a as two."
+    assert answer != 17_643_225_600, "that counts a + b and b + a as two: halve it once for each of the 9 additions."
+    assert answer == 34_459_425, "eight numbers have 1 x 3 x 5 x 7 x 9 x 11 x 13; how does a ninth one join?"
+
+
+@exercise("01.3")
+def _(answer):
+    wide = torch.tensor([1e17, 1.0, -1e17, 1.0, 3e8, -3e8, 1e-3])
+    for x in (orders.numbers(1000, seed=3), orders.numbers(300, spread=40), wide):
+        found = torch.stack([torch.as_tensor(answer(x[order])).float().reshape(())
+                             for order in orders.shuffles(len(x), 50)])
+        off = (found.double() - float(orders.exact(x))).abs().max().item()
+        assert off <= 1e-4 * x.abs().sum().item(), f"off by {off:.3g}: that is not the sum of {len(x)} numbers."
+        several = len(found.unique())
+        assert several == 1, f"50 orders of {len(x)} numbers gave {several} sums: which of its steps still rounds?"
+
+
+@exercise("01.4")
+def _(answer):
+    partial = orders.sequential(orders.numbers(4096).view(64, 64))
+    found = torch.stack([torch.as_tensor(answer(partial[block], block)).reshape(())
+                         for block in orders.arrivals(64, 20, 0.5)])
+    assert torch.isclose(found, partial.sum(), atol=1e-3).all(), "this is not the sum of the 64 partial sums."
+    assert len(found.unique()) == 1, "it still depends on who comes first: give each block a place of its own."
+    assert bits.same_bits(found[0], orders.sequential(partial)), (
+        "one result at last, but not that of adding block 0, 1, 2, ... left to right.")
+
+
+@exercise("02.1")
+def _(answer):
+    assert answer in ("run", "batch", "schedule"), 'one of the words "run", "batch" and "schedule" is asked for.'
+    assert answer != "run", "each kernel repeats itself when it is called again with the same tensors."
+    assert answer != "schedule", "the machine, its libraries and its settings are the same at noon; what is not?"
+
+
+@exercise("02.2")
+def _(answer):
+    x = bits.portable(12, 64)
+    for change in (2, 5, 12, None):
+        def moves(rows, change=change):
+            return rows.sum(-1) + (len(rows) == change) * 2.0**-10
+
+        got = answer(moves, x)
+        assert got == change, f"row 0 has other bits first at {change} rows, and this says {got}."
+
+    def moves_elsewhere(rows):
+        return torch.cat([rows[:1, 0], rows[1:, 0] + len(rows)])
+
+    got = answer(moves_elsewhere, x)
+    assert got is None, f"row 0 keeps its bits here, other rows do not; this says {got}."
+
+    def zeros(rows):
+        return torch.full((len(rows),), -0.0 if len(rows) == 3 else 0.0)
+
+    assert answer(zeros, x) == 3, "-0.0 and 0.0 are equal, and they have other bits: compare with bits.same_bits."
+
+
+@exercise("02.3")
+def _(answer):
+    pieces = bits.portable(8, 4096)
+    exact, sums_ = pieces.double().sum(0), {}
+    for ranks in (1, 2, 4, 8):
+        got = answer([piece.clone() for piece in pieces.chunk(ranks)])
+        assert got.shape == exact.shape, f"{ranks} processes left the shape {tuple(got.shape)}, not (4096,)."
+        assert (got - exact).abs().max() < 1e-5, f"for {ranks} processes this is not the sum of the eight pieces."
+        sums_[ranks] = got
+    for ranks, got in sums_.items():
+        assert bits.same_bits(got, sums_[1]), (
+            f"{ranks} processes and 1 give other bits: does each process add its own pieces first?")
 
 
 @exercise("03.1")
