@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 
 from . import bits
-from .op import DTYPES, Op, Shape, Work
-from .runtime import Compiled, Unavailable, current_device, current_stream, has_pdl, require_triton, tl, triton
+from .launch import Launch, Plans, check_tensors, compiled, no_backward
+from .op import Op, Shape, Work
+from .runtime import Unavailable, require_triton, tl, triton
 from .sums import CHUNK, ordered_sum, tree, tree_width
 
 RESIDENT_WIDTH = 16 * CHUNK  # wider rows do not fit a block's registers and are read twice
@@ -190,16 +191,18 @@ class _Plan:
     def __init__(self, x, weight, residual, eps, schedule=None):
         _check(x, weight, residual, eps)
         require_triton("rms_norm")
-        self.width, self.rows = x.shape[-1], x.numel() // x.shape[-1]
-        self.schedule = schedule or _schedule(self.rows, self.width, x.itemsize)
-        self.eps, self.index = eps, x.get_device()
+        width, rows, index = x.shape[-1], x.numel() // x.shape[-1], x.get_device()
+        schedule = schedule or _schedule(rows, width, x.itemsize)
         given = [t for t in (x, residual) if t is not None]
-        self.in_place = all(t.is_contiguous() or (t.dim() == 2 and t.stride(1) == 1) for t in given)
-        strides = [t.stride(0) if t.dim() == 2 and self.in_place else self.width for t in given]
-        self.scalars = (self.rows, strides[0], strides[-1], eps)
-        self.kernel = _streaming_kernel if self.schedule.streaming else _resident_kernel
-        self.grid = -(-self.rows // self.schedule.rows)
-        self.compiled: dict = {}
+        self.rows, self.interpreted = rows, index < 0
+        self.in_place = index >= 0 and all(t.is_contiguous() or (t.dim() == 2 and t.stride(1) == 1) for t in given)
+        strides = [t.stride(0) if t.dim() == 2 and self.in_place else width for t in given]
+        kernel = _streaming_kernel if schedule.streaming else _resident_kernel
+        scalars = (rows, strides[0], strides[-1], eps)
+        constants = (width, tree_width(width), schedule.streaming or schedule.rows,
+                     residual is not None and not self.interpreted)
+        self.launch = Launch(kernel, -(-rows // schedule.rows), (x.dtype,) * 5, scalars, constants, index,
+                             num_warps=schedule.warps)
 
     def __call__(self, x, weight, residual):
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -207,46 +210,27 @@ class _Plan:
         if self.rows:
             if not self.in_place:  # strides that no single row stride describes: copy once
                 x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-            if self.index < 0:
+            if self.interpreted:
                 self._interpret(x, weight, residual, y, stream)
-            elif current_device() == self.index:
-                self._launch(x, weight, residual, y, stream)
+            elif residual is None:
+                px, pw, py = x.data_ptr(), weight.data_ptr(), y.data_ptr()
+                self.launch(px | pw, px, px, pw, py, py)
             else:
-                with torch.cuda.device(self.index):
-                    self._launch(x, weight, residual, y, stream)
+                px, pr, pw = x.data_ptr(), residual.data_ptr(), weight.data_ptr()
+                self.launch(px | pr | pw, px, pr, pw, y.data_ptr(), stream.data_ptr())
         return y if residual is None else (y, stream)
-
-    def _launch(self, x, weight, residual, y, stream):
-        px, pw, py = x.data_ptr(), weight.data_ptr(), y.data_ptr()
-        pr, ps = (px, py) if residual is None else (residual.data_ptr(), stream.data_ptr())
-        alignment = 0 if (px | pr | pw) & 15 == 0 else (px & 15, pr & 15, pw & 15)
-        compiled = self.compiled.get(alignment)
-        if compiled is None:
-            compiled = self.compiled[alignment] = self._compile(x, weight, residual, y, stream)
-        compiled(current_stream(self.index), px, pr, pw, py, ps, *self.scalars)
-
-    def _compile(self, x, weight, residual, y, stream):
-        pdl = has_pdl(self.index)
-        tensors = (x, x, weight, y, y) if residual is None else (x, residual, weight, y, stream)
-        return Compiled(self.kernel, self.grid, tensors, self.scalars, self._constants(residual is not None, pdl),
-                        num_warps=self.schedule.warps, enable_fp_fusion=False, launch_pdl=pdl)
-
-    def _constants(self, has_residual, pdl):
-        s = self.schedule
-        return (self.width, tree_width(self.width), s.streaming or s.rows, has_residual, pdl)
 
     def _interpret(self, x, weight, residual, y, stream):
         """Triton's interpreter is wrong for bf16: it gets float32 copies, and torch rounds."""
         if residual is not None:
             stream.copy_((x.float() + residual.float()).to(x.dtype))
             x = stream
-        x, out = x.float().contiguous(), torch.empty(x.shape, dtype=torch.float32)
-        self.kernel[(self.grid,)](x, x, weight.float(), out, out, self.rows, self.width, self.width, self.eps,
-                                  *self._constants(False, False))
+        x, out = x.float(), torch.empty(x.shape, dtype=torch.float32)
+        self.launch.interpret(x, x, weight.float(), out, out)
         y.copy_(out.to(y.dtype))
 
 
-_PLANS: dict = {}
+_PLANS = Plans()
 
 
 def _eager(x, weight, residual, eps):
@@ -254,34 +238,20 @@ def _eager(x, weight, residual, eps):
         key = (x.shape, x.stride(), x.dtype, x.get_device(), weight.shape, weight.dtype, weight.get_device(), eps)
         if residual is not None:
             key += (residual.shape, residual.stride(), residual.dtype, residual.get_device())
-    except AttributeError:  # not tensors: say so by name
+    except (AttributeError, RuntimeError):  # not tensors, or without strides: say so by name
         _check(x, weight, residual, eps)
         raise
     plan = _PLANS.get(key)
     if plan is None:
-        if len(_PLANS) >= 4096:
-            _PLANS.clear()
-        plan = _PLANS[key] = _Plan(x, weight, residual, eps)
+        plan = _PLANS.keep(key, _Plan(x, weight, residual, eps))
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad
                                     or residual is not None and residual.requires_grad):
-        raise RuntimeError("rms_norm.triton has no backward yet: call it under torch.no_grad()")
+        raise no_backward("rms_norm")
     return plan(x, weight.contiguous(), residual)
 
 
 def _check(x, weight, residual, eps):
-    for name, tensor in (("x", x), ("weight", weight), ("residual", residual)):
-        if tensor is None and name == "residual":
-            continue
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in DTYPES.values():
-            raise TypeError(f"{name} must be one of {', '.join(DTYPES)}, got {tensor.dtype}")
-        if tensor.dtype != x.dtype:
-            raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
-    if x.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"x must be on a CPU or a CUDA GPU, got {x.device}")
+    check_tensors(x=x, weight=weight, **({} if residual is None else {"residual": residual}))
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have a last dimension of at least 1, got shape {tuple(x.shape)}")
     if weight.shape != x.shape[-1:]:
@@ -331,18 +301,6 @@ def split(x, weight, residual=None, eps=1e-6, parts=None):
     return y if residual is None else (y, stream)
 
 
-def _compile(x, weight, residual=None, eps=1e-6):
-    """torch.compile of the default, one specialised kernel a shape."""
-    return _compiled_default()(x, weight, residual, eps)
-
-
-def _compiled_default(made=[]):
-    if not made:
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
-        made.append(torch.compile(_cuda, dynamic=False))
-    return made[0]
-
-
 def _flashinfer(x, weight, residual=None, eps=1e-6):
     """FlashInfer's kernel; with a residual it overwrites x and residual, as its API does."""
     try:
@@ -383,6 +341,6 @@ rms_norm = Op(
     shapes=("D=8192,residual", "D=8192", "D=4096,residual", "D=4096"),
     schedules=_schedules,
     schedule=lambda tokens, shape, dtype: str(_schedule(tokens, Shape.parse(shape)["D"], dtype.itemsize)),
-    extras={"compile": _compile, "flashinfer": _flashinfer, "split": split},
+    extras={"compile": compiled(_cuda), "flashinfer": _flashinfer, "split": split},
     mutates=frozenset({"flashinfer"}),
 )

@@ -105,6 +105,11 @@ def test_an_op_explains_itself(op):
     assert not {"cuda", "python", "triton"} & set(op.extras)
 
 
+def tensors_of(arguments):
+    """The arguments that are tensors: the others are None, or numbers such as a dim."""
+    return tuple(a for a in arguments if isinstance(a, torch.Tensor))
+
+
 @every_op
 def test_shapes_are_written_as_they_read(op):
     assert op.shapes and all(str(Shape.parse(text)) == text for text in op.shapes)
@@ -115,9 +120,9 @@ def test_shapes_are_written_as_they_read(op):
 def test_inputs_fit_the_op_and_their_rows_do_not_depend_on_how_many(op, dtype):
     for shape in op.shapes:
         few, more = op.inputs(3, shape, dtype, seed=5), op.inputs(5, shape, dtype, seed=5)
-        assert same_bits(*(tuple(t for t in a if t is not None) for a in (few, op.take(more, slice(0, 3)))))
+        assert same_bits(*(tensors_of(a) for a in (few, op.take(more, slice(0, 3)))))
         assert all(few[i] is None or len(few[i]) == 3 for i in op.per_token)
-        tensors = [t for t in few if isinstance(t, torch.Tensor)]
+        tensors = tensors_of(few)
         assert {t.dtype for t in tensors if t.is_floating_point()} == {dtype}
         other = op.inputs(3, shape, dtype, seed=6)
         assert not same_bits(few[op.per_token[0]], other[op.per_token[0]])
@@ -131,7 +136,7 @@ def test_work_counts_what_must_cross_memory_once(op, dtype):
     for shape in op.shapes:
         inputs = op.inputs(2, shape, dtype)
         outputs = op.python(*inputs)
-        tensors = [t for t in (*inputs, *(outputs if isinstance(outputs, tuple) else (outputs,))) if t is not None]
+        tensors = tensors_of((*inputs, *(outputs if isinstance(outputs, tuple) else (outputs,))))
         work = op.work(2, shape, dtype)
         assert isinstance(work, Work)
         assert work.bytes == sum(t.numel() * t.element_size() for t in tensors)
@@ -155,7 +160,7 @@ def test_inputs_are_the_same_on_a_gpu(op):
         for dtype in DTYPES.values():
             here, there = (op.inputs(9, shape, dtype, device, seed=3) for device in ("cpu", "cuda"))
             for a, b in zip(here, there, strict=True):
-                assert (a is None and b is None) or (b.is_cuda and same_bits(a, b))
+                assert b.is_cuda and same_bits(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 # what other machines recorded

@@ -15,11 +15,16 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 from .. import OPS, runtime
+from ..mean import _inner_kernel, _rows_kernel, _split_kernel, _stream_kernel
 from ..op import DTYPES, Shape
 from ..rms_norm import _resident_kernel, _streaming_kernel
+from ..softmax import SEGMENT, WHOLE, _columns_kernel, _finish_kernel
+from ..softmax import _resident_kernel as _softmax_resident_kernel
+from ..softmax import _stream_kernel as _softmax_stream_kernel
 from ..sums import tree_width
 
 TARGETS = (80, 90, 100)
@@ -38,6 +43,7 @@ class Job:
     schedule: str
     target: int
     fusion: bool = False  # True only to see what the compiler would fuse if it were allowed to
+    second: bool = False  # the second launch, of a schedule that has two
 
 
 @dataclass(frozen=True)
@@ -157,31 +163,71 @@ def _rms_norm(shape, schedule, target):
     return _streaming_kernel if schedule.streaming else _resident_kernel, constants, schedule.warps
 
 
-_LAUNCHES = {"rms_norm": _rms_norm}
+def _mean(shape, schedule, target):
+    """As kernels/mean.py launches it; of a split, the first launch: the second is another schedule."""
+    length, inner = shape["D"], shape.get("inner", 1)
+    width = tree_width(length)
+    constants = {"WIDTH": width, "CHUNKS": -(-length // width), "ROWS": schedule.rows, "FLIGHT": schedule.flight,
+                 "COLUMNS": schedule.columns, "PARTS": schedule.parts, "PDL": target >= 90,
+                 **({"inner": 1, "stride": 1} if inner == 1 else {})}
+    kernels = {"rows": _rows_kernel, "stream": _stream_kernel, "inner": _inner_kernel, "split": _split_kernel}
+    return kernels[schedule.kind], constants, schedule.warps
+
+
+def _softmax(logarithm, shape, schedule, target):
+    """As kernels/softmax.py launches it; of a `columns` schedule, the first launch."""
+    width = tree_width(shape["D"])
+    chunks = -(-shape["D"] // width)
+    constants = {"WIDTH": width, "CHUNKS": chunks if chunks <= WHOLE else 0, "ROWS": schedule.rows,
+                 "SEGMENT": SEGMENT, "SEGMENTS": schedule.flight, "COLUMNS": schedule.columns, "LOG": logarithm,
+                 "PDL": target >= 90}
+    kernels = {"resident": _softmax_resident_kernel, "stream": _softmax_stream_kernel, "columns": _columns_kernel}
+    return kernels[schedule.kind], constants, schedule.warps
+
+
+def _softmax_finish(logarithm, shape, schedule, target):
+    """The second launch of a `columns` schedule."""
+    return _finish_kernel, {"WIDTH": tree_width(shape["D"]), "CHUNKS": schedule.chunks, "LOG": logarithm,
+                            "PDL": target >= 90}, 4
+
+
+_LAUNCHES = {"rms_norm": _rms_norm, "sum": _mean, "mean": _mean, "softmax": partial(_softmax, False),
+             "log_softmax": partial(_softmax, True)}
+_SECOND_LAUNCHES = {"softmax": partial(_softmax_finish, False), "log_softmax": partial(_softmax_finish, True)}
 
 
 def _compile(job: Job, sass: bool) -> dict:
+    if job.op == "matmul":
+        from .aot_matmul import compile_schedule
+
+        return _code(compile_schedule(job.shape, job.dtype, job.schedule, job.target), sass)
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     shape = Shape.parse(job.shape)
     schedules = {str(s): s for s in OPS[job.op].schedules(job.shape, DTYPES[job.dtype])}
-    fn, constants, warps = _LAUNCHES[job.op](shape, schedules[job.schedule], job.target)
-    signature = {name: _type(name, job.dtype) for name in fn.arg_names}
-    # What the launch specialises on for a fresh, contiguous input: aligned pointers, and strides if they divide.
+    launches = _SECOND_LAUNCHES if job.second else _LAUNCHES
+    fn, constants, warps = launches[job.op](shape, schedules[job.schedule], job.target)
+    signature = {name: "constexpr" if name in constants else _type(name, job.dtype) for name in fn.arg_names}
+    # What the launch specialises on for a fresh, contiguous input: aligned pointers, and sizes if they divide.
+    divide = shape["D"] % 16 == 0 and shape.get("inner", 16) % 16 == 0
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(fn.arg_names)
-               if name.endswith("_ptr") or (name.endswith("stride") and shape["D"] % 16 == 0)}
+               if name.endswith("_ptr") or (divide and name.endswith(("stride", "length", "inner"))
+                                            and name not in constants)}
     source = ASTSource(fn, signature, {n: v for n, v in constants.items() if n in signature}, aligned)
     options = {"num_warps": warps, "enable_fp_fusion": job.fusion, "launch_pdl": job.target >= 90}
-    kernel = runtime.triton.compile(source, target=GPUTarget("cuda", job.target, 32), options=options)
+    return _code(runtime.triton.compile(source, target=GPUTarget("cuda", job.target, 32), options=options), sass)
+
+
+def _code(kernel, sass: bool) -> dict:
     code = re.split(r"^\s*\.(?:file|section)\b", kernel.asm["ptx"], maxsplit=1, flags=re.M)[0]
     return {"ptx": code, "sass": kernel.asm["sass"] if sass else "", "shared_bytes": kernel.metadata.shared}
 
 
 def _type(name: str, dtype: str) -> str:
     if name.endswith("_ptr"):
-        return _POINTERS[dtype]
-    return "constexpr" if name.isupper() else "fp32" if name == "eps" else "i32"
+        return _POINTERS["float32" if name in ("sums_ptr", "columns_ptr") else dtype]
+    return "fp32" if name in ("eps", "scale") else "i32"
 
 
 def _worker(sass: bool) -> None:
