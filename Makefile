@@ -3,7 +3,7 @@
 
 PYTHON    ?= python3
 ARGS      ?=
-RECORDERS ?= rms_norm
+RECORDERS ?= rms_norm softmax log_softmax mean
 
 VENV  := .venv
 BIN   := $(VENV)/bin
