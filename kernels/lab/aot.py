@@ -106,7 +106,7 @@ class Code:
     @property
     def global_loads(self) -> dict[int, int]:
         """Bytes a load -> how many such loads from global memory."""
-        found = re.findall(r"\bld\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfus](\d+)\b", self.ptx)
+        found = re.findall(r"\bld\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.[bfus](\d+)\b", self.ptx)
         return dict(Counter(int(vector or 1) * int(width) // 8 for vector, width in found))
 
     def sass_count(self, opcode: str) -> int:
@@ -238,7 +238,7 @@ def _worker(sass: bool) -> None:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels.lab.aot", description=__doc__.splitlines()[0])
-    parser.add_argument("op", nargs="?", choices=list(_LAUNCHES), default="rms_norm")
+    parser.add_argument("op", nargs="?", choices=list(OPS), default="rms_norm")
     parser.add_argument("shape", nargs="?", default="D=8192,residual")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     parser.add_argument("--targets", type=int, nargs="+", default=list(TARGETS))

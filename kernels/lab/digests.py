@@ -1,13 +1,15 @@
 """Digests: what a machine's bits are, over thousands of rows, small enough to commit and to redo anywhere.
 
     python -m kernels.lab.digests --out data       record this machine into data/<machine>/digests.csv
-    python -m kernels.lab.digests --check          redo every recorded digest here, with the specification
+    python -m kernels.lab.digests --check          redo every recorded digest here, with the specification,
+                                                   and those in token sweeps that are quickly redone
 
 A GPU records `triton`, after finding `python` on the same GPU equal to it; a CPU records `python`.
 """
 from __future__ import annotations
 
 import argparse
+import operator
 import sys
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
@@ -28,11 +30,14 @@ DIGESTS = records.Table(
 ROWS, ADVERSARIAL_ROWS, MANY_ROWS = 256, 32, 4096  # what a CPU redoes in about ten seconds
 _RMS_NORM_WIDTHS = (4096, 5120, 7168, 8192, 1000, 20000)
 _SOFTMAX_SHAPES = ("D=100", "D=333", "D=1000", "D=32000", "D=40000")
+_MATMUL_SHAPES = ("N=8,K=256", "N=4,K=520", "N=48,K=512", "N=33,K=72,bias", "N=16,K=1200,bias", "N=8,K=4096")
 _SUM_SHAPES = ("D=8192", "D=1000", "D=333", "D=20001", "D=1100,inner=8")
 SHAPES = {"rms_norm": tuple(f"D={width}{residual}" for width in _RMS_NORM_WIDTHS for residual in ("", ",residual")),
-          "softmax": _SOFTMAX_SHAPES, "log_softmax": _SOFTMAX_SHAPES, "sum": _SUM_SHAPES, "mean": _SUM_SHAPES}
+          "softmax": _SOFTMAX_SHAPES, "log_softmax": _SOFTMAX_SHAPES, "sum": _SUM_SHAPES, "mean": _SUM_SHAPES,
+          "matmul": _MATMUL_SHAPES}
 _MANY_SHAPES = {"rms_norm": ("D=4096,residual", "D=1000"), "sum": ("D=1000", "D=333"), "mean": ("D=1000", "D=333"),
-                "softmax": ("D=100", "D=333"), "log_softmax": ("D=100", "D=333")}
+                "softmax": ("D=100", "D=333"), "log_softmax": ("D=100", "D=333"),
+                "matmul": ("N=8,K=256", "N=4,K=520")}
 MANY = {(op, shape, dtype) for op, shapes in _MANY_SHAPES.items() for shape in shapes
         for dtype in ("bfloat16", "float32")}
 FEW_ROWS, FEW_ADVERSARIAL_ROWS = 8, 3  # a CPU takes 0.1 us for an exponential
@@ -114,6 +119,38 @@ def check(out=records.DATA) -> tuple[int, list[str]]:
     return count, wrong
 
 
+def check_sweeps(out=records.DATA, most_bytes: int = 1 << 22) -> tuple[int, list[str]]:
+    """Redo on this CPU what GPUs' token sweeps recorded of `triton`, at points that touch up to `most_bytes`.
+
+    A sweep keeps the first 16 digits of each point's digest. Returns how many there are, and one line for each that
+    differs.
+    """
+    count, wrong = 0, []
+    for machine, row in sweep_points(out):
+        if OPS[row.op].work(row.tokens, row.shape, DTYPES[row.dtype]).bytes <= most_bytes:
+            count += 1
+            if redo(row) != row.digest:
+                wrong.append(f"{machine} {row.op} {row.dtype} {row.shape} {row.tokens} tokens: recorded {row.digest}, "
+                             f"here {redo(row)}")
+    return count, wrong
+
+
+def sweep_points(out=records.DATA) -> list[tuple]:
+    """(machine, row) of every point at which a GPU's token sweep recorded `triton`."""
+    found = []
+    for machine in records.machines(out=out):
+        rows = records.load(machine=machine, out=out)
+        rows = rows[(rows.implementation == "triton") & (not machine.startswith("cpu"))]
+        found += [(machine, row) for row in rows.drop_duplicates(["op", "dtype", "shape", "tokens"]).itertuples()]
+    return found
+
+
+def redo(row) -> str:
+    """The digest that the specification gives on this machine's CPU at one point of a token sweep."""
+    op = OPS[row.op]
+    return bits.digest(op.python(*op.inputs(row.tokens, row.shape, DTYPES[row.dtype])))[:16]
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels.lab.digests", description=__doc__.splitlines()[0])
     parser.add_argument("--out", default=records.DATA, help="the data folder")
@@ -122,7 +159,7 @@ def main(argv=None) -> int:
     a = parser.parse_args(argv)
     try:
         if a.check:
-            return _report(*check(a.out))
+            return _report(*map(operator.add, check(a.out), check_sweeps(a.out)))
         folder = records.open_machine(a.out, a.machine)
         print(f"recorded {record(folder)} digests in {folder / DIGESTS.file}")
         records.note_machine(folder, DIGESTS.file)

@@ -15,6 +15,9 @@ CONTENDERS = {
     "triton": (BLUE, "^", "-", "Batch-invariant (Triton)"),
     "compile": (ORANGE, "D", "--", "torch.compile of the default"),
     "flashinfer": (PURPLE, "v", "-.", "FlashInfer"),
+    "tiled": (VERMILION, "s", "-", "Batch-invariant (Python)"),
+    "frozen": (ORANGE, "D", (0, (4, 2)), "One frozen schedule"),
+    "cublas_no_split_k": (PURPLE, "v", "-.", "cuBLAS without split-K (certified by test)"),
     "split": (GREY, "x", ":", "Split by batch (moves bits)"),
 }
 
