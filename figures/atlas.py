@@ -37,11 +37,11 @@ def draw(data=records.DATA) -> Figure:
         tables, title=f"Ops that give a row other bits in another batch: {claim}",
         caption="PyTorch's own ops, its default settings. Pale: the same bits in at least 20 comparisons. Dark: bits "
                 "moved, and moved again in a second measurement; the number is the per cent of elements that differ "
-                "from the first call. Hatched: this machine has no such kernel. Empty: does not apply. "
+                "from the first call. Hatched: no such kernel here, or no such test. Empty: does not apply. "
                 "run: the same call again. batch: other batch sizes. position: the row elsewhere in the batch. "
                 "neighbours: the other rows changed. query: the same positions computed with other numbers of "
                 "queries. threads: other numbers of CPU threads. graph: a CUDA graph replayed. An op that moves from "
-                "run to run moves in every column. Sizes in atlas.csv.")
+                "run to run may move in every column for that reason alone. Sizes in atlas.csv.")
 
 
 ALT = atlas_chart.words(_tables())

@@ -226,7 +226,8 @@ class Atlas(Measuring):
         self.errors.value = "".join(map(_message, self._problems.values()))
 
 
-_NUMBERS = ("verdict", "elements that differ", "largest ulp", "distinct", "trials")
+_NUMBERS = ("verdict", "differ", "ulp", "distinct", "trials")
+_TIGHT = _CELL.replace("14px", "10px") + ";white-space:nowrap"
 
 
 def table_html(rows: pd.DataFrame) -> str:
@@ -242,11 +243,13 @@ def table_html(rows: pd.DataFrame) -> str:
 
 
 def _table(lines) -> str:
-    return f'<table style="border-collapse:collapse;font-size:12px;line-height:1.5">{"".join(lines)}</table>'
+    words = "differ: of the compared elements. ulp: the largest distance. distinct: results that one row had."
+    return (f'<table style="border-collapse:collapse;font-size:12px;line-height:1.5">{"".join(lines)}</table>'
+            f'<div style="font-size:11px;color:#666;margin-top:2px">{words}</div>')
 
 
 def _head(*names) -> str:
-    cells = "".join(f'<th style="{_CELL}">{name}</th>' for name in names)
+    cells = "".join(f'<th style="{_TIGHT}">{name}</th>' for name in names)
     return f'<tr style="border-bottom:1px solid #bbb">{cells}</tr>'
 
 
@@ -255,13 +258,13 @@ def _line(first, second, size, row, *further) -> str:
         _verdict(row.verdict), _number(100 * row.share_differ, "{:.3g} %"), _number(row.largest_ulp, "{:,.0f}"),
         _number(row.distinct, "{:.0f}"), _number(row.trials, "{:.0f}")]
     texts = [*(html.escape(str(text)) for text in (first, second, size, *further)), *numbers]
-    return "<tr>" + "".join(f'<td style="{_CELL}">{text}</td>' for text in texts) + "</tr>"
+    return "<tr>" + "".join(f'<td style="{_TIGHT}">{text}</td>' for text in texts) + "</tr>"
 
 
 def _verdict(text: str) -> str:
     colours = {"same": SAME[2], "varies": MOVED[1]}
     weight = "bold" if text == "varies" else "normal"
-    style = f"color:{colours.get(text, '#666')};font-weight:{weight};white-space:nowrap"
+    style = f"color:{colours.get(text, '#666')};font-weight:{weight}"
     return f'<span style="{style}">{html.escape(text)}</span>'
 
 
