@@ -516,8 +516,7 @@ def _hopper_launch(plan, s, small):
     x = with_layout(_described(small, (plan.m, plan.k), plan.x_strides, wide if s.swap else rows, s.block_k))
     weight = with_layout(_described(small, (plan.n, plan.k), plan.weight_strides, rows if s.swap else wide, s.block_k))
     arguments = (plan.m, plan.n, plan.k, plan.cut[1], rows, wide, s.block_k, s.group, consumers, s.stages, s.swap,
-                 plan.cut[0] > 1, plan.bias, s.store, s.pingpong,
-                 160 if consumers == 3 else 232, True)
+                 plan.cut[0] > 1, plan.bias, s.store, s.pingpong, 160 if consumers == 3 else 232, True)
     given = (weight, x) if s.swap else (x, weight)
     return kernel, (x, weight), (*given, small, small), arguments, {"num_warps": 4, **_OPTIONS}
 

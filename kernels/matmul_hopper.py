@@ -1,8 +1,9 @@
 """The matrix product's chain on Hopper with loads in a warp of their own, written in Gluon.
 
 One warp copies tiles of x and of the weight into shared memory, ahead of one, two or three groups of four warps that
-each walk k in order into one accumulator. So several tensor core instructions are always in flight, and a tile may be
-192 rows high: the one thing that plain Triton cannot write, and what products of 128 to 1024 tokens want.
+each walk k in order into one accumulator. So several tensor core instructions are always in flight, a tile may be 192
+rows high, and two groups may take turns, so that one stores its tile while the other multiplies: what plain Triton
+cannot write, and products of 128 to 1024 tokens want.
 kernels/matmul.py imports this file when a schedule of kind `hopper` runs, on sm_90.
 """
 from __future__ import annotations

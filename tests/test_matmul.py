@@ -21,6 +21,7 @@ import kernels.matmul  # noqa: F401 - the module, which the op of the same name 
 from kernels import bits, runtime, schedules, tensor_core
 from kernels.bits import check_invariance, elements_differ, portable, same_bits
 from kernels.lab.aot import Job, compile_ahead
+from kernels.lab.widgets import TokenSweep
 from kernels.op import DTYPES, Shape
 from kernels.schedules import Schedule
 
@@ -663,14 +664,19 @@ def test_no_split_k_is_refused_where_there_is_no_such_setting():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_no_split_k_puts_the_setting_back(dtype):
     switches, name = torch.backends.cuda.matmul, MODULE._SWITCH[dtype]
-    before = getattr(switches, name), getattr(switches, f"{name}_split_k")
-    x, weight, bias = inputs(2, "N=64,K=4096,bias", dtype)
-    y = OP.extras["cublas_no_split_k"](x, weight, bias)
-    assert (getattr(switches, name), getattr(switches, f"{name}_split_k")) == before
-    torch.testing.assert_close(y.double(), exact(x, weight, bias), rtol=2e-2, atol=2e-1)
+
+    def settings():
+        library = torch.backends.cuda.preferred_blas_library()
+        return getattr(switches, name), getattr(switches, f"{name}_split_k"), library
+
+    before, (x, weight, bias) = settings(), inputs(2, "N=64,K=4096,bias", dtype)
+    for b in (None, bias):
+        y = OP.extras["cublas_no_split_k"](x, weight, b)
+        assert settings() == before
+        torch.testing.assert_close(y.double(), exact(x, weight, b), rtol=2e-2, atol=2e-1)
     with pytest.raises(RuntimeError):
         OP.extras["cublas_no_split_k"](x, weight.t(), bias)
-    assert (getattr(switches, name), getattr(switches, f"{name}_split_k")) == before
+    assert settings() == before
 
 
 def test_inputs_and_work_are_what_they_say():
@@ -679,6 +685,15 @@ def test_inputs_and_work_are_what_they_say():
     assert same_bits(inputs(3, "N=6,K=7", device="cpu")[0], x[:3]) and inputs(3, "N=6,K=7")[2] is None
     work = OP.work(5, "N=6,K=7", torch.bfloat16)
     assert (work.bytes, work.flops) == (2 * (35 + 42 + 30), 2 * 5 * 6 * 7)
+
+
+@pytest.mark.skipif(runtime.HAS_GPU, reason="on a CPU")
+def test_a_sweep_in_a_notebook_opens_on_a_weight_that_a_cpu_can_multiply():
+    widget = TokenSweep("rms_norm")
+    widget.op.value = "matmul"
+    assert widget.shape.value == TokenSweep("matmul").shape.value == "N=32,K=64"
+    assert set(OP.shapes) < set(widget.shape.options) and not elements_differ(
+        OP.python(*inputs(2, widget.shape.value, torch.float32)), OP.triton(*inputs(2, "N=32,K=64", torch.float32)))
 
 
 # on a GPU, the same assertions on rounded numbers

@@ -202,7 +202,7 @@ def test_every_recorded_digest_is_redone_on_this_cpu(redone, capability):
     assert f"{count} of {count} digests" in printed and f"({CAPABILITIES[capability]})" in printed
 
 
-# sum shares mean's kernels; matmul's schedules were compared on a GPU, without a record yet
+# sum shares mean's kernels; matmul is not recorded yet
 WITHOUT_A_RECORD = {"sum", "matmul"}
 
 

@@ -24,6 +24,7 @@ from . import bench, chart, records, style, sweep
 SETTLE_SECONDS = 0.15
 CPU_WORDS = {"cuda": "Default (PyTorch on a CPU)"}
 NO_ROWS = pd.DataFrame(columns=list(records.TOKEN_SWEEP.columns))
+FOR_A_CPU = {"rms_norm": "D=1024,residual", "matmul": "N=32,K=64"}  # sizes of a moment in Triton's interpreter
 
 
 class Measuring(w.VBox):
@@ -153,7 +154,7 @@ class TokenSweep(Measuring):
 
     def _build(self, machine):
         gpu, labelled = runtime.HAS_GPU, {"style": {"description_width": "initial"}}
-        shape = self._op.shapes[0] if gpu or self._op.name != "rms_norm" else "D=1024,residual"
+        shape = _first_shape(self._op)
         clocks = bench.clocks(self._device)
         counts = (1, 8, 32, 128, 256, 512, 1024, 2048, 4096) if gpu else (1, 2, 4, 8, 16, 32)
         self.op = w.Dropdown(description="Op", options=list(OPS), value=self._op.name, **labelled)
@@ -228,7 +229,8 @@ class TokenSweep(Measuring):
     def _change_op(self):
         self.stop()
         self._op, self._rows, self._failures = OPS[self.op.value], {}, {}
-        self.shape.options, self.shape.value = self._op.shapes, self._op.shapes[0]
+        shape = _first_shape(self._op)
+        self.shape.options, self.shape.value = sorted({shape, *self._op.shapes}), shape
         self.published.value = False
         self._offer_contenders()
         self._load()
@@ -480,6 +482,11 @@ def _token_counts(text: str) -> list[int]:
         if not word.isdecimal() or int(word) < 1:
             raise ValueError(f"token counts must be whole numbers of at least 1, such as '1 8 64', got {word!r}")
     return [int(word) for word in words]
+
+
+def _first_shape(op: Op) -> str:
+    """The shape the controls open on."""
+    return op.shapes[0] if runtime.HAS_GPU else FOR_A_CPU.get(op.name, op.shapes[0])
 
 
 def _shape_for(op: Op, text: str) -> str:

@@ -1,0 +1,15 @@
+"""One addition of a Hopper tensor core, digit by digit: what its adder keeps of four products and an accumulator."""
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+
+from kernels.lab import adder_chart, records
+from kernels.tensor_core import HOPPER, explain
+
+EXPONENTS, ACCUMULATOR = (3, -6, -14, -27), -2
+ALT = adder_chart.in_words(explain(*adder_chart.example(EXPONENTS, ACCUMULATOR), HOPPER), HOPPER)
+
+
+def draw(data=records.DATA) -> Figure:
+    """Worked out from the rule alone; it reads nothing from `data`."""
+    return adder_chart.study(EXPONENTS, ACCUMULATOR)[0]
