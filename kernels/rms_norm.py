@@ -235,6 +235,9 @@ _PLANS = Plans()
 
 def _eager(x, weight, residual, eps):
     try:
+        if x.is_neg() or weight.is_neg() or (residual is not None and residual.is_neg()):
+            x, weight = x.resolve_neg(), weight.resolve_neg()  # lazily negated: the memory holds the opposite
+            residual = None if residual is None else residual.resolve_neg()
         key = (x.shape, x.stride(), x.dtype, x.get_device(), weight.shape, weight.dtype, weight.get_device(), eps)
         if residual is not None:
             key += (residual.shape, residual.stride(), residual.dtype, residual.get_device())

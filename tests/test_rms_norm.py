@@ -755,3 +755,12 @@ def test_another_gpu_than_the_current_one():
     result = OP.triton(*given_)
     assert result[0].device == torch.device("cuda:1") and torch.cuda.current_device() == 0
     assert same_bits(result, OP.python(*inputs(33, "D=4096,residual", device="cpu")))
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_lazily_negated_argument_is_read_as_its_negative(which):
+    op = OPS["rms_norm"]
+    arguments = list(op.inputs(3, "D=100,residual", torch.float32))
+    view = torch._neg_view(-arguments[which])
+    assert view.is_neg()
+    assert same_bits(op.triton(*arguments[:which], view, *arguments[which + 1:]), op.python(*arguments))
