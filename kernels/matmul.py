@@ -560,6 +560,9 @@ _PLANS = Plans()
 def _run(x, weight, bias, whole=False, schedule=None):
     """The product by a kept plan; `whole` makes it one chain whatever (N, K), for a k that is a token count."""
     try:
+        if x.is_neg() or weight.is_neg() or (bias is not None and bias.is_neg()):
+            x, weight = x.resolve_neg(), weight.resolve_neg()  # lazily negated: the memory holds the opposite
+            bias = None if bias is None else bias.resolve_neg()
         key = (x.shape, x.stride(), x.dtype, x.get_device(), weight.shape, weight.stride(), weight.dtype,
                weight.get_device(), whole, schedule)
         if bias is not None:

@@ -803,3 +803,12 @@ def test_a_compiled_model_changes_its_schedule_with_its_tokens():
     for tokens in (1, 7, 16, 100, 600):
         assert same_bits(compiled(x[:tokens], weight), wanted[:tokens])
     assert len({str(next(schedules.choose("matmul", "N=1024,K=4096", x.dtype, t, HERE.index))) for t in (1, 600)}) == 2
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_lazily_negated_argument_is_read_as_its_negative(which):
+    op = MODULE.matmul
+    arguments = list(op.inputs(3, "N=32,K=64,bias", torch.float32))
+    view = torch._neg_view(-arguments[which])
+    assert view.is_neg()
+    assert same_bits(op.triton(*arguments[:which], view, *arguments[which + 1:]), op.python(*arguments))
