@@ -4,7 +4,6 @@ import platform
 import subprocess
 import sys
 
-import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -202,8 +201,8 @@ def test_every_recorded_digest_is_redone_on_this_cpu(redone, capability):
     assert f"{count} of {count} digests" in printed and f"({CAPABILITIES[capability]})" in printed
 
 
-# sum shares mean's kernels; matmul is not recorded yet
-WITHOUT_A_RECORD = {"sum", "matmul"}
+# their digests still have to be recorded on a GPU; strict, so that a record makes this list fail until it is shorter
+UNRECORDED = {"softmax", "log_softmax", "sum", "mean", "matmul"}
 
 
 @pytest.mark.parametrize("name", ["softmax", "log_softmax", "mean"])
@@ -213,19 +212,26 @@ def test_a_cpu_redoes_thousands_of_a_gpus_rows(name):
     assert digests.redo(narrowest) == narrowest.digest
 
 
-def test_a_gpu_recorded_thousands_of_rows():
-    machines = records.machines(digests.DIGESTS.file)
-    assert machines, "record one on a GPU: python -m kernels.lab.digests --out data"
-    for machine in machines:
+def many_rows():
+    for machine in records.machines(digests.DIGESTS.file):
         table = records.load(digests.DIGESTS, machine)
         assert table["digest"].str.fullmatch("[0-9a-f]{64}").all()
-        many = table[(table["rows"] >= 2000) & (table["input"] == "portable")]
-        sweep = records.load(machine=machine)
-        many = pd.concat([many, sweep[(sweep["tokens"] >= 2000) & (sweep["implementation"] == "triton")]])
-        for op in OPS.keys() - WITHOUT_A_RECORD:
-            for dtype in ("bfloat16", "float32"):
-                assert many[(many["op"] == op) & (many["dtype"] == dtype)]["shape"].nunique() >= 2, (machine, op, dtype)
+        yield machine, table[(table["rows"] >= 2000) & (table["input"] == "portable")]
+
+
+def test_a_gpu_recorded_digests():
+    machines = records.machines(digests.DIGESTS.file)
+    assert machines, "record one on a GPU: python -m kernels.lab.digests --out data"
     assert any((records.load(digests.DIGESTS, m)["implementation"] == "triton").all() for m in machines)
+
+
+@pytest.mark.parametrize("op", [
+    pytest.param(op, marks=pytest.mark.xfail(strict=True, reason="not recorded on a GPU yet") if op in UNRECORDED
+                 else ()) for op in OPS])
+def test_a_gpu_recorded_thousands_of_rows(op):
+    for machine, many in many_rows():
+        for dtype in ("bfloat16", "float32"):
+            assert many[(many["op"] == op) & (many["dtype"] == dtype)]["shape"].nunique() >= 2, (machine, op, dtype)
 
 
 SMALL = digests.Case("rms_norm", "bfloat16", "D=100,residual", 9, 4, "wide")
