@@ -19,7 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name before and after Triton 3.7
 
 
 @gluon.jit
@@ -33,40 +35,94 @@ def _place(tile, A, B, A_TILE: gl.constexpr, B_TILE: gl.constexpr, GROUP: gl.con
 
 
 @gluon.jit
-def _produce(a_desc, b_desc, a_tiles, b_tiles, full, empty, A, B, K, ROWS: gl.constexpr, B_TILE: gl.constexpr,
-             BLOCK_K: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr):
-    """Keep every stage of shared memory filled, tile after tile."""
-    steps = gl.cdiv(K, BLOCK_K)
+def _jobs(units, STREAM: gl.constexpr):
+    """How many jobs this program has, some of them perhaps empty."""
+    if STREAM:
+        jobs = gl.maximum(units // gl.num_programs(0) - 1, 0) + 3
+    else:
+        jobs = gl.cdiv(units - gl.program_id(0), gl.num_programs(0))
+    return jobs
+
+
+@gluon.jit
+def _job(number, units, steps, STREAM: gl.constexpr):
+    """Job number -> (unit, first step, end) of this program; a unit is one chain of a tile, `steps` long.
+
+    With STREAM the last one or two units a program are shared out evenly, cut where a share ends. A program begins
+    with the leading steps of the unit that its share ends in, and ends with the closing steps of the unit that its
+    share begins in: whoever has those waits for nothing, because the leading ones were made first.
+    """
+    program = gl.program_id(0)
+    programs = gl.num_programs(0)
+    if STREAM:
+        waves = gl.maximum(units // programs - 1, 0)
+        rest = units - waves * programs
+        begin = program * rest * steps // programs
+        end = (program + 1) * rest * steps // programs
+        if number == 0:  # leading steps, to be handed on
+            unit = waves * programs + end // steps
+            first = 0
+            last = end % steps
+        elif number <= waves:  # whole units
+            unit = program + (number - 1) * programs
+            first = 0
+            last = steps
+        elif number == waves + 1:  # the whole unit within our share, if there is one
+            whole = gl.cdiv(begin, steps)
+            unit = waves * programs + whole
+            first = 0
+            last = gl.where((whole + 1) * steps <= end, steps, 0)
+        else:  # closing steps, taken over
+            unit = waves * programs + begin // steps
+            first = begin % steps
+            last = gl.where(first > 0, steps, 0)
+    else:
+        unit = program + number * programs
+        first = 0
+        last = steps
+    return unit, first, last
+
+
+@gluon.jit
+def _produce(a_desc, b_desc, a_tiles, b_tiles, full, empty, A, B, K, segments, length, ROWS: gl.constexpr,
+             B_TILE: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr,
+             STAGES: gl.constexpr, SPLIT: gl.constexpr, STREAM: gl.constexpr):
+    """Keep every stage of shared memory filled, job after job."""
+    steps = gl.cdiv(length if SPLIT else K, BLOCK_K)
+    parts = segments if SPLIT else 1
+    units = gl.cdiv(A, ROWS * GROUPS) * gl.cdiv(B, B_TILE) * parts
     step = 0
-    jobs = gl.cdiv(A, ROWS * GROUPS) * gl.cdiv(B, B_TILE)
-    for tile in range(gl.program_id(0), jobs, gl.num_programs(0)):
-        a0, b0 = _place(tile, A, B, ROWS * GROUPS, B_TILE, GROUP)
-        for k in range(steps):
+    for number in range(_jobs(units, STREAM)):
+        unit, first, last = _job(number, units, steps, STREAM)
+        a0, b0 = _place(unit // parts, A, B, ROWS * GROUPS, B_TILE, GROUP)
+        base = unit % parts * length
+        for k in range(first, last):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), (step // STAGES + 1) & 1)
             ready = full.index(stage)
             mbarrier.expect(ready, 2 * BLOCK_K * (ROWS * GROUPS + B_TILE))
             for c in gl.static_range(GROUPS):
-                tma.async_copy_global_to_shared(a_desc, [a0 + c * ROWS, k * BLOCK_K], ready,
+                tma.async_copy_global_to_shared(a_desc, [a0 + c * ROWS, base + k * BLOCK_K], ready,
                                                 a_tiles.index(stage * GROUPS + c))
-            tma.async_copy_global_to_shared(b_desc, [b0, k * BLOCK_K], ready, b_tiles.index(stage))
+            tma.async_copy_global_to_shared(b_desc, [b0, base + k * BLOCK_K], ready, b_tiles.index(stage))
             step += 1
 
 
 @gluon.jit
-def _chain(a_tiles, b_tiles, full, empty, turn, start, end, step, NUMBER: gl.constexpr, ROWS: gl.constexpr,
-           B_TILE: gl.constexpr, BLOCK_K: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-           PINGPONG: gl.constexpr, layout: gl.constexpr):
-    """The chain over k from start to end, two products in flight; and the number of the next step."""
-    chain = gl.zeros([ROWS, B_TILE], gl.float32, layout)
-    for k in range(start, end, BLOCK_K):
+def _chain(chain, first, last, step, a_tiles, b_tiles, full, empty, turn, NUMBER: gl.constexpr,
+           GROUPS: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr):
+    """Steps first to last of a chain, two products in flight: the chain, and the number of the next step.
+
+    Step 0 begins a chain and reads nothing of `chain`.
+    """
+    for k in range(first, last):
         stage = step % STAGES
         mbarrier.wait(full.index(stage), step // STAGES & 1)
         a = a_tiles.index(stage * GROUPS + NUMBER % GROUPS)
         b = b_tiles.index(stage).permute((1, 0))
-        chain = warpgroup_mma(a, b, chain, use_acc=k > start, is_async=True)
+        chain = warpgroup_mma(a, b, chain, use_acc=k > 0, is_async=True)
         chain = warpgroup_mma_wait(1, (chain,))
-        if k > start:  # the last step's product has been made, so its tiles may be overwritten
+        if k > first:  # the last step's product has been made, so its tiles may be overwritten
             mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
         step += 1
     if PINGPONG:  # no load of ours is waited for any more: the other group's tile is next
@@ -89,66 +145,116 @@ def _store(y, y_ptr, a0, b0, A, B, ROWS: gl.constexpr, B_TILE: gl.constexpr, SWA
 
 
 @gluon.jit
-def _consume(a_tiles, b_tiles, full, empty, turn, y_ptr, bias_ptr, A, B, K, length, NUMBER: gl.constexpr,
-             ROWS: gl.constexpr, B_TILE: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr,
-             GROUPS: gl.constexpr, STAGES: gl.constexpr, SWAP: gl.constexpr, CUT: gl.constexpr, BIAS: gl.constexpr,
-             STORE: gl.constexpr, PINGPONG: gl.constexpr):
-    """Group NUMBER's rows of each tile, or with PINGPONG all rows of every second tile: the segments' chains in
-    sequence, the bias, one rounding, the store."""
+def _finish(total, y_ptr, bias_ptr, a0, b0, A, B, ROWS: gl.constexpr, B_TILE: gl.constexpr, SWAP: gl.constexpr,
+            BIAS: gl.constexpr, STORE: gl.constexpr, layout: gl.constexpr):
+    """The bias, one rounding, the store."""
+    if BIAS:
+        if SWAP:
+            a_rows = a0 + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+            total += gl.load(bias_ptr + a_rows, a_rows < A, 0.0).to(gl.float32)[:, None]
+        else:
+            b_rows = b0 + gl.arange(0, B_TILE, gl.SliceLayout(0, layout))
+            total += gl.load(bias_ptr + b_rows, b_rows < B, 0.0).to(gl.float32)[None, :]
+    y = total.to(y_ptr.dtype.element_ty)
+    if STORE:
+        WIDE: gl.constexpr = 32 if B_TILE > 128 else B_TILE // 8
+        turned: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
+        straight: gl.constexpr = gl.BlockedLayout([1, 8], [32 // WIDE, WIDE], [4, 1], [1, 0])
+        out: gl.constexpr = turned if SWAP else straight
+        _store(gl.convert_layout(y, out), y_ptr, a0, b0, A, B, ROWS, B_TILE, SWAP, out)
+    else:
+        _store(y, y_ptr, a0, b0, A, B, ROWS, B_TILE, SWAP, layout)
+
+
+@gluon.jit
+def _consume(a_tiles, b_tiles, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K, segments, length,
+             NUMBER: gl.constexpr, ROWS: gl.constexpr, B_TILE: gl.constexpr, BLOCK_K: gl.constexpr,
+             GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, SWAP: gl.constexpr, CUT: gl.constexpr,
+             BIAS: gl.constexpr, STORE: gl.constexpr, PINGPONG: gl.constexpr, SPLIT: gl.constexpr,
+             STREAM: gl.constexpr):
+    """Group NUMBER's rows of each tile, or with PINGPONG all rows of every second tile."""
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1],
                                                      instr_shape=[16, B_TILE, 16])
+    FIRST: gl.constexpr = NUMBER if PINGPONG else 0
     TURNS: gl.constexpr = 2 if PINGPONG else 1
-    steps = gl.cdiv(K, BLOCK_K)
-    step = (NUMBER if PINGPONG else 0) * steps
+    SIZE: gl.constexpr = ROWS * B_TILE
+    IN_MEMORY: gl.constexpr = SIZE > 64 * 128  # a second tile of sums finds no room in the registers
+    steps = gl.cdiv(length if SPLIT else K, BLOCK_K)
+    parts = segments if SPLIT else 1
+    units = gl.cdiv(A, ROWS * GROUPS) * gl.cdiv(B, B_TILE) * parts
+    inside = (gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None] * B_TILE
+              + gl.arange(0, B_TILE, gl.SliceLayout(0, layout))[None, :])
+    mine = gl.program_id(0) * GROUPS + NUMBER % GROUPS
+    slot_ptr = work_ptr + mine * SIZE + inside
+    step = FIRST * steps
     lap = 0
-    jobs = gl.cdiv(A, ROWS * GROUPS) * gl.cdiv(B, B_TILE)
-    for tile in range(gl.program_id(0) + (NUMBER if PINGPONG else 0) * gl.num_programs(0), jobs,
-                      TURNS * gl.num_programs(0)):
-        a0, b0 = _place(tile, A, B, ROWS * GROUPS, B_TILE, GROUP)
-        if PINGPONG:  # a stage's phase tells our step from one two laps before only if all between have been made
-            mbarrier.wait(turn.index(NUMBER), (lap + 1 - NUMBER) & 1)
-            lap += 1
-        total = gl.zeros([ROWS, B_TILE], gl.float32, layout)
-        if CUT:
-            for start in range(0, K, length):
-                chain, step = _chain(a_tiles, b_tiles, full, empty, turn, start, gl.minimum(start + length, K), step,
-                                     NUMBER, ROWS, B_TILE, BLOCK_K, GROUPS, STAGES, PINGPONG, layout)
-                total += chain
-        else:
-            chain, step = _chain(a_tiles, b_tiles, full, empty, turn, 0, K, step, NUMBER, ROWS, B_TILE, BLOCK_K,
-                                 GROUPS, STAGES, PINGPONG, layout)
-            total += chain
-        step += (TURNS - 1) * steps
-        first = a0 + NUMBER % GROUPS * ROWS
-        if BIAS:
-            if SWAP:
-                a_rows = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-                total += gl.load(bias_ptr + a_rows, a_rows < A, 0.0).to(gl.float32)[:, None]
+    for number in range(FIRST, _jobs(units, STREAM), TURNS):
+        unit, first, last = _job(number, units, steps, STREAM)
+        if last > first:
+            a0, b0 = _place(unit // parts, A, B, ROWS * GROUPS, B_TILE, GROUP)
+            a0 += NUMBER % GROUPS * ROWS
+            if PINGPONG:  # a stage's phase tells our step from one two laps before only if all between have been made
+                mbarrier.wait(turn.index(NUMBER), (lap + 1 - NUMBER) & 1)
+                lap += 1
+            chain = gl.zeros([ROWS, B_TILE], gl.float32, layout)
+            if STREAM:  # noqa: SIM102 - the second condition is run-time
+                if first > 0:  # what the program before us began
+                    while gl.atomic_cas(flag_ptr + mine - GROUPS, 1, 0, sem="acquire") == 0:
+                        pass
+                    barrier()
+                    chain = gl.load(slot_ptr - GROUPS * SIZE, cache_modifier=".cg")
+            if CUT and not SPLIT:  # segments in sequence
+                each = length // BLOCK_K
+                whole = (gl.cdiv(steps, each) - 1) * each if IN_MEMORY else steps  # all but the last segment
+                total = gl.zeros([ROWS, B_TILE], gl.float32, layout)
+                for start in range(0, whole, each):
+                    chain, step = _chain(chain, 0, gl.minimum(each, steps - start), step, a_tiles, b_tiles, full, empty,
+                                         turn, NUMBER, GROUPS, STAGES, False)
+                    if IN_MEMORY:
+                        if start > 0:
+                            chain += gl.load(slot_ptr)
+                        gl.store(slot_ptr, chain)
+                    else:
+                        total += chain
+                if IN_MEMORY:
+                    chain = gl.zeros([ROWS, B_TILE], gl.float32, layout)
+                    chain, step = _chain(chain, 0, steps - whole, step, a_tiles, b_tiles, full, empty, turn, NUMBER,
+                                         GROUPS, STAGES, False)
+                    total += gl.load(slot_ptr)
+                    total += chain
             else:
-                b_rows = b0 + gl.arange(0, B_TILE, gl.SliceLayout(0, layout))
-                total += gl.load(bias_ptr + b_rows, b_rows < B, 0.0).to(gl.float32)[None, :]
-        y = total.to(y_ptr.dtype.element_ty)
-        if STORE:
-            WIDE: gl.constexpr = 32 if B_TILE > 128 else B_TILE // 8
-            turned: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
-            straight: gl.constexpr = gl.BlockedLayout([1, 8], [32 // WIDE, WIDE], [4, 1], [1, 0])
-            out: gl.constexpr = turned if SWAP else straight
-            _store(gl.convert_layout(y, out), y_ptr, first, b0, A, B, ROWS, B_TILE, SWAP, out)
-        else:
-            _store(y, y_ptr, first, b0, A, B, ROWS, B_TILE, SWAP, layout)
+                chain, step = _chain(chain, first, last, step, a_tiles, b_tiles, full, empty, turn, NUMBER, GROUPS,
+                                     STAGES, PINGPONG)
+                step += (TURNS - 1) * steps
+            if last < steps:
+                gl.store(slot_ptr, chain)
+                barrier()  # every thread's numbers are stored before one thread says so
+                gl.atomic_xchg(flag_ptr + mine, 1, sem="release")
+            elif SPLIT:
+                part_ptr = work_ptr + gl.num_programs(0) * GROUPS * SIZE + (unit % parts).to(gl.int64) * A * B
+                _store(chain, part_ptr, a0, b0, A, B, ROWS, B_TILE, SWAP, layout)
+            else:
+                if not CUT:
+                    total = gl.zeros([ROWS, B_TILE], gl.float32, layout) + chain
+                _finish(total, y_ptr, bias_ptr, a0, b0, A, B, ROWS, B_TILE, SWAP, BIAS, STORE, layout)
 
 
 @gluon.jit(do_not_specialize=["M"])
-def kernel(a_desc, b_desc, y_ptr, bias_ptr, M, N, K, length,
+def kernel(a_desc, b_desc, y_ptr, bias_ptr, work_ptr, flag_ptr, M, N, K, segments, length,
            ROWS: gl.constexpr, B_TILE: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr,
            CONSUMERS: gl.constexpr, STAGES: gl.constexpr, SWAP: gl.constexpr, CUT: gl.constexpr,
-           BIAS: gl.constexpr, STORE: gl.constexpr, PINGPONG: gl.constexpr, REGISTERS: gl.constexpr,
-           PDL: gl.constexpr):
+           BIAS: gl.constexpr, STORE: gl.constexpr, PINGPONG: gl.constexpr, SPLIT: gl.constexpr,
+           STREAM: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr):
     """The high side a (rows shared out among the CONSUMERS) is x, or with SWAP the weight; the wide side b is the
     other. Programs walk tiles; launched with 4 warps, which are the first consumer. With PINGPONG a tile has one
-    consumer, and the two take turns: one stores while the other multiplies."""
+    consumer, and the two take turns: one stores while the other multiplies. With SPLIT the chains of a tile's
+    segments are left for a second kernel to add.
+
+    work_ptr: a tile of float32 for each group of each program; with SPLIT, (segments, M, N) behind them."""
     if PDL:
         gdc_wait()
+        if SPLIT:
+            gdc_launch_dependents()
     GROUPS: gl.constexpr = 1 if PINGPONG else CONSUMERS
     A = N if SWAP else M
     B = M if SWAP else N
@@ -165,30 +271,36 @@ def kernel(a_desc, b_desc, y_ptr, bias_ptr, M, N, K, length,
     fence_async_shared()
     if CONSUMERS == 1:
         gl.warp_specialize([
-            (_consume, (a_tiles, b_tiles, full, empty, turn, y_ptr, bias_ptr, A, B, K, length, 0, ROWS, B_TILE,
-                        BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, BIAS, STORE, PINGPONG)),
-            (_produce, (a_desc, b_desc, a_tiles, b_tiles, full, empty, A, B, K, ROWS, B_TILE, BLOCK_K, GROUP,
-                        GROUPS, STAGES)),
+            (_consume, (a_tiles, b_tiles, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K, segments,
+                        length, 0, ROWS, B_TILE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, BIAS, STORE, PINGPONG,
+                        SPLIT, STREAM)),
+            (_produce, (a_desc, b_desc, a_tiles, b_tiles, full, empty, A, B, K, segments, length, ROWS, B_TILE, BLOCK_K,
+                        GROUP, GROUPS, STAGES, SPLIT, STREAM)),
         ], [1], [24])
     elif CONSUMERS == 2:
         gl.warp_specialize([
-            (_consume, (a_tiles, b_tiles, full, empty, turn, y_ptr, bias_ptr, A, B, K, length, 0, ROWS, B_TILE,
-                        BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, BIAS, STORE, PINGPONG)),
-            (_consume, (a_tiles, b_tiles, full, empty, turn, y_ptr, bias_ptr, A, B, K, length, 1, ROWS, B_TILE,
-                        BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, BIAS, STORE, PINGPONG)),
-            (_produce, (a_desc, b_desc, a_tiles, b_tiles, full, empty, A, B, K, ROWS, B_TILE, BLOCK_K, GROUP,
-                        GROUPS, STAGES)),
+            (_consume, (a_tiles, b_tiles, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K, segments,
+                        length, 0, ROWS, B_TILE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, BIAS, STORE, PINGPONG,
+                        SPLIT, STREAM)),
+            (_consume, (a_tiles, b_tiles, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K, segments,
+                        length, 1, ROWS, B_TILE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, BIAS, STORE, PINGPONG,
+                        SPLIT, STREAM)),
+            (_produce, (a_desc, b_desc, a_tiles, b_tiles, full, empty, A, B, K, segments, length, ROWS, B_TILE, BLOCK_K,
+                        GROUP, GROUPS, STAGES, SPLIT, STREAM)),
         ], [4, 1], [REGISTERS, 24])
     else:
         gl.warp_specialize([
-            (_consume, (a_tiles, b_tiles, full, empty, turn, y_ptr, bias_ptr, A, B, K, length, 0, ROWS, B_TILE,
-                        BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, BIAS, STORE, PINGPONG)),
-            (_consume, (a_tiles, b_tiles, full, empty, turn, y_ptr, bias_ptr, A, B, K, length, 1, ROWS, B_TILE,
-                        BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, BIAS, STORE, PINGPONG)),
-            (_consume, (a_tiles, b_tiles, full, empty, turn, y_ptr, bias_ptr, A, B, K, length, 2, ROWS, B_TILE,
-                        BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, BIAS, STORE, PINGPONG)),
-            (_produce, (a_desc, b_desc, a_tiles, b_tiles, full, empty, A, B, K, ROWS, B_TILE, BLOCK_K, GROUP,
-                        GROUPS, STAGES)),
+            (_consume, (a_tiles, b_tiles, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K, segments,
+                        length, 0, ROWS, B_TILE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, BIAS, STORE, PINGPONG,
+                        SPLIT, STREAM)),
+            (_consume, (a_tiles, b_tiles, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K, segments,
+                        length, 1, ROWS, B_TILE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, BIAS, STORE, PINGPONG,
+                        SPLIT, STREAM)),
+            (_consume, (a_tiles, b_tiles, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K, segments,
+                        length, 2, ROWS, B_TILE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, BIAS, STORE, PINGPONG,
+                        SPLIT, STREAM)),
+            (_produce, (a_desc, b_desc, a_tiles, b_tiles, full, empty, A, B, K, segments, length, ROWS, B_TILE, BLOCK_K,
+                        GROUP, GROUPS, STAGES, SPLIT, STREAM)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])
 
 

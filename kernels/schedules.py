@@ -39,11 +39,13 @@ class Schedule:
     block_m/n/k tokens, weight rows and k of one tile
     warps, stages, group   warps a program, tiles of k in flight, token tiles that share a column of weights in L2
     swap        weight rows are the first side of the tensor core's product, so that few tokens pad little
-    split       segments of k in programs of their own (sequence in one program otherwise)
+    split       segments of k in programs of their own (in sequence in one program otherwise); the last to end adds
+    reduce      a second kernel adds the segments of a split, on all multiprocessors
     persistent  programs walk tiles; flatten: the walk and the loop over k are one pipeline
     store       the result leaves by bulk copies as well (hopper: in whole lines, turned in shared memory)
     specialize  the compiler gives loads and products to different warps
     pingpong    hopper: each group of four warps has tiles of its own, and stores one while the other multiplies
+    stream      hopper: the last tiles are shared out evenly; a program hands the chain it began on to the next
     """
 
     kind: str = "pointer"
@@ -60,6 +62,8 @@ class Schedule:
     store: bool = False
     specialize: bool = False
     pingpong: bool = False
+    reduce: bool = False
+    stream: bool = False
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -203,5 +207,5 @@ def _guesses(n, dtype, tokens, tma, sms):
     if tma and tiles >= 4 * sms:
         yield Schedule("tma", 128, 256, 64, warps=8, stages=4, persistent=True, flatten=True)
     if tma and tiles >= sms // 2:
-        yield Schedule("tma", 128, 128, 64, warps=8, stages=4, split=tiles < sms)
-    yield Schedule("pointer", 64, 64, 64, warps=4, stages=4, split=tiles < sms)
+        yield Schedule("tma", 128, 128, 64, warps=8, stages=4, split=tiles < sms, reduce=tiles < sms)
+    yield Schedule("pointer", 64, 64, 64, warps=4, stages=4, split=tiles < sms, reduce=tiles < sms)

@@ -15,7 +15,8 @@ from kernels import tensor_core
 from kernels.lab import adder_chart, exercises
 from kernels.lab.adder_chart import ADDERS, EXPONENTS, PRODUCTS, example, in_words, picture, study
 from kernels.lab.adder_widget import START, AdderSteps
-from kernels.lab.widgets import SETTLE_SECONDS, _png
+from kernels.lab.widget_base import SETTLE_SECONDS
+from kernels.lab.widget_parts import png as _png
 from kernels.tensor_core import AMPERE, HOPPER, explain
 
 SHOWN = ((START, -2), ((16, -40, -40, None), -40), ((0, 0, 0, 0), 0), ((-5, -40, 2, -1), None),

@@ -1,5 +1,7 @@
-"""A real JupyterLab in headless Chromium: a notebook is opened and run, and TokenSweep is used as a reader would."""
+"""A real JupyterLab in headless Chromium: notebooks are opened and run, and their widgets used as a reader would."""
+import contextlib
 import csv
+import hashlib
 import json
 import os
 import secrets
@@ -13,18 +15,31 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 
-from kernels.lab import records
+from kernels.lab import adder_chart, atlas, orders, orders_chart, records, widget_parts
 
 pytestmark = pytest.mark.browser
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
+NOTEBOOKS = {
+    "sweep": "from kernels.lab.widgets import TokenSweep\nTokenSweep('rms_norm', out='data', passes=1)",
+    "orders": "from kernels.lab.orders_widget import SumOrders\nSumOrders()",
+    "atlas": "from kernels.lab.atlas_widget import Atlas\nAtlas()",
+    "adder": "from kernels.lab.adder_widget import AdderSteps\nAdderSteps()",
+    "matmul": "from kernels.lab.widgets import TokenSweep\nTokenSweep('matmul', out='data', passes=1)",
+}
 IMAGE = ".jp-OutputArea img.widget-image"
 DIGEST_OF_IMAGE = """async selector => {
   const bytes = await (await fetch(document.querySelector(selector).src)).arrayBuffer();
   return [...new Uint8Array(await crypto.subtle.digest('SHA-256', bytes))].join();
+}"""
+SCROLL_IMAGE = """selector => {
+  const image = document.querySelector(selector), box = image.parentElement;
+  box.scrollLeft = 1e6;
+  return [image.clientWidth, image.naturalWidth, box.scrollLeft];
 }"""
 WATCH_IMAGE = """selector => {
   window.frames_seen = 0; window.frames_without_image = 0;
@@ -75,14 +90,13 @@ def browser():
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """JupyterLab on loopback over a folder with one notebook; gives the notebook's address."""
+    """JupyterLab on loopback over a folder with NOTEBOOKS; gives a notebook's address, with {0} for its name."""
     root, home = tmp_path_factory.mktemp("lab"), tmp_path_factory.mktemp("home")
     _record(root / "data")
-    notebook = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_code_cell("from kernels.lab.widgets import TokenSweep"),
-               nbformat.v4.new_code_cell("TokenSweep('rms_norm', out='data', passes=1)")],
-        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
-    nbformat.write(notebook, root / "sweep.ipynb")
+    for name, code in NOTEBOOKS.items():
+        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)], metadata={"kernelspec": kernel})
+        nbformat.write(notebook, root / f"{name}.ipynb")
     settings = home / "settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
     (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
@@ -97,7 +111,7 @@ def lab(tmp_path_factory):
                                   env=os.environ | {k: str(home / v) for k, v in places.items()})
         try:
             _wait_for(f"http://127.0.0.1:{port}/api/status?token={token}", server, home / "log.txt")
-            yield f"http://127.0.0.1:{port}/lab/tree/sweep.ipynb?token={token}"
+            yield f"http://127.0.0.1:{port}/lab/workspaces/{{0}}/tree/{{0}}.ipynb?token={token}"
         finally:
             _shut_down(server, port, token)
 
@@ -134,19 +148,40 @@ def _shut_down(server, port, token):
 
 @pytest.fixture(scope="module")
 def page(browser, lab, tmp_path_factory):
-    """The notebook, opened and run, with the widget on the screen."""
+    """TokenSweep of RMSNorm on the screen."""
+    with _opened("sweep", browser, lab, tmp_path_factory) as page:
+        yield page
+
+
+@pytest.fixture
+def open_widget(browser, lab, tmp_path_factory):
+    """Opens a notebook of NOTEBOOKS; no script of its page may have failed in the end."""
+    with contextlib.ExitStack() as opened:
+        pages = []
+
+        def open_widget(name):
+            pages.append(opened.enter_context(_opened(name, browser, lab, tmp_path_factory)))
+            return pages[-1]
+
+        yield open_widget
+        assert [error for page in pages for error in page.page_errors] == []
+
+
+@contextlib.contextmanager
+def _opened(name, browser, lab, tmp_path_factory):
+    """The page of a notebook, opened and run, with its widget on the screen."""
     page = browser.new_page(viewport={"width": 1280, "height": 1400})
     page.set_default_timeout(30_000)
     page.page_errors = []
     page.on("pageerror", lambda error: page.page_errors.append(str(error)))
     try:
-        page.goto(lab)
+        page.goto(lab.format(name))
         page.get_by_text("Python 3 (ipykernel) | Idle").wait_for()
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
         page.wait_for_function("s => document.querySelector(s)?.naturalWidth > 0", arg=IMAGE, timeout=20_000)
     except Exception:
-        _screenshot(page, tmp_path_factory.mktemp("failed"), "widget_did_not_open")
+        _screenshot(page, tmp_path_factory.mktemp("failed"), f"{name}_did_not_open")
         raise
     yield page
     page.close()
@@ -242,3 +277,113 @@ def test_a_failed_contender_and_bad_input_are_said_in_the_widget(page, tmp_path)
     _button(page, "Run").click()
     page.get_by_text("got 'many'").wait_for()
     assert page.page_errors == []
+
+
+# The other widgets: the picture on the screen must be the one that the plain function draws.
+
+def _wait_for_picture(page, figure):
+    """Until the picture on the screen has the bytes of this figure."""
+    wanted = ",".join(map(str, hashlib.sha256(widget_parts.png(figure)).digest()))
+    end = time.monotonic() + 20
+    while page.evaluate(DIGEST_OF_IMAGE, IMAGE) != wanted:
+        assert time.monotonic() < end, "the picture on the screen is another one"
+        page.wait_for_timeout(50)
+
+
+def _press(page, line, key, times=1):
+    """A key on the slider of the line that starts with this text."""
+    handle = page.locator(".jp-OutputArea .widget-slider", has_text=line).get_by_role("slider")
+    for _ in range(times):
+        handle.press(key)
+
+
+def test_orders_are_explored_with_sliders_and_boxes(open_widget, tmp_path):
+    page = open_widget("orders")
+    _wait_for_picture(page, orders_chart.study(4096)[0])
+    _press(page, "Numbers", "ArrowLeft", 5)
+    _wait_for_picture(page, orders_chart.study(8)[0])
+    _press(page, "Sizes over", "ArrowRight", 3)
+    page.get_by_label("Format").select_option("bfloat16")
+    page.get_by_label("positive only").check()
+    page.get_by_label("Seed").fill("7")
+    page.get_by_label("Seed").press("Tab")
+    chosen = {"n": 8, "dtype": torch.bfloat16, "spread": 3, "positive": True, "seed": 7}
+    figure, words = orders_chart.study(**chosen)
+    _wait_for_picture(page, figure)
+    page.get_by_text("This figure in words").click()
+    page.get_by_text(words).wait_for()
+    for name in orders.KINDS:
+        page.get_by_label(name, exact=True).uncheck()
+    page.get_by_text("choose at least one way to add").wait_for()
+    page.get_by_label("Kahan", exact=True).check()
+    _wait_for_picture(page, orders_chart.study(**chosen, kinds=["Kahan"])[0])
+    assert not page.get_by_text("choose at least one way to add").is_visible()
+    _screenshot(page, tmp_path, "orders_of_eight")
+
+
+def test_the_adder_follows_its_sliders(open_widget, tmp_path):
+    page = open_widget("adder")
+    _wait_for_picture(page, adder_chart.study((3, -6, -14, -27), -2)[0])
+    _press(page, "product 0", "ArrowRight", 4)
+    _press(page, "product 3", "ArrowLeft")
+    _press(page, "accumulator", "ArrowLeft", 2)
+    page.get_by_label("Adder", exact=True).select_option(label="Ampere: 24 bits below the largest")
+    zeros = page.get_by_label("zero")  # the accumulator's, then those of products 0 to 3
+    zeros.nth(2).check()
+    figure, words = adder_chart.study((7, None, -14, -28), -4, adder_chart.ADDERS["Ampere"])
+    _wait_for_picture(page, figure)
+    page.get_by_text("This figure in words").click()
+    page.get_by_text(words).wait_for()
+    _screenshot(page, tmp_path, "adder_moved")
+    for i in (0, 1, 3, 4):
+        zeros.nth(i).check()
+    page.get_by_text("all five are zero").wait_for()
+
+
+def test_the_atlas_is_filtered_and_one_cell_is_measured_again(open_widget, tmp_path):
+    page = open_widget("atlas")
+    drawn, real, scrolled = page.evaluate(SCROLL_IMAGE, IMAGE)
+    assert drawn >= real / 1.5 - 1, "the chart is shrunk, so that its text cannot be read"  # its 150 dpi as 100
+    assert drawn < 900 or scrolled > 0, "a chart wider than the page cannot be scrolled"
+    before, rows = page.evaluate(DIGEST_OF_IMAGE, IMAGE), atlas.recorded(atlas.machines()[0])
+    page.get_by_label("Op contains").fill("softmax")
+    page.get_by_label("Op contains").press("Tab")
+    page.get_by_label("Property").first.select_option("batch")
+    page.get_by_label("Dtype").first.select_option("float32")
+    wanted = rows[rows.op.str.contains("softmax") & (rows.property == "batch") & (rows.dtype == "float32")]
+    table = page.locator(".jp-OutputArea table").last
+    page.wait_for_function("n => [...document.querySelectorAll('.jp-OutputArea table')].at(-1).rows.length === n",
+                           arg=1 + len(wanted))
+    lines = [line.split("\t") for line in table.locator("tr").all_inner_texts()]
+    assert [line[0] for line in lines[1:]] == list(wanted.op) and {line[3] for line in lines[1:]} == {"batch"}
+    assert page.evaluate(DIGEST_OF_IMAGE, IMAGE) != before
+    page.get_by_label("Op", exact=True).select_option("amax")
+    page.get_by_label("Property").last.select_option("position")
+    _button(page, "Run").click()
+    page.get_by_text("done, ").wait_for()
+    live = page.locator(".jp-OutputArea table").first.inner_text()
+    assert "now" in live and "position" in live and live.count(", recorded") == len(atlas.machines())
+    assert page.locator(".jp-OutputArea").get_by_text("amax in float32").is_visible()
+    assert _button(page, "Run").is_enabled()
+    assert page.get_by_text("Pale: the same bits.").is_visible()
+    _screenshot(page, tmp_path, "atlas_filtered_and_measured")
+    page.get_by_label("Op contains").fill("no such op")
+    page.get_by_label("Op contains").press("Tab")
+    page.get_by_text("No recorded row passes these filters.").wait_for()
+    assert not page.locator(IMAGE).is_visible() and page.get_by_text("Pale: the same bits.").count() == 0
+
+
+def test_a_sweep_of_a_product_starts_without_a_record(open_widget, tmp_path):
+    page = open_widget("matmul")
+    before = page.evaluate(DIGEST_OF_IMAGE, IMAGE)
+    assert page.locator(".jp-OutputArea table").count() == 0
+    _screenshot(page, tmp_path, "matmul_at_rest")
+    _type_tokens(page, "1 2 16")
+    page.get_by_label("tiled", exact=True).check()
+    _button(page, "Run").click()
+    page.get_by_text("done, ").wait_for()
+    _screenshot(page, tmp_path, "matmul_after_a_sweep")
+    lines = page.locator(".jp-OutputArea table tr").all_inner_texts()
+    assert [line.split()[0] for line in lines] == ["tokens", "1", "2", "16"]
+    assert lines[0].split()[1:] == ["cuda", "python", "triton", "tiled"]
+    assert page.evaluate(DIGEST_OF_IMAGE, IMAGE) != before

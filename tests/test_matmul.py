@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels.matmul  # noqa: F401 - the module, which the op of the same name may hide
-from kernels import bits, runtime, schedules, tensor_core
+from kernels import bits, matmul_plan, runtime, schedules, tensor_core
 from kernels.bits import check_invariance, elements_differ, portable, same_bits
 from kernels.lab.aot import Job, compile_ahead
 from kernels.lab.widgets import TokenSweep
@@ -26,7 +26,7 @@ from kernels.op import DTYPES, Shape
 from kernels.schedules import Schedule
 
 MODULE = sys.modules["kernels.matmul"]
-OP, order, run_schedule, Unsuitable = MODULE.matmul, MODULE.order, MODULE.run_schedule, MODULE.Unsuitable
+OP, order, run_schedule, Unsuitable = MODULE.matmul, MODULE.order, MODULE.run_schedule, matmul_plan.Unsuitable
 HERE = runtime.device()
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # overflows on purpose
 KINDS = ("cancellation", "wide", "subnormal", "signed_zero", "huge")
@@ -62,23 +62,24 @@ def exact(x, weight, bias=None):
 def test_segments_cover_k_once(n, k):
     segments, length = order(n, k)
     assert segments == 1 and length == k or (segments - 1) * length < k <= segments * length
-    assert 1 <= segments <= 8
+    assert 1 <= segments <= max(8, math.ceil(k / 8192))
 
 
 @given(n=st.integers(1, 20_000), k=st.integers(1, 40_000))
 def test_segments_suit_every_tile(n, k):
     """A segment is several blocks of k of any schedule, so that no compiler can take its chain for a single product."""
     segments, length = order(n, k)
-    assert segments == 1 or length % 256 == 0 and length >= 512 and n < 2048
+    assert segments == 1 or length % 256 == 0 and length >= 512 and (n < 2048 or k > 8192)
+    assert length <= 8192
 
 
 def test_the_order_of_shapes_that_matter():
     """Written out, because changing one changes recorded bits."""
-    wanted = {(4096, 4096): (1, 4096), (6144, 4096): (1, 4096), (28672, 4096): (1, 4096), (4096, 14336): (1, 14336),
-              (128256, 4096): (1, 4096), (7168, 8192): (1, 8192), (8192, 1024): (1, 1024), (2049, 8192): (1, 8192),
-              (2048, 8192): (1, 8192), (1280, 8192): (2, 4096), (1024, 4096): (2, 2048), (512, 4096): (4, 1024),
-              (256, 4096): (8, 512), (64, 8192): (8, 1024), (40, 1200): (3, 512), (40, 512): (1, 512),
-              (40, 513): (2, 512)}
+    wanted = {(4096, 4096): (1, 4096), (6144, 4096): (1, 4096), (28672, 4096): (1, 4096), (128256, 4096): (1, 4096),
+              (4096, 14336): (2, 7168), (8192, 28672): (4, 7168), (7168, 8192): (1, 8192), (7168, 8193): (2, 4352),
+              (8192, 1024): (1, 1024), (2049, 8192): (1, 8192), (2048, 8192): (1, 8192), (1280, 8192): (2, 4096),
+              (1024, 4096): (2, 2048), (512, 4096): (4, 1024), (256, 4096): (8, 512), (64, 8192): (8, 1024),
+              (40, 1200): (3, 512), (40, 512): (1, 512), (40, 513): (2, 512)}
     assert {sizes: order(*sizes) for sizes in wanted} == wanted
 
 
@@ -417,7 +418,7 @@ def test_groups_that_take_turns_are_refused_what_they_cannot_do():
     for changes, schedule in (({"cut": (4, 1024)}, turns), ({}, replace(turns, warps=12)),
                               ({}, replace(turns, block_n=256)), ({}, replace(turns, split=True))):
         with pytest.raises(Unsuitable, match="take turns|kind hopper"):
-            MODULE.bulk_launch(SimpleNamespace(**{**vars(plan), **changes}), schedule, small)
+            matmul_plan.bulk_launch(SimpleNamespace(**{**vars(plan), **changes}), schedule, small)
 
 
 # gradients
@@ -505,8 +506,8 @@ class Fake:
 
 
 def test_a_schedule_that_does_not_run_gives_way_to_the_next(monkeypatch):
-    monkeypatch.setattr(MODULE, "_Chosen", Fake)
-    plan = MODULE._Plan(*exact_inputs(3, 8, 16))
+    monkeypatch.setattr(matmul_plan, "_Chosen", Fake)
+    plan = matmul_plan.Plan(*exact_inputs(3, 8, 16), (1, 16))
     plan.wanted = SMALL
     monkeypatch.setattr(Fake, "broken", tuple(SMALL[:2]))
     assert plan._first_that_runs(0, 1, 2, 3, 4, HERE).schedule == SMALL[2]
@@ -524,7 +525,7 @@ def test_counters_belong_to_one_stream_or_one_captured_call(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda index: None)
     real = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *size, dtype, device: real(*size, dtype=dtype))
-    counters = MODULE._Counters()
+    counters = matmul_plan.Counters()
     capturing[0] = True
     assert counters.take(0, 7, 10) == 0  # no bank yet, and a capture cannot make one
     capturing[0] = False
@@ -559,6 +560,11 @@ CODE = [Job("matmul", shape, dtype, schedule, target) for shape, dtype, schedule
     ("N=4096,K=4096", "float16", "hopper 128x256x64 warps=8 stages=3 group=8 persistent store", 90),
     ("N=4096,K=4096", "bfloat16", "hopper 64x256x64 warps=8 stages=5 group=8 persistent pingpong", 90),
     ("N=4096,K=4096,bias", "float16", "hopper 128x128x64 warps=8 stages=5 group=8 swap persistent store pingpong", 90),
+    ("N=4096,K=4096", "bfloat16", "hopper 128x256x64 warps=8 stages=4 group=8 persistent stream", 90),
+    ("N=4096,K=14336", "bfloat16", "hopper 128x256x64 warps=8 stages=4 group=8 persistent", 90),
+    ("N=1280,K=8192", "bfloat16", "hopper 128x128x64 warps=8 stages=6 group=8 split persistent reduce stream", 90),
+    ("N=1280,K=8192,bias", "bfloat16", "tma 128x64x64 warps=4 stages=6 group=8 split reduce", 90),
+    ("N=512,K=4096", "float32", "pointer 64x64x16 warps=4 stages=3 group=8 split reduce", 80),
     ("N=1024,K=4096", "float32", "pointer 32x32x32 warps=4 stages=2 group=8", 90),
     ("N=4096,K=4096,bias", "float32", "pointer 64x64x16 warps=4 stages=3 group=8", 80),
     ("N=1024,K=4096", "bfloat16", "pointer 64x64x64 warps=4 stages=3 group=8", 100))]
@@ -593,6 +599,13 @@ def chains(code):
     return {head for head, _ in lengths.values()}, sorted({length for _, length in lengths.values()})
 
 
+def sums_in_memory(job):
+    """Whether a tile's sum of segments waits in memory, because its chains fill the registers."""
+    s, shape = Schedule.parse(job.schedule), Shape.parse(job.shape)
+    cut = order(shape["N"], shape["K"])[0] > 1
+    return s.kind == "hopper" and cut and not s.split and outputs(job) > 64 * (s.warps // 4)
+
+
 @needs_compiler
 def test_every_kind_compiles_for_its_gpus(compiled):
     assert all(f".target sm_{c.job.target}" in c.ptx for c in compiled)
@@ -611,19 +624,22 @@ def test_a_blocks_products_are_one_chain_for_each_accumulator(compiled):
         assert lengths == [s.block_k // (1 if job.dtype == "float32" else 16)], (names([code]), lengths)
         instruction = 1 if job.dtype == "float32" else 4 if "mma.sync" in code.ptx else None
         high = s.block_n if s.swap else s.block_m  # a wgmma holds 64 of its rows for four warps
-        rows = high // 64 * (1 + s.pingpong) if s.kind == "hopper" else 1
+        hopper = s.kind == "hopper"
+        rows = high // 64 * (1 + s.pingpong + sums_in_memory(job)) if hopper else high // (16 * s.warps)
         assert len(heads) == (outputs(job) // instruction if instruction else rows), (names([code]), len(heads))
 
 
 @needs_compiler
 def test_segments_and_biases_are_separate_additions(compiled):
-    """One for the sum that starts from +0, one more inside the loop where it is cut, one for a bias."""
+    """One for the sum that starts from +0, one more inside the loop where it is cut, one for a bias; in memory the sum
+    is added to in the loop and twice after it; none where another kernel adds."""
     for code in compiled:
         shape, s = Shape.parse(code.job.shape), Schedule.parse(code.job.schedule)
         if code.job.target == 100:
             continue
         cut = order(shape["N"], shape["K"])[0] > 1
         wanted = 1 + bool(shape.get("bias")) + (cut and not s.split and s.kind != "hopper")
+        wanted = 0 if s.reduce else wanted + 2 * sums_in_memory(code.job)
         assert code.float_adds == wanted * outputs(code.job), names([code])
 
 
@@ -768,7 +784,7 @@ def test_a_captured_graph_has_the_same_bits(shape):
 def test_a_capture_without_counters_walks_segments_in_sequence(monkeypatch):
     x, weight, _ = inputs(5, "N=1024,K=4096")
     wanted = OP.triton(x, weight)
-    monkeypatch.setattr(MODULE._Counters, "_cut", lambda *_: 0)
+    monkeypatch.setattr(matmul_plan.Counters, "_cut", lambda *_: 0)
     OP.triton(x, weight)
     split = Schedule("pointer", 16, 32, 256, 4, 4, 1, swap=True, split=True)
     run_schedule(split, x, weight)

@@ -11,7 +11,8 @@ import torch
 
 from kernels.lab import orders, orders_chart
 from kernels.lab.orders_widget import LENGTHS, SumOrders
-from kernels.lab.widgets import SETTLE_SECONDS, _png
+from kernels.lab.widget_base import SETTLE_SECONDS
+from kernels.lab.widget_parts import png as _png
 from kernels.op import DTYPES
 
 

@@ -10,7 +10,7 @@ import torch
 
 from kernels import runtime, schedules
 from kernels.lab import bench, records, tune
-from kernels.lab.tune import TRUSTED, best_schedule, candidates, fastest, prove, prove_all, store
+from kernels.lab.tune import TRUSTED, best_schedule, candidates, certificates, fastest, prove, prove_all, store
 from kernels.matmul import order
 from kernels.schedules import Schedule
 
@@ -34,7 +34,7 @@ def test_candidates_suit_the_order_and_the_gpu(dtype):
         segments, length = order(n, k)
         for tokens in tune.TOKENS:
             found = candidates(n, k, tokens, dtype)
-            assert 10 <= len(found) <= 150 and len(set(found)) == len(found), (n, k, tokens, len(found))
+            assert 8 <= len(found) <= 64 and len(set(found)) == len(found), (n, k, tokens, len(found))
             assert all(segments == 1 or length % s.block_k == 0 for s in found)
             assert all(s.shared_bytes * dtype.itemsize // 2 <= 227 * 1024 for s in found)
             assert segments == 1 or tokens > 1024 or any(s.split for s in found)
@@ -46,10 +46,10 @@ def test_a_gpu_without_bulk_copies_gets_no_candidates_with_them():
 
 @needs_triton
 def test_a_schedule_that_keeps_its_bits_is_certified():
-    rows = prove(GOOD, 6, 20, torch.float32, runtime.device())
+    rows = certificates(GOOD, 6, 20, torch.float32, runtime.device())
     assert [row["input"] for row in rows] == list(tune.KINDS)
     assert len({row["digest"] for row in rows}) == len(rows) and {row["trusted"] for row in rows} == {str(TRUSTED)}
-    assert set(rows[0]) | {"recorded_at", "source"} == set(tune.CERTIFICATES.columns)
+    assert set(rows[0]) == set(tune.CERTIFICATES.columns)
     tune.check_trusted(6, 20, torch.float32, runtime.device(), columns=4)
 
 
@@ -65,7 +65,7 @@ def test_a_schedule_that_moves_one_bit_is_not(monkeypatch):
 
     monkeypatch.setattr(tune, "run_schedule", off)
     with pytest.raises(RuntimeError, match="16x16x32.*moved bits of portable inputs"):
-        prove(GOOD, 7, 20, torch.float32, runtime.device())
+        certificates(GOOD, 7, 20, torch.float32, runtime.device())
 
 
 @needs_triton
@@ -99,7 +99,7 @@ def test_the_residue_shows_a_last_bit_that_rounding_hides():
 # workers
 
 
-ECHO = "import sys\nfor line in sys.stdin:\n    print({!r} if 'bad' in line else '[]', flush=True)\n"
+ECHO = "import sys\nfor line in sys.stdin:\n    print({!r} if 'bad' in line else '\"\"', flush=True)\n"
 
 
 def workers(monkeypatch, script):
@@ -121,22 +121,22 @@ def test_answers_come_in_the_order_of_the_jobs(monkeypatch):
     seen = []
     jobs = [{"schedule": "bad" if i % 3 == 0 else "fine"} for i in range(12)]
     answers = prove_all(jobs, 2, progress=lambda done, total: seen.append((done, total)))
-    assert answers == ["ValueError: no" if i % 3 == 0 else [] for i in range(12)]
+    assert answers == ["ValueError: no" if i % 3 == 0 else "" for i in range(12)]
     assert sorted(seen) == [(i + 1, 12) for i in range(12)]
 
 
 def test_a_broken_context_gets_a_new_process(monkeypatch):
     worker = workers(monkeypatch, ECHO.format('"RuntimeError: CUDA error: an illegal access"'))
-    assert prove_all([{"schedule": "bad"}, {"schedule": "fine"}], 1)[1] == []
+    assert prove_all([{"schedule": "bad"}, {"schedule": "fine"}], 1)[1] == ""
     assert worker.started == 2
 
 
 def test_a_job_that_hangs_is_ended_and_the_next_one_runs(monkeypatch):
     script = ECHO.format("x").replace("print", "import time; 'bad' in line and time.sleep(60); print")
-    workers(monkeypatch, script.replace("'x' if 'bad' in line else '[]'", "'[]'"))
+    workers(monkeypatch, script.replace("'x' if 'bad' in line else '\"\"'", "'\"\"'"))
     start = time.monotonic()
     answers = prove_all([{"schedule": "bad"}, {"schedule": "fine"}], 1, limit_s=2)
-    assert answers == ["the process died or took too long", []] and time.monotonic() - start < 30
+    assert answers == ["the process died or took too long", ""] and time.monotonic() - start < 30
 
 
 def test_jobs_after_the_deadline_are_not_begun(monkeypatch):
@@ -235,14 +235,16 @@ def test_several_shapes_are_proved_together_and_stored_one_by_one(monkeypatch, t
     assert set(table) == {(6, 4), (9, 4)} and all(set(column) == {2, 3} for column in table.values())
     assert all(schedule in (few[0], few[2]) for column in table.values() for schedule in column.values())
     rows = tune.CERTIFICATES.read(tmp_path / "here")
-    assert len(asked) == 6 and len(rows) == 4 * len(tune.KINDS)
+    kept = {(shape, str(schedule)) for shape, column in table.items() for schedule in column.values()}
+    assert len(asked) == 6 and len(rows) == len(kept) * len(tune.KINDS)
     assert rows.groupby(["shape", "input"]).digest.nunique().max() == 1
     assert capsys.readouterr().out.count("left out") == 2
 
 
 def _answer(job, device):
     try:
-        return prove(Schedule.parse(job["schedule"]), job["n"], job["k"], torch.float32, device)
+        prove(Schedule.parse(job["schedule"]), job["n"], job["k"], torch.float32, device)
+        return ""
     except RuntimeError as error:
         return str(error)
 
@@ -254,5 +256,5 @@ def test_a_small_shape_is_tuned_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert tune.main(["--shape", "512,1024", "--tokens", "4", "70", "--out", str(tmp_path), "--machine", "here"]) == 0
     table = schedules.load(schedules.slug(runtime.device().index), tmp_path / "schedules")
     assert set(table["matmul"]["bfloat16"][512, 1024]) == {4, 70}
-    assert len(tune.CERTIFICATES.read(tmp_path / "here")) >= 10
+    assert len(tune.CERTIFICATES.read(tmp_path / "here")) >= len(tune.KINDS)
     assert "compiled and compared" in capsys.readouterr().out

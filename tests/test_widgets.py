@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from kernels import OPS, runtime
-from kernels.lab import chart, records, sweep, widgets
+from kernels.lab import chart, records, sweep, widget_parts, widgets
 from kernels.lab.widgets import TokenSweep
 
 COLUMNS = list(records.TOKEN_SWEEP.columns)
@@ -322,6 +322,15 @@ def test_without_recorded_data_it_says_what_to_do_and_still_runs(tmp_path):
     assert len(widget.rows) == 6
 
 
+def test_a_chart_without_points_names_no_machine(out, monkeypatch):
+    captions, draw = [], chart._caption
+    monkeypatch.setattr(chart, "_caption", lambda *a: captions.append(draw(*a)) or captions[-1])
+    widget = TokenSweep("rms_norm", out=out)
+    widget.op.value = "mean"
+    assert widget.recorded.empty
+    assert ["H200" in caption for caption in captions] == [True, False]
+
+
 @pytest.mark.parametrize(("damage", "message"), [
     (lambda f: (f / "token_sweep.csv").write_text("a,b\n1,2\n"), "is not a token_sweep.csv of this suite"),
     (lambda f: (f / "token_sweep.csv").write_bytes(b"\xff\xfe\x00\x81"), "not"),
@@ -357,7 +366,7 @@ def test_on_a_gpu_it_asks_for_the_published_experiment(out, monkeypatch):
     widget = TokenSweep("rms_norm", out=out)
     assert widget.shape.value == "D=8192,residual" and widget.dtype.value == "bfloat16"
     assert widget.clock.value == "cold" and widget.clock.options == ("cold", "graph", "call")
-    assert widgets._token_counts(widget.tokens.value) == TOKENS
+    assert widget_parts.token_counts(widget.tokens.value) == TOKENS
 
 
 @pytest.mark.gpu
@@ -518,7 +527,7 @@ def _legends(axes):
 
 
 def test_the_same_rows_give_the_same_bytes():
-    assert widgets._png(chart.sweep_chart(rows_of(), clock="cold")) == widgets._png(
+    assert widget_parts.png(chart.sweep_chart(rows_of(), clock="cold")) == widget_parts.png(
         chart.sweep_chart(rows_of().sample(frac=1, random_state=1), clock="cold"))
 
 

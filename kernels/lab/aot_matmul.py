@@ -10,7 +10,9 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from ..matmul import _OPTIONS, _pointer_constants, _pointer_kernel, bulk_launch, order
+from ..matmul import order
+from ..matmul_kernels import pointer_kernel
+from ..matmul_plan import OPTIONS, bulk_launch, pointer_constants
 from ..op import DTYPES, Shape
 from ..schedules import Schedule
 
@@ -41,7 +43,7 @@ def compile_schedule(shape: str, dtype: str, schedule: str, target: int, tokens:
     if s.kind != "pointer":
         kernel, _, given, arguments, options = bulk_launch(plan, s, torch.empty(16, dtype=kind))
         return kernel.warmup(*given, *arguments, grid=(1,), **options)
-    options = {**_OPTIONS, "launch_pdl": target >= 90, "num_warps": s.warps, "num_stages": s.stages}
+    options = {**OPTIONS, "launch_pdl": target >= 90, "num_warps": s.warps, "num_stages": s.stages}
     scalars = (tokens, n, k, *plan.x_strides, *plan.weight_strides, *plan.cut)
     pointers = (*4 * (kind,), torch.float32, torch.int32)
-    return _pointer_kernel.warmup(*pointers, *scalars, *_pointer_constants(plan, s), target >= 90, grid=(1,), **options)
+    return pointer_kernel.warmup(*pointers, *scalars, *pointer_constants(plan, s), target >= 90, grid=(1,), **options)

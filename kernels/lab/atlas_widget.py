@@ -5,7 +5,6 @@ A worker thread only measures: it puts rows in a queue, and the thread that made
 from __future__ import annotations
 
 import html
-import time
 from pathlib import Path
 
 import ipywidgets as w
@@ -13,13 +12,16 @@ import pandas as pd
 
 from .. import runtime
 from . import atlas, atlas_chart, records
+from . import widget_parts as parts
 from .atlas import ATLAS, PROPERTIES
 from .chart import MOVED, SAME
-from .widgets import _CELL, Measuring, _message, _png, _seconds, downloads_html
+from .widget_base import Measuring
 
 ANY, BOTH, APPLIES = "any", "both", "any that applies"
 VERDICTS = (APPLIES, "varies", "same", "not here", "not applicable", "error")
 LONGEST = 60  # lines of the table
+KEY = ("Pale: the same bits. Dark: bits moved; the number is the per cent of elements that differ. Hatched: no such "
+       "kernel here, or no such test. Empty: does not apply, or filtered out.")
 NO_ROWS = pd.DataFrame(columns=list(ATLAS.columns))
 
 
@@ -34,22 +36,19 @@ class Atlas(Measuring):
     code what the buttons do.
     """
 
+    COLUMNS = ATLAS.columns
+
     def __init__(self, machine: str | None = None, *, out=records.DATA, trials: int = 20):
         super().__init__()
         self._out, self._trials = Path(out), trials
-        self._rows, self._asked, self._problems, self._recorded = {}, [], {}, NO_ROWS
+        self._asked, self._recorded = [], NO_ROWS
         self._build(machine)
         self._load()
         self._draw()
-        w.VBox.__init__(self, self._laid_out(), layout=w.Layout(max_width="980px"))
+        w.VBox.__init__(self, self._laid_out(), layout=w.Layout(max_width="1400px"))
         self._connect()
 
     # --- what it holds
-
-    @property
-    def rows(self) -> pd.DataFrame:
-        """The rows measured here by the last run, with atlas.csv's columns."""
-        return pd.DataFrame(list(self._rows.values()), columns=NO_ROWS.columns)
 
     @property
     def recorded(self) -> pd.DataFrame:
@@ -75,7 +74,7 @@ class Atlas(Measuring):
     # --- the controls
 
     def _build(self, machine):
-        labelled, names = {"style": {"description_width": "initial"}}, atlas.machines(self._out)
+        labelled, names = parts.LABELLED, atlas.machines(self._out)
         if machine is not None and machine not in names:
             self._problems["machine"] = f"no recorded machine {machine!r}; there are: {', '.join(names) or 'none'}"
             machine = None
@@ -89,34 +88,24 @@ class Atlas(Measuring):
         self.live_op = w.Dropdown(description="Op", options=atlas.names(), value="mm", **labelled)
         self.live_dtype = w.Dropdown(description="Dtype", options=list(atlas.DTYPES), value="float32", **labelled)
         self.live_property = w.Dropdown(description="Property", options=[*PROPERTIES, ANY], value="batch", **labelled)
-        self.run_button = w.Button(description="Run", icon="play", button_style="primary")
-        self.stop_button = w.Button(description="Stop", icon="stop", disabled=True)
-        self.progress, self.status = w.IntProgress(min=0, max=1, value=0), w.HTML()
-        self.live, self.errors, self.table, self.downloads = w.HTML(), w.HTML(), w.HTML(), w.HTML()
-        self.chart = w.Image(format="png", layout=w.Layout(max_width="100%"))
+        self.live, self.key, self.table, self.downloads = w.HTML(), w.HTML(), w.HTML(), w.HTML()
+        self.chart = w.Image(format="png", layout=w.Layout(max_width="none", flex="none"))
 
     def _laid_out(self):
-        for control, width in ((self.machine, "220px"), (self.text, "280px"), (self.property, "180px"),
-                               (self.verdict, "220px"), (self.dtype, "150px"), (self.live_op, "280px"),
-                               (self.live_dtype, "160px"), (self.live_property, "190px"), (self.run_button, "96px"),
-                               (self.stop_button, "96px"), (self.progress, "160px")):
-            control.layout.width = width
-        row = {"flex_flow": "row wrap", "grid_gap": "2px 16px", "align_items": "center"}
-        panel = {"border": "1px solid var(--jp-border-color2, #ddd)", "padding": "8px 12px", "margin": "0 0 8px 0"}
-        look = w.VBox([w.HBox(line, layout=w.Layout(**row)) for line in (
-            [w.HTML("<b>Look up</b>"), self.machine, self.text], [self.property, self.verdict, self.dtype])],
-            layout=w.Layout(**panel))
-        measure = w.VBox([w.HBox(line, layout=w.Layout(**row)) for line in (
-            [w.HTML("<b>Measure here</b>"), self.live_op, self.live_dtype, self.live_property],
-            [self.run_button, self.stop_button, self.progress, self.status], [self.live])], layout=w.Layout(**panel))
-        return [look, measure, self.errors, self.chart, self.downloads, self.table]
+        parts.widths({self.machine: "220px", self.text: "280px", self.property: "180px", self.verdict: "220px",
+                      self.dtype: "150px", self.live_op: "280px", self.live_dtype: "160px",
+                      self.live_property: "190px", self.progress: "160px"})
+        look = parts.panel(parts.line(w.HTML("<b>Look up</b>"), self.machine, self.text),
+                           parts.line(self.property, self.verdict, self.dtype))
+        measure = parts.panel(
+            parts.line(w.HTML("<b>Measure here</b>"), self.live_op, self.live_dtype, self.live_property),
+            self._run_line, parts.line(self.live))
+        scrolled = w.Box([self.chart], layout=w.Layout(overflow="auto"))  # shrunk, its text could not be read
+        return [look, measure, self.errors, scrolled, self.key, self.downloads, self.table]
 
     def _connect(self):
-        self.run_button.on_click(lambda _: self._at_home(self.run))
-        self.stop_button.on_click(lambda _: self.stop())
         self.machine.observe(lambda change: self._at_home(self._change_machine), "value")
-        for control in (self.text, self.property, self.verdict, self.dtype):
-            control.observe(lambda change: self._at_home(self._draw), "value")
+        self._redraw_on(self.text, self.property, self.verdict, self.dtype)
 
     def _change_machine(self):
         self._load()
@@ -136,51 +125,28 @@ class Atlas(Measuring):
 
     # --- measuring
 
-    def run(self):
-        """Start measuring the chosen cell, or all properties of the chosen op; returns at once."""
-        if self.running:
-            return
-        self._problems.pop("run", None)
+    def _prepare(self):
         properties = PROPERTIES if self.live_property.value == ANY else (self.live_property.value,)
         self._asked = atlas.cells([self.live_op.value], [self.live_dtype.value], properties)
-        self._rows, self._began = {}, time.monotonic()
-        self.run_button.disabled, self.stop_button.disabled = True, False
-        self.progress.max, self.progress.value, self.progress.bar_style = len(self._asked), 0, "info"
-        self._say(f"measuring {self._asked[0][0]}")
-        self._show_errors()
-        self._start(self._measure, self._asked)
+        return len(self._asked), f"measuring {self._asked[0][0]}", (self._asked,)
 
     def _measure(self, wanted):
         """The worker."""
-        try:
-            for row in atlas.atlas(wanted, trials=self._trials, progress=False):
-                self._tell("rows", [row])
-                if self._stop.is_set():
-                    break
-        except Exception as error:  # noqa: BLE001 - shown in the widget, where the reader looks
-            self._tell("failed", error)
-        self._tell("ended")
+        for row in atlas.atlas(wanted, trials=self._trials, progress=False):
+            self._tell("rows", [row])
+            if self._stop.is_set():
+                break
 
     def _on_rows(self, rows):
         for row in rows:
             self._rows[row["property"]] = row
         self.progress.value = len(self._rows)
 
-    def _on_failed(self, error):
-        text = str(error).strip().splitlines()
-        self._problems["run"] = f"{type(error).__name__}: {text[0] if text else 'no message'}"
+    def _so_far(self):
+        return len(self._rows), len(self._asked), "properties"
 
-    def _on_ended(self, _):
-        self._worker.join()
-        self._worker = None
-        self.run_button.disabled, self.stop_button.disabled = False, True
-        finished, asked = len(self._rows), len(self._asked)
-        self.progress.bar_style = "success" if finished == asked else "warning"
-        what = "done" if finished == asked else f"ended after {finished} of {asked} properties"
-        self._say(f"{what}, {_seconds(time.monotonic() - self._began)}")
-
-    def _say(self, text):
-        self.status.value = f'<span style="color:var(--jp-ui-font-color2,#555)">{html.escape(text)}</span>'
+    def _cut_short(self):
+        return "ended"
 
     # --- drawing
 
@@ -195,10 +161,11 @@ class Atlas(Measuring):
         png = b""
         if len(rows):
             figure = atlas_chart.atlas_chart({self._device: rows}, groups=atlas_chart.in_groups(self._recorded))
-            png, self.chart.layout.width = _png(figure), f"{100 * figure.get_figwidth():.0f}px"
+            png, self.chart.layout.width = parts.png(figure), f"{100 * figure.get_figwidth():.0f}px"
         self.chart.value, self.chart.layout.display = png, None if png else "none"
+        self.key.value = _small(KEY) if png else ""
         self.table.value = table_html(rows)
-        self.downloads.value = downloads_html(rows, png, f"atlas-{self.machine.value}") if len(rows) else ""
+        self.downloads.value = parts.downloads_html(rows, png, f"atlas-{self.machine.value}") if len(rows) else ""
 
     def _live_html(self) -> str:
         """The live verdicts, each over that of every recorded machine."""
@@ -222,12 +189,9 @@ class Atlas(Measuring):
         return (f'<div style="font-size:12px;margin-top:4px"><b>{html.escape(first["op"])}</b> in {first["dtype"]}'
                 f'</div>{_table(lines)}')
 
-    def _show_errors(self):
-        self.errors.value = "".join(map(_message, self._problems.values()))
-
 
 _NUMBERS = ("verdict", "differ", "ulp", "distinct", "trials")
-_TIGHT = _CELL.replace("14px", "10px") + ";white-space:nowrap"
+_TIGHT = parts.CELL.replace("14px", "10px") + ";white-space:nowrap"
 
 
 def table_html(rows: pd.DataFrame) -> str:
@@ -238,14 +202,17 @@ def table_html(rows: pd.DataFrame) -> str:
     for _, row in rows.head(LONGEST).iterrows():
         lines.append(_line(row["op"], row["dtype"], row["shape"], row, row["property"]))
     more = len(rows) - LONGEST
-    return _table(lines) + (f'<div style="font-size:11px;color:#666">and {more:,} more rows; the CSV has them '
-                            'all</div>' if more > 0 else "")
+    return _table(lines) + (_small(f"and {more:,} more rows; the CSV has them all") if more > 0 else "")
 
 
 def _table(lines) -> str:
     words = "differ: of the compared elements. ulp: the largest distance. distinct: results that one row had."
-    return (f'<table style="border-collapse:collapse;font-size:12px;line-height:1.5">{"".join(lines)}</table>'
-            f'<div style="font-size:11px;color:#666;margin-top:2px">{words}</div>')
+    return ('<div style="overflow-x:auto"><table style="border-collapse:collapse;font-size:12px;line-height:1.5">'
+            f'{"".join(lines)}</table></div>{_small(words)}')
+
+
+def _small(text: str) -> str:
+    return f'<div style="font-size:11px;line-height:1.5;color:#666;margin-top:2px">{html.escape(text)}</div>'
 
 
 def _head(*names) -> str:

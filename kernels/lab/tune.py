@@ -4,18 +4,21 @@
 
 Candidates of all shapes compile in processes of their own, which also compare each with one trusted schedule on
 inputs made to hurt: one that does not compile, fails or moves a bit is left out and said so. The rest are timed
-`cold`, in turns. The best go to data/schedules/<gpu>.json, what was compared to data/<machine>/certificates.csv.
+`cold`, in turns. The best go to data/schedules/<gpu>.json, what they were compared on to
+data/<machine>/certificates.csv.
 """
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import queue
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache, partial
@@ -35,6 +38,7 @@ from . import bench, records
 TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 TRUSTED = Schedule("pointer", 32, 32, 32, warps=4, stages=2)
 ROWS = 259  # of an input to prove on: whole tiles of every schedule, and three more
+STREAM_ROWS = 1283  # enough tiles that programs hand chains on
 KINDS = ("portable", "residue", "cancellation", "wide", "subnormal", "signed_zero")
 CERTIFICATES = records.Table(
     "certificates.csv",
@@ -46,108 +50,146 @@ _SHARED = 227 * 1024  # bytes of shared memory a block of sm_90 may use
 
 
 def candidates(n: int, k: int, tokens: int, dtype=torch.bfloat16, tma: bool = True) -> list[Schedule]:
-    """Schedules worth timing for this many tokens, few enough to compile in seconds; `tma`: the GPU has bulk copies.
-
-    The lists below hold what came within 8 % of the best at some shape of an H200, and what was not tried there.
-    """
+    """Schedules worth timing for this many tokens, few enough to time in a second; `tma`: the GPU has bulk copies."""
     if dtype == torch.float32:
         found = list(_float32(tokens))
-    elif tokens <= 64:
-        found = [*_few_by_pointer(tokens), *(_few_by_tma(tokens) if tma else ())]
     else:
-        found = [*_many_by_pointer(tokens, tma), *(_many_by_tma(tokens) if tma else ()),
-                 *(_hopper(tokens) if tma else ())]
-    cut, length = order(n, k)
-    found = [s for s in found if s.block_k <= k and (cut == 1 or length % s.block_k == 0 and not s.pingpong)]
-    if cut > 1 and tokens <= 1024:
-        parallel = [replace(s, split=True) for s in found if not (s.persistent or s.store)]
-        found = parallel + [s for s in found if tokens > 256 or s.persistent]
+        found = [Schedule.parse(line) for line in next(text for bound, text in _WORTH_TIMING if tokens <= bound)]
+        if 16 < tokens <= 32:
+            found = [replace(s, block_m=32) for s in found]
+        found = [s for s in found if tma or s.kind == "pointer"]
+    found = _by_order(found, n, k, tokens)
     return list(dict.fromkeys(s for s in found if s.shared_bytes * dtype.itemsize // 2 <= _SHARED))
 
 
-# rows of the weight, block_k, warps, stages
-_POINTERS_32 = ((16, 128, 2, 4), (16, 128, 2, 6), (16, 256, 2, 3), (16, 256, 2, 4), (16, 256, 2, 6), (16, 512, 2, 4),
-                (32, 128, 2, 3), (32, 128, 2, 4), (32, 128, 2, 6), (32, 128, 4, 6), (32, 256, 2, 4), (32, 256, 4, 4),
-                (32, 256, 4, 6), (32, 512, 4, 4), (64, 128, 4, 3), (64, 128, 4, 4))
-_POINTERS_64 = ((16, 128, 4, 6), (16, 256, 4, 3), (16, 256, 4, 4), (32, 128, 4, 6), (32, 256, 4, 4), (64, 128, 4, 6))
+def _by_order(found, n, k, tokens):
+    """Those that can carry out the order of (n, k); where it cuts k, also with segments side by side."""
+    cut, length = order(n, k)
+    if cut == 1:
+        shared = [replace(s, stream=True) for s in found if s.kind == "hopper" and _uneven(s, n, tokens)]
+        return [s for s in (*found, *shared) if s.block_k <= k]
+    found = [s for s in found if not (s.pingpong or length % s.block_k)]
+    parallel = [s for s in found if not (s.persistent or s.store)] if tokens <= 2048 else []
+    by_last = [replace(s, split=True) for s in parallel] if tokens <= 128 else []
+    by_kernel = [replace(s, split=True, reduce=True) for s in parallel] if tokens > 64 else []
+    for s in found if 64 < tokens <= 2048 and k % length == 0 else ():
+        if s.kind == "hopper" and not s.store:
+            by_kernel.append(replace(s, split=True, reduce=True, stream=_uneven(s, n, tokens, cut)))
+    return [*by_last, *by_kernel, *(s for s in found if s.persistent or tokens > 256 or n >= 2048)]
 
 
-def _few_by_pointer(tokens):
-    """Up to 64 tokens: the weights' way from memory is all that counts."""
-    m = max(16, 1 << (tokens - 1).bit_length())
-    for rows, block_k, warps, stages in _POINTERS_32 if m <= 32 else _POINTERS_64:
-        yield Schedule("pointer", m, rows, block_k, warps, stages, 1, swap=True)
+def _uneven(s, n, tokens, cut=1, sms=132) -> bool:
+    """Whether tiles leave some of so many multiprocessors idle at the end, and hands-on would not."""
+    units = -(-tokens // s.block_m) * -(-n // s.block_n) * cut
+    return not s.pingpong and units > sms and units % sms > 0
 
 
-def _few_by_tma(tokens):
-    m = max(16, 1 << (tokens - 1).bit_length())
-    for rows, block_k, stages in ((64, 64, 4), (64, 64, 8), (64, 128, 4), (64, 128, 6), (64, 128, 8), (64, 256, 3),
-                                  (64, 256, 4), (128, 64, 4), (128, 64, 6), (128, 64, 8), (128, 128, 3), (128, 128, 4),
-                                  (128, 256, 3)):
-        yield Schedule("tma", m, rows, block_k, 4, stages, 1, swap=True)
-    for rows, block_k, stages in ((16, 128, 8), (32, 64, 8), (32, 128, 4), (32, 128, 6), (32, 128, 8), (32, 256, 3),
-                                  (32, 256, 4), (64, 64, 8), (64, 128, 6)):
-        if m == 64:  # as high as an instruction of the tensor core, so no side needs to be swapped
-            yield Schedule("tma", m, rows, block_k, 4, stages, 1)
-    for rows, warps, stages in ((64, 4, 4), (64, 4, 8), (128, 4, 4), (128, 8, 4)):
-        yield Schedule("hopper", m, rows, 128, warps, stages, 1, swap=True, persistent=True)
-
-
-def _many_by_pointer(tokens, tma):
-    """More than 64 tokens: tiles for the tensor cores."""
-    tiles = ((64, 64, 4), (64, 64, 6), (64, 128, 4), (128, 64, 4), (128, 128, 4))
-    for m, n, stages in tiles if tokens <= 256 or not tma else tiles[-1:]:
-        yield Schedule("pointer", m, n, 64, 8 if m * n == 128 * 128 else 4, stages)
-
-
-# block_m, block_n: (block_k, stages)
-_NARROW = {(64, 64): ((64, 4), (64, 6), (64, 8), (64, 12), (128, 3), (128, 4), (128, 6)),
-           (64, 128): ((64, 4), (64, 6), (64, 8), (128, 3), (128, 4)),
-           (128, 64): ((64, 3), (64, 4), (64, 6), (64, 8), (128, 4))}
-_NARROWER = {(64, 32): ((64, 8), (128, 4), (128, 6), (128, 8)), (128, 32): ((64, 8), (128, 4), (128, 5))}
-_SQUARE = {(128, 128): ((64, 3), (64, 4), (64, 6), (128, 3))}
-
-
-def _many_by_tma(tokens):
-    tiles = {**(_NARROWER if tokens <= 256 else {}), **(_NARROW if tokens <= 1024 else {}), **_SQUARE}
-    for (m, n), rest in tiles.items():
-        for block_k, stages in rest:
-            yield Schedule("tma", m, n, block_k, 8 if m * n == 128 * 128 else 4, stages)
-    for m, n, stages in ((64, 64, 6), (64, 64, 8), (128, 64, 6), (64, 128, 6), (128, 128, 3)):
-        if tokens <= 128:
-            yield Schedule("tma", m, n, 64, 8 if m * n == 128 * 128 else 4, stages, 1, swap=True)
-    if tokens < 256:
-        return
-    for stages, group in product((3, 4), (4, 8, 16)):
-        yield Schedule("tma", 128, 256, 64, 8, stages, group, persistent=True, flatten=True)
-    for group in (4, 8, 16):
-        yield Schedule("tma", 128, 256, 64, 8, 3, group, persistent=True, flatten=True, store=True)
-    yield Schedule("tma", 128, 256, 64, 8, 3, 8, persistent=True, specialize=True)
-    for group in (8, 16):
-        yield Schedule("tma", 256, 128, 64, 8, 4, group, persistent=True, flatten=True)
-    yield Schedule("tma", 256, 128, 64, 8, 4, 8)
-    yield Schedule("tma", 128, 128, 64, 8, 6, 8, persistent=True, flatten=True)
-    yield Schedule("tma", 128, 128, 64, 8, 4, 8, persistent=True, flatten=True, store=True)
-
-
-# the side shared out among the warps, the other, block_k, warps, stages, store
-_TOGETHER = ((64, 64, 128, 4, 6, False), (128, 64, 64, 8, 6, False), (128, 64, 64, 8, 8, False),
-             (128, 64, 128, 8, 4, False), (128, 128, 64, 8, 6, False), (128, 128, 64, 8, 4, True))
-_TOGETHER_WIDE = ((128, 256, 64, 8, 4, False), (128, 256, 64, 8, 3, True), (192, 128, 64, 12, 4, False),
-                  (192, 128, 64, 12, 4, True), (192, 128, 64, 12, 5, False), (192, 64, 64, 12, 6, True))
-_IN_TURNS = ((64, 256, 4, True), (64, 256, 5, False), (128, 128, 5, True), (128, 128, 6, False))
-
-
-def _hopper(tokens):
-    """Loads in a warp of their own, with either side as the one that is shared out among the warps."""
-    for high, wide, block_k, warps, stages, store in (*_TOGETHER, *(_TOGETHER_WIDE if tokens >= 256 else ())):
-        fixed = {"persistent": True, "store": store}
-        yield Schedule("hopper", high, wide, block_k, warps, stages, 8, **fixed)
-        yield Schedule("hopper", wide, high, block_k, warps, stages, 8, swap=True, **fixed)
-    for high, wide, stages, store in _IN_TURNS if tokens >= 256 else ():
-        fixed = {"persistent": True, "store": store, "pingpong": True}
-        yield Schedule("hopper", high, wide, 64, 8, stages, 8, **fixed)
-        yield Schedule("hopper", wide, high, 64, 8, stages, 8, swap=True, **fixed)
+# {largest token count: schedules}: on an H200 one of each list was within 2 % of the best of hundreds at every shape
+# tried; their neighbours, for other shapes and GPUs; and kinds that were not among those hundreds
+_UP_TO_32 = """
+pointer 16x16x256 warps=2 stages=6 group=1 swap
+pointer 16x32x128 warps=2 stages=4 group=1 swap
+pointer 16x32x128 warps=2 stages=6 group=1 swap
+pointer 16x32x256 warps=4 stages=4 group=1 swap
+pointer 16x32x256 warps=4 stages=6 group=1 swap
+pointer 16x32x512 warps=4 stages=4 group=1 swap
+tma 16x64x128 warps=4 stages=6 group=1 swap
+tma 16x64x128 warps=4 stages=8 group=1 swap
+tma 16x64x256 warps=4 stages=4 group=1 swap
+tma 16x128x128 warps=4 stages=3 group=1 swap
+hopper 16x64x128 warps=4 stages=8 group=1 swap persistent
+"""
+_UP_TO_64 = """
+pointer 64x16x256 warps=4 stages=3 group=1 swap
+pointer 64x32x128 warps=4 stages=6 group=1 swap
+pointer 64x32x256 warps=4 stages=4 group=1 swap
+tma 64x64x64 warps=4 stages=8 group=1 swap
+tma 64x64x128 warps=4 stages=4 group=1 swap
+tma 64x64x128 warps=4 stages=6 group=1 swap
+tma 64x64x256 warps=4 stages=3 group=1 swap
+tma 64x128x64 warps=4 stages=4 group=1 swap
+tma 64x128x128 warps=4 stages=3 group=1 swap
+tma 64x128x128 warps=4 stages=4 group=1 swap
+tma 64x32x128 warps=4 stages=8 group=1
+hopper 64x64x128 warps=4 stages=6 group=1 swap persistent
+hopper 64x128x128 warps=8 stages=4 group=1 swap persistent
+"""
+_UP_TO_128 = """
+pointer 64x64x64 warps=4 stages=4 group=8
+tma 64x32x128 warps=4 stages=6 group=8
+tma 128x32x64 warps=4 stages=8 group=8
+tma 64x64x64 warps=4 stages=6 group=8
+tma 64x64x64 warps=4 stages=8 group=8
+tma 64x64x64 warps=4 stages=12 group=8
+tma 64x64x128 warps=4 stages=4 group=8
+tma 64x64x128 warps=4 stages=6 group=8
+tma 64x128x64 warps=4 stages=6 group=8
+tma 128x64x64 warps=4 stages=6 group=8
+tma 128x64x64 warps=4 stages=8 group=8
+tma 128x64x64 warps=4 stages=6 group=1 swap
+tma 128x128x64 warps=8 stages=3 group=1 swap
+tma 128x128x64 warps=8 stages=6 group=8
+hopper 64x64x128 warps=4 stages=6 group=8 persistent
+hopper 128x64x64 warps=8 stages=8 group=8 persistent
+hopper 128x64x128 warps=8 stages=4 group=8 persistent
+hopper 64x128x64 warps=8 stages=8 group=8 swap persistent
+hopper 128x128x64 warps=8 stages=6 group=8 persistent
+"""
+_UP_TO_256 = """
+tma 64x64x64 warps=4 stages=4 group=8
+tma 64x64x64 warps=4 stages=6 group=8
+tma 64x128x64 warps=4 stages=4 group=8
+tma 64x128x64 warps=4 stages=6 group=8
+tma 128x64x64 warps=4 stages=6 group=8
+tma 128x128x64 warps=8 stages=3 group=8
+tma 128x128x64 warps=8 stages=6 group=8
+tma 128x256x64 warps=8 stages=4 group=8 persistent flatten
+hopper 128x64x64 warps=8 stages=8 group=8 persistent
+hopper 64x128x64 warps=8 stages=8 group=8 swap persistent
+hopper 128x128x64 warps=8 stages=6 group=8 persistent
+hopper 128x128x64 warps=8 stages=6 group=8 swap persistent
+hopper 128x128x64 warps=8 stages=6 group=8 persistent pingpong
+hopper 128x192x64 warps=12 stages=4 group=8 swap persistent store
+hopper 128x256x64 warps=8 stages=4 group=8 persistent
+"""
+_UP_TO_1024 = """
+tma 64x128x64 warps=4 stages=6 group=8
+tma 128x64x64 warps=4 stages=6 group=8
+tma 128x128x64 warps=8 stages=3 group=8
+tma 128x128x64 warps=8 stages=6 group=8
+tma 128x256x64 warps=8 stages=4 group=8 persistent flatten
+tma 128x256x64 warps=8 stages=3 group=8 persistent flatten store
+hopper 128x64x64 warps=8 stages=6 group=8 persistent
+hopper 64x128x64 warps=8 stages=6 group=8 swap persistent
+hopper 128x128x64 warps=8 stages=6 group=8 persistent
+hopper 128x128x64 warps=8 stages=6 group=8 swap persistent
+hopper 128x128x64 warps=8 stages=4 group=8 swap persistent store
+hopper 128x128x64 warps=8 stages=5 group=8 persistent store pingpong
+hopper 256x64x64 warps=8 stages=4 group=8 swap persistent store pingpong
+hopper 192x128x64 warps=12 stages=4 group=8 persistent store
+hopper 128x192x64 warps=12 stages=4 group=8 swap persistent store
+hopper 128x256x64 warps=8 stages=4 group=8 persistent
+hopper 256x128x64 warps=8 stages=4 group=8 swap persistent
+hopper 128x256x64 warps=8 stages=3 group=8 persistent store
+"""
+_MORE = """
+tma 128x256x64 warps=8 stages=4 group=8 persistent flatten
+tma 128x256x64 warps=8 stages=4 group=16 persistent flatten
+tma 128x256x64 warps=8 stages=3 group=8 persistent flatten store
+tma 128x256x64 warps=8 stages=3 group=16 persistent flatten store
+tma 256x128x64 warps=8 stages=4 group=16 persistent flatten
+hopper 128x128x64 warps=8 stages=6 group=8 persistent
+hopper 128x128x64 warps=8 stages=6 group=8 swap persistent
+hopper 128x128x64 warps=8 stages=4 group=8 persistent store
+hopper 128x128x64 warps=8 stages=5 group=8 persistent store pingpong
+hopper 192x128x64 warps=12 stages=4 group=8 persistent store
+hopper 128x192x64 warps=12 stages=4 group=8 swap persistent store
+hopper 128x256x64 warps=8 stages=4 group=8 persistent
+hopper 256x128x64 warps=8 stages=4 group=8 swap persistent
+hopper 128x256x64 warps=8 stages=3 group=8 persistent store
+"""
+_WORTH_TIMING = tuple((bound, text.split("\n")[1:-1]) for bound, text in (
+    (32, _UP_TO_32), (64, _UP_TO_64), (128, _UP_TO_128), (256, _UP_TO_256), (1024, _UP_TO_1024), (math.inf, _MORE)))
 
 
 def _float32(tokens):
@@ -165,45 +207,49 @@ def _weight(n: int, k: int, dtype: torch.dtype, device) -> torch.Tensor:
 
 
 @cache
-def _case(n: int, k: int, dtype: torch.dtype, kind: str, device) -> tuple[tuple, str]:
-    """Arguments of this kind of input, and the digest of what the trusted schedule makes of them.
+def _case(n: int, k: int, dtype: torch.dtype, kind: str, device, rows: int = ROWS) -> tuple[tuple, torch.Tensor]:
+    """Arguments of this kind of input, and what the trusted schedule makes of them.
 
     `residue` takes the rounded product away again as a bias: what is left are the last bits of the sum in float32,
     which the rounding to 16 bits would hide.
     """
     weight, bias = _weight(n, k, dtype, device), None
     if kind == "portable":
-        x = _inputs(ROWS, Shape(N=1, K=k), dtype, device)[0]
+        x = _inputs(rows, Shape(N=1, K=k), dtype, device)[0]
     elif kind == "residue":
-        x = _inputs(1, Shape(N=1, K=k), dtype, device)[0].repeat(ROWS, 1)
+        x = _inputs(1, Shape(N=1, K=k), dtype, device)[0].repeat(rows, 1)
         bias = -run_schedule(TRUSTED, x[:1], weight, None)[0]
     else:
-        x = bits.adversarial(kind, ROWS, k, dtype, device, 7)
-    return (x, weight, bias), bits.digest(run_schedule(TRUSTED, x, weight, bias))
+        x = bits.adversarial(kind, rows, k, dtype, device, 7)
+    return (x, weight, bias), run_schedule(TRUSTED, x, weight, bias)
 
 
 def stand_in(n: int, k: int) -> tuple[int, int]:
     """A weight with the order and the remainders of (n, k), small enough for every process to hold."""
-    if order(n, k)[0] > 1:
-        return n, k
-    return n if n <= 4096 else 4096 + n % 256, k if k <= 4096 else 4096 + k % 512
+    short = k if k <= 4096 or order(n, k)[0] > 1 else 4096 + k % 512
+    return n if n <= 4096 else 4096 + n % 256, short
 
 
-def prove(schedule: Schedule, n: int, k: int, dtype: torch.dtype, device) -> list[dict]:
-    """Certificates: the schedule's digest and the trusted one's, over inputs made to hurt. It may not differ.
+def prove(schedule: Schedule, n: int, k: int, dtype: torch.dtype, device) -> None:
+    """Compare the schedule with the trusted one, over inputs made to hurt.
 
     Raises whatever the schedule raises, and RuntimeError if a bit moved.
     """
-    found, (n, k) = [], stand_in(n, k)
-    names = {"op": "matmul", "dtype": dtype_name(dtype), "shape": f"N={n},K={k}", "schedule": str(schedule),
-             "tokens": ROWS, "trusted": str(TRUSTED)}
+    n, k = stand_in(n, k)
     for kind in KINDS:
-        given, trusted = _case(n, k, dtype, kind, device)
-        digest = bits.digest(run_schedule(schedule, *given))
-        if digest != trusted:
+        given, trusted = _case(n, k, dtype, kind, device, STREAM_ROWS if schedule.stream else ROWS)
+        if not bits.same_bits(run_schedule(schedule, *given), trusted):
             raise RuntimeError(f"{schedule} moved bits of {kind} inputs")
-        found.append({**names, "input": kind, "digest": digest})
-    return found
+
+
+def certificates(schedule: Schedule, n: int, k: int, dtype: torch.dtype, device) -> list[dict]:
+    """What `prove` compares, as rows of digests: one a kind of input. Raises RuntimeError if a bit moved."""
+    prove(schedule, n, k, dtype, device)
+    (n, k), rows = stand_in(n, k), STREAM_ROWS if schedule.stream else ROWS
+    same = {"op": "matmul", "dtype": dtype_name(dtype), "shape": f"N={n},K={k}", "schedule": str(schedule),
+            "tokens": rows, "trusted": str(TRUSTED), "recorded_at": records.now(), "source": records.source()}
+    return [{**same, "input": kind, "digest": bits.digest(run_schedule(schedule, *_case(n, k, dtype, kind, device,
+                                                                                       rows)[0]))} for kind in KINDS]
 
 
 def check_trusted(n: int, k: int, dtype: torch.dtype, device, tokens: int = 3, columns: int = 64) -> None:
@@ -237,8 +283,9 @@ def _worker() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         try:
-            answer = prove(Schedule.parse(job["schedule"]), job["n"], job["k"], DTYPES[job["dtype"]], runtime.device())
+            prove(Schedule.parse(job["schedule"]), job["n"], job["k"], DTYPES[job["dtype"]], runtime.device())
             torch.cuda.synchronize()
+            answer = ""
         except Exception as error:  # noqa: BLE001 - one candidate's failure is that candidate's answer
             answer = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         print(json.dumps(answer), file=out, flush=True)
@@ -278,7 +325,7 @@ class _Process:
 
 def prove_all(jobs: list[dict], workers: int, limit_s: float = 60, deadline: float | None = None,
               progress: Callable[[int, int], None] = lambda done, total: None) -> list:
-    """Each job's certificates, or a line of text that says why it has none, in the order of the jobs.
+    """A line of text for each job that says what is wrong with it, "" if it keeps its bits, in the order of the jobs.
 
     Jobs still waiting at `deadline` (of time.monotonic) are not begun.
     """
@@ -361,8 +408,8 @@ def store(name: str, dtype: str, shape: str, chosen: dict[int, Schedule], folder
 
 
 def proved(points: dict, dtype: torch.dtype, workers: int | None = None,
-           progress: Callable[[str], None] = print) -> dict[tuple, list[dict]]:
-    """(schedule, n, k of its stand-in) -> certificates, of every candidate that keeps its bits; the rest is said.
+           progress: Callable[[str], None] = print) -> set[tuple]:
+    """(schedule, n, k of its stand-in) of every candidate that keeps its bits; the rest is said.
 
     `points` are {(n, k, tokens): candidates}. Raises RuntimeError if the trusted schedule is not the specification's.
     """
@@ -370,15 +417,15 @@ def proved(points: dict, dtype: torch.dtype, workers: int | None = None,
     every = list(dict.fromkeys((s, *stand_in(n, k)) for (n, k, _), found in points.items() for s in found))
     for n, k in dict.fromkeys(key[1:] for key in every):
         check_trusted(n, k, dtype, device)
+    seen = Counter()  # a schedule compiles once, whichever its shapes: others wait until it has
+    every.sort(key={key: seen.update([key[0]]) or seen[key[0]] for key in every}.get)
     jobs = [{"schedule": str(s), "n": n, "k": k, "dtype": dtype_name(dtype)} for s, n, k in every]
     answers = prove_all(jobs, workers or max(1, min(16, (os.cpu_count() or 2) - 1)),
                         progress=_bar("compiled and compared", progress))
     for (schedule, n, k), answer in zip(every, answers, strict=True):
-        if not isinstance(answer, list):
+        if answer:
             progress(f"  left out at N={n} K={k}: {schedule}: {answer}")
-    stamp = {"recorded_at": records.now(), "source": records.source()}
-    return {key: [{**row, **stamp} for row in answer] for key, answer in zip(every, answers, strict=True)
-            if isinstance(answer, list)}
+    return {key for key, answer in zip(every, answers, strict=True) if not answer}
 
 
 def tune(n: int, k: int, dtype: torch.dtype, points: dict, good, progress: Callable[[str], None] = print) -> dict:
@@ -446,15 +493,16 @@ def main(argv=None) -> int:
 
 
 def _tune_all(a, shapes, folder):
-    dtype, tma = DTYPES[a.dtype], runtime.has_pdl(runtime.device().index)
+    dtype, device = DTYPES[a.dtype], runtime.device()
+    tma = runtime.has_pdl(device.index)
     points = {(n, k, count): candidates(n, k, count, dtype, tma) for n, k in shapes for count in sorted(set(a.tokens))}
     good = proved(points, dtype, a.workers)
-    CERTIFICATES.merge(folder, [row for rows in good.values() for row in rows])
-    print(f"{sum(map(len, good.values()))} certificates in {folder}")
     for n, k in shapes:
         chosen = tune(n, k, dtype, points, good)
-        path = store(schedules.slug(runtime.device().index), a.dtype, f"N={n},K={k}", chosen, Path(a.out) / "schedules")
-        print(f"N={n} K={k}: {len(chosen)} schedules in {path}", flush=True)
+        rows = [row for s in dict.fromkeys(chosen.values()) for row in certificates(s, n, k, dtype, device)]
+        CERTIFICATES.merge(folder, rows)
+        path = store(schedules.slug(device.index), a.dtype, f"N={n},K={k}", chosen, Path(a.out) / "schedules")
+        print(f"N={n} K={k}: {len(chosen)} schedules in {path}, {len(rows)} certificates in {folder}", flush=True)
 
 
 if __name__ == "__main__":

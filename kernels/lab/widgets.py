@@ -4,13 +4,7 @@ A worker thread only measures: it puts rows in a queue, and the thread that made
 """
 from __future__ import annotations
 
-import asyncio
-import base64
 import html
-import io
-import queue
-import re
-import threading
 import time
 from pathlib import Path
 
@@ -20,77 +14,12 @@ import pandas as pd
 from .. import OPS, runtime
 from ..op import DTYPES, Op, Shape
 from . import bench, chart, records, style, sweep
+from . import widget_parts as parts
+from .widget_base import Measuring
 
-SETTLE_SECONDS = 0.15
 CPU_WORDS = {"cuda": "Default (PyTorch on a CPU)"}
 NO_ROWS = pd.DataFrame(columns=list(records.TOKEN_SWEEP.columns))
 FOR_A_CPU = {"rms_norm": "D=1024,residual", "matmul": "N=32,K=64"}  # sizes of a moment in Triton's interpreter
-
-
-class Measuring(w.VBox):
-    """A widget with one worker thread, which only measures and tells; its maker's thread takes that and shows it.
-
-    A subclass gives `run`, `_draw`, `_say(text)`, and `_on_<what>(value)` for everything its worker tells. It draws
-    when told "rows" and "ended", the worker's last word.
-    """
-
-    def __init__(self):  # first of all: a widget is closed even if it was never made
-        self._queue, self._stop, self._taken = queue.SimpleQueue(), threading.Event(), threading.Event()
-        self._worker, self._home, self._loop = None, threading.get_ident(), _running_loop()
-
-    @property
-    def running(self) -> bool:
-        return self._worker is not None
-
-    def _start(self, measure, *arguments):
-        self._stop.clear()
-        self._worker = threading.Thread(target=measure, args=arguments, name=type(self).__name__, daemon=True)
-        self._worker.start()
-
-    def stop(self):
-        """Ask the run to end after the round it measures; finished points are kept."""
-        self._stop.set()
-        if self.running:
-            self._at_home(lambda: self.running and self._say("stopping"))
-
-    def join(self, timeout: float = 600.0):
-        """Wait for the run to end and draw it: for scripts and tests, where no event loop does so."""
-        end = time.monotonic() + timeout
-        while self.running and time.monotonic() < end:
-            self._worker.join(0.02)
-            self._take()
-
-    def close(self):
-        """Stop measuring, then close as every widget does."""
-        self._stop.set()
-        super().close()
-
-    def _at_home(self, action):
-        """Do it on the thread that made the widget: a frontend's messages may arrive on another one."""
-        if self._loop is None or threading.get_ident() == self._home:
-            action()
-        else:
-            self._loop.call_soon_threadsafe(action)
-
-    def _tell(self, what, value=None):
-        """The worker says something, and waits until it is shown, so that drawing does not disturb a timing."""
-        self._taken.clear()
-        self._queue.put((what, value))
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._take)
-        self._taken.wait(0 if what == "ended" else 1.0)
-
-    def _take(self):
-        """Show what the worker told."""
-        told = []
-        while not self._queue.empty():
-            told.append(self._queue.get())
-        for what, value in told:
-            getattr(self, f"_on_{what}")(value)
-        if any(what in ("rows", "ended") for what, _ in told):
-            self._draw()
-        if told:
-            self._taken.set()
 
 
 class TokenSweep(Measuring):
@@ -104,6 +33,8 @@ class TokenSweep(Measuring):
     `stop()` and `join()` do from code what the buttons do. ValueError for an op there is not.
     """
 
+    COLUMNS = records.TOKEN_SWEEP.columns
+
     def __init__(self, op: Op | str = "rms_norm", machine: str | None = None, *, out=records.DATA,
                  passes: int | None = None, repeats: int | None = None):
         super().__init__()
@@ -113,8 +44,8 @@ class TokenSweep(Measuring):
         self._op, self._out = OPS[name], Path(out)
         self._passes, self._repeats = passes or (3 if runtime.HAS_GPU else 1), repeats or 5
         self._device = runtime.device()
-        self._plan, self._rows, self._failures = None, {}, {}
-        self._recorded_rows, self._experiments, self._problems, self._loading = NO_ROWS, {}, {}, False
+        self._plan, self._failures = None, {}
+        self._recorded_rows, self._experiments, self._loading = NO_ROWS, {}, False
         self._build(machine)
         self._load()
         self._draw()
@@ -122,11 +53,6 @@ class TokenSweep(Measuring):
         self._connect()
 
     # --- what it holds
-
-    @property
-    def rows(self) -> pd.DataFrame:
-        """The rows of the last live sweep, with data/'s columns."""
-        return pd.DataFrame(list(self._rows.values()), columns=NO_ROWS.columns)
 
     @property
     def recorded(self) -> pd.DataFrame:
@@ -141,7 +67,7 @@ class TokenSweep(Measuring):
     @property
     def shown(self) -> pd.DataFrame:
         """The rows the chart, the table and the downloads show: the live ones, else the recorded ones."""
-        return self.rows if self._live else self.recorded[list(NO_ROWS.columns)]
+        return self.rows if self._live else self.recorded[list(self.COLUMNS)]
 
     @property
     def _live(self) -> bool:
@@ -153,8 +79,7 @@ class TokenSweep(Measuring):
     # --- the controls
 
     def _build(self, machine):
-        gpu, labelled = runtime.HAS_GPU, {"style": {"description_width": "initial"}}
-        shape = _first_shape(self._op)
+        gpu, labelled, shape = runtime.HAS_GPU, parts.LABELLED, _first_shape(self._op)
         clocks = bench.clocks(self._device)
         counts = (1, 8, 32, 128, 256, 512, 1024, 2048, 4096) if gpu else (1, 2, 4, 8, 16, 32)
         self.op = w.Dropdown(description="Op", options=list(OPS), value=self._op.name, **labelled)
@@ -167,10 +92,6 @@ class TokenSweep(Measuring):
                              continuous_update=False, **labelled)
         self.implementations = {}
         self.contenders = w.HBox(layout=w.Layout(flex_flow="row wrap", grid_gap="0 18px"))
-        self.run_button = w.Button(description="Run", icon="play", button_style="primary")
-        self.stop_button = w.Button(description="Stop", icon="stop", disabled=True)
-        self.progress = w.IntProgress(min=0, max=1, value=0)
-        self.status = w.HTML()
         names = [("none", None)] + [(n, n) for n in records.machines(out=self._out)]
         known = [n for _, n in names]
         chosen = machine or next(filter(None, known), None)
@@ -184,7 +105,7 @@ class TokenSweep(Measuring):
         self.published = w.Checkbox(description="LLM-42's published points", indent=False)
         self.log_axes = w.Checkbox(description="log axes", value=True, indent=False)
         self.chart = w.Image(format="png", layout=w.Layout(width="100%", max_width="900px"))
-        self.errors, self.table, self.downloads = w.HTML(), w.HTML(), w.HTML()
+        self.table, self.downloads = w.HTML(), w.HTML()
         self._offer_contenders()
 
     def _offer_contenders(self):
@@ -197,34 +118,21 @@ class TokenSweep(Measuring):
         self.published.disabled = self._op.name != "rms_norm"
 
     def _laid_out(self):
-        for control, width in ((self.op, "170px"), (self.dtype, "170px"), (self.shape, "260px"), (self.clock, "150px"),
-                               (self.tokens, "auto"), (self.run_button, "96px"), (self.stop_button, "96px"),
-                               (self.progress, "220px"), (self.machine, "200px"), (self.recording, "370px"),
-                               (self.overlay, "auto"), (self.published, "auto"), (self.log_axes, "auto")):
-            control.layout.width = width
+        parts.widths({self.op: "170px", self.dtype: "170px", self.shape: "260px", self.clock: "150px",
+                      self.tokens: "auto", self.machine: "200px", self.recording: "370px", self.overlay: "auto",
+                      self.published: "auto", self.log_axes: "auto"})
         self.tokens.layout.flex = "1 1 auto"
-        panel = {"border": "1px solid var(--jp-border-color2, #ddd)", "padding": "8px 12px", "margin": "0 0 8px 0"}
-        row = {"flex_flow": "row wrap", "grid_gap": "2px 16px", "align_items": "center"}
-        measure = w.VBox([
-            w.HBox([self.op, self.dtype, self.shape, self.clock], layout=w.Layout(**row)),
-            w.HBox([self.tokens], layout=w.Layout(**row)),
-            w.HBox([w.Label("Contenders"), self.contenders], layout=w.Layout(**row)),
-            w.HBox([self.run_button, self.stop_button, self.progress, self.status], layout=w.Layout(**row)),
-        ], layout=w.Layout(**panel))
-        compare = w.VBox([
-            w.HBox([self.machine, self.recording], layout=w.Layout(**row)),
-            w.HBox([w.Label("Show"), self.overlay, self.published, self.log_axes], layout=w.Layout(**row)),
-        ], layout=w.Layout(**panel))
+        measure = parts.panel(parts.line(self.op, self.dtype, self.shape, self.clock), parts.line(self.tokens),
+                              parts.line(w.Label("Contenders"), self.contenders), self._run_line)
+        compare = parts.panel(parts.line(self.machine, self.recording),
+                              parts.line(w.Label("Show"), self.overlay, self.published, self.log_axes))
         return [measure, compare, self.errors, self.chart, self.downloads, self.table]
 
     def _connect(self):
-        self.run_button.on_click(lambda _: self._run_soon())
-        self.stop_button.on_click(lambda _: self.stop())
         self.op.observe(lambda change: self._at_home(self._change_op), "value")
         self.machine.observe(lambda change: self._at_home(self._change_machine), "value")
         self.recording.observe(lambda change: self._at_home(self._change_recording), "value")
-        for toggle in (self.overlay, self.published, self.log_axes):
-            toggle.observe(lambda change: self._at_home(self._draw), "value")
+        self._redraw_on(self.overlay, self.published, self.log_axes)
 
     def _change_op(self):
         self.stop()
@@ -283,47 +191,21 @@ class TokenSweep(Measuring):
         names = [name for name, box in self.implementations.items() if box.value]
         if not names:
             raise ValueError("choose at least one contender")
-        return sweep.Plan(self._op, _token_counts(self.tokens.value), names, [self.dtype.value],
+        return sweep.Plan(self._op, parts.token_counts(self.tokens.value), names, [self.dtype.value],
                           [_shape_for(self._op, self.shape.value)], [self.clock.value], self._passes, self._repeats)
 
-    def run(self):
-        """Start measuring what the controls say; returns at once."""
-        if self.running:
-            return
-        self._problems.pop("input", None)
-        try:
-            plan = self.plan()
-        except ValueError as error:
-            self._problems["input"] = str(error)
-            self._show_errors()
-            return
-        self._plan, self._rows, self._failures = plan, {}, {}
-        self._clock = _Clock(plan)
-        self.run_button.disabled, self.stop_button.disabled = True, False
-        self.progress.max, self.progress.value, self.progress.bar_style = len(self._clock.todo), 0, "info"
-        self._say(f"measuring {plan.tokens[0]} tokens")
-        self._show_errors()
-        self._start(self._measure, plan)
-
-    def _run_soon(self):
-        """Run once edits made before the click are sure to be here: each control's messages find their own way
-        to the kernel, by its main shell or a subshell, and a click may overtake them."""
-        if self._loop is None:
-            self.run()
-        else:
-            self._loop.call_soon_threadsafe(self._loop.call_later, SETTLE_SECONDS, self.run)
+    def _prepare(self):
+        plan = self.plan()
+        self._plan, self._failures, self._clock = plan, {}, _Clock(plan)
+        return len(self._clock.todo), f"measuring {plan.tokens[0]} tokens", (plan,)
 
     def _measure(self, plan):
         """The worker."""
         def failed(where, error):
-            self._tell("failed", (where, error))
+            self._tell("failed_point", (where, error))
 
-        try:
-            for rows in sweep.sweep(plan, stop=self._stop, on_error=failed, progress=False):
-                self._tell("rows", rows)
-        except Exception as error:  # noqa: BLE001 - shown in the widget, where the reader looks
-            failed("the sweep", error)
-        self._tell("ended")
+        for rows in sweep.sweep(plan, stop=self._stop, on_error=failed, progress=False):
+            self._tell("rows", rows)
 
     def _on_rows(self, rows):
         for row in rows:
@@ -334,40 +216,36 @@ class TokenSweep(Measuring):
         if not self._stop.is_set():
             self._say(self._clock.text())
 
-    def _on_failed(self, told):
+    def _on_failed_point(self, told):
         where, error = told
         name, _, point = where.partition(" at ")
-        text = str(error).strip().splitlines()
-        why = f"{type(error).__name__}: {text[0] if text else 'no message'}"
-        points = self._failures.setdefault((name, why), [])
+        points = self._failures.setdefault((name, parts.in_a_line(error)), [])
         if point not in points:
             points.append(point)
 
-    def _on_ended(self, _):
-        self._worker.join()
-        self._worker = None
-        self.run_button.disabled, self.stop_button.disabled = False, True
-        early = self._clock.done < len(self._clock.todo)
-        self.progress.bar_style = "warning" if early or self._failures else "success"
-        verb = "stopped" if self._stop.is_set() else "broke off"
-        what = f"{verb} after {self._clock.done} of {len(self._clock.todo)} points" if early else "done"
-        self._say(f"{what}, {_seconds(self._clock.elapsed())}")
+    def _on_failed(self, error):
+        self._on_failed_point(("the sweep", error))
 
-    def _say(self, text):
-        self.status.value = f'<span style="color:var(--jp-ui-font-color2,#555)">{html.escape(text)}</span>'
+    def _on_ended(self, _):
+        super()._on_ended(_)
+        if self._failures:
+            self.progress.bar_style = "warning"
+
+    def _so_far(self):
+        return self._clock.done, len(self._clock.todo), "points"
 
     # --- drawing
 
     def _draw(self):
         """Replace the chart, the table and, when nothing is being measured, the downloads."""
         rows = self.shown
-        png = _png(self._figure(rows, self._published_points()))
+        png = parts.png(self._figure(rows, self._published_points()))
         self._show_errors()
         self.chart.value = png
         self.table.value = table_html(rows)
         if not self.running:
             where = records.slug() if self._live else self.machine.value
-            self.downloads.value = downloads_html(rows, png, f"{self._op.name}-{where}") if len(rows) else ""
+            self.downloads.value = parts.downloads_html(rows, png, f"{self._op.name}-{where}") if len(rows) else ""
 
     def _figure(self, rows, published):
         recorded, look = self.recorded, {"log": self.log_axes.value, "published": published}
@@ -375,7 +253,8 @@ class TokenSweep(Measuring):
         if not self._live:
             clock = recorded.clock.iloc[0] if len(recorded) else self.clock.value
             labels = CPU_WORDS if str(self.machine.value).startswith("cpu") else {}
-            return chart.sweep_chart(rows, clock=clock, machine=self._device_name, labels=labels, **look)
+            where = self._device_name if len(recorded) else ""
+            return chart.sweep_chart(rows, clock=clock, machine=where, labels=labels, **look)
         overlays = [recorded] if self.overlay.value and len(recorded) else []
         labels = {} if runtime.HAS_GPU else CPU_WORDS
         here = records.device_name() + (", Triton's interpreter" if runtime.where() == "INTERPRETER" else "")
@@ -394,13 +273,13 @@ class TokenSweep(Measuring):
             self._problems["published"] = f"{path}: {error}"
             return None
 
-    def _show_errors(self):
-        told = [_message(problem) for problem in self._problems.values()]
+    def _told(self):
+        told = super()._told()
         for (name, why), points in self._failures.items():
             more = f" and {len(points) - 1} more points" if len(points) > 1 else ""
             at = f" at {points[0]}{more}" if points[0] else ""
-            told.append(_message(f"{name}{at}: {why}"))
-        self.errors.value = "".join(told)
+            told.append(f"{name}{at}: {why}")
+        return told
 
 
 class _Clock:
@@ -409,20 +288,17 @@ class _Clock:
     def __init__(self, plan):
         self.todo = plan.points() * plan.passes
         self.done, self._costs = 0, {}
-        self._start = self._last = time.monotonic()
+        self._last = time.monotonic()
 
     def tick(self):
         now = time.monotonic()
         self._costs[self.todo[self.done]] = now - self._last
         self._last, self.done = now, self.done + 1
 
-    def elapsed(self) -> float:
-        return time.monotonic() - self._start
-
     def text(self) -> str:
         worst = max(self._costs.values())  # later points are larger, so unknown ones are not taken for cheaper
         left = sum(self._costs.get(point, worst) for point in self.todo[self.done:])
-        return f"{self.done} of {len(self.todo)} points, about {_seconds(left)} left"
+        return f"{self.done} of {len(self.todo)} points, about {parts.seconds(left)} left"
 
 
 def table_html(rows: pd.DataFrame) -> str:
@@ -431,32 +307,20 @@ def table_html(rows: pd.DataFrame) -> str:
         return ""
     names = chart.in_order(rows)
     cells = {(r.implementation, r.tokens): r for r in rows.itertuples()}
-    head = "".join(f'<th style="{_CELL};color:{style.contender(n)["color"]}">{html.escape(n)}</th><th></th>'
+    head = "".join(f'<th style="{parts.CELL};color:{style.contender(n)["color"]}">{html.escape(n)}</th><th></th>'
                    for n in names)
     lines = "".join(
-        f'<tr><td style="{_CELL}">{t:,}</td>' + "".join(_cell(cells.get((n, t))) for n in names) + "</tr>"
+        f'<tr><td style="{parts.CELL}">{t:,}</td>' + "".join(_cell(cells.get((n, t))) for n in names) + "</tr>"
         for t in sorted(rows.tokens.unique()))
     return (f'<table style="border-collapse:collapse;font-size:12px;line-height:1.5">'
-            f'<tr style="border-bottom:1px solid #bbb"><th style="{_CELL}">tokens</th>{head}</tr>{lines}</table>'
+            f'<tr style="border-bottom:1px solid #bbb"><th style="{parts.CELL}">tokens</th>{head}</tr>{lines}</table>'
             '<div style="font-size:11px;color:#666;margin-top:2px">Median time a call. '
             '✓ the bits of the largest batch, ✗ so many elements differ from it.</div>')
 
 
-def downloads_html(rows: pd.DataFrame, png: bytes, name: str) -> str:
-    """Links that save the rows as CSV and the chart as PNG, with the data inside them."""
-    csv = rows.to_csv(index=False, float_format="%.6g", lineterminator="\n").encode()
-    return " · ".join(
-        f'<a download="{html.escape(name)}.{kind}" href="data:{mime};base64,{base64.b64encode(data).decode()}" '
-        f'style="color:var(--jp-content-link-color,#0366d6)">Download {kind.upper()}</a>'
-        for kind, mime, data in (("csv", "text/csv", csv), ("png", "image/png", png)))
-
-
-_CELL = "padding:1px 4px 1px 14px;text-align:right;font-variant-numeric:tabular-nums"
-
-
 def _cell(row) -> str:
     if row is None:
-        return f'<td style="{_CELL};color:#888">-</td><td></td>'
+        return f'<td style="{parts.CELL};color:#888">-</td><td></td>'
     time_text = f"{row.us_p50:,.1f} µs" if row.us_p50 < 1000 else f"{row.us_p50 / 1000:,.2f} ms"
     if pd.isna(row.same_bits):
         verdict = ""
@@ -464,24 +328,7 @@ def _cell(row) -> str:
         verdict = f'<span style="color:{chart.SAME[2]}">✓</span>'
     else:
         verdict = f'<b style="color:{chart.MOVED[1]}">✗ {row.elements_differ:,}</b>'
-    return f'<td style="{_CELL}">{time_text}</td><td style="text-align:left">{verdict}</td>'
-
-
-def _message(text: str) -> str:
-    return (f'<div style="border-left:3px solid {chart.MOVED[1]};background:#fbeeed;color:#5b1512;padding:3px 10px;'
-            f'margin:2px 0;font-size:12px;line-height:1.5">{html.escape(text)}</div>')
-
-
-def _seconds(s: float) -> str:
-    return f"{s:.0f} s" if s < 100 else f"{s / 60:.0f} min"
-
-
-def _token_counts(text: str) -> list[int]:
-    words = re.split(r"[\s,;]+", text.strip(" ,;"))
-    for word in words:
-        if not word.isdecimal() or int(word) < 1:
-            raise ValueError(f"token counts must be whole numbers of at least 1, such as '1 8 64', got {word!r}")
-    return [int(word) for word in words]
+    return f'<td style="{parts.CELL}">{time_text}</td><td style="text-align:left">{verdict}</td>'
 
 
 def _first_shape(op: Op) -> str:
@@ -518,16 +365,3 @@ def _device_in(folder: Path) -> str:
     if not isinstance(machine, dict) or "device" not in machine:
         raise ValueError(f"{folder / 'machine.json'} names no device")
     return machine["device"]
-
-
-def _png(figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150)
-    return file.getvalue()
-
-
-def _running_loop():
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:  # a script or a test: join() draws
-        return None

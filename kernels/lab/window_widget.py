@@ -4,7 +4,6 @@ A worker thread only measures: it puts rows in a queue, and the thread that made
 """
 from __future__ import annotations
 
-import html
 import time
 from pathlib import Path
 
@@ -15,7 +14,8 @@ import torch
 from .. import runtime
 from ..inference.llama import PRESETS, preset
 from . import records, window_chart, window_cost
-from .widgets import _CELL, Measuring, _message, _png, _seconds, _token_counts, downloads_html
+from . import widget_parts as parts
+from .widget_base import Measuring
 from .window_cost import VERIFY_COST, Ceilings
 
 NO_ROWS = pd.DataFrame(columns=list(VERIFY_COST.columns))
@@ -33,11 +33,12 @@ class WindowCost(Measuring):
     `stop()` and `join()` do from code what the buttons do. ValueError for a model there is not.
     """
 
+    COLUMNS = VERIFY_COST.columns
+
     def __init__(self, model: str = "small", *, out=records.DATA, runs: int = 10, warmups: int = 2):
         super().__init__()
         self._out, self._runs, self._warmups = Path(out), runs, warmups
-        self._rows, self._asked, self._problems = {}, [], {}
-        self._ceilings = self._clock = None
+        self._asked, self._ceilings, self._clock = [], None, None
         self._recordings = self._find_recordings()
         self._build(preset(model).name)
         self._load()
@@ -46,11 +47,6 @@ class WindowCost(Measuring):
         self._connect()
 
     # --- what it holds
-
-    @property
-    def rows(self) -> pd.DataFrame:
-        """The rows of the last live run, with verify_cost.csv's columns."""
-        return pd.DataFrame(list(self._rows.values()), columns=NO_ROWS.columns)
 
     @property
     def recorded(self) -> pd.DataFrame:
@@ -72,7 +68,7 @@ class WindowCost(Measuring):
     # --- the controls
 
     def _build(self, model):
-        labelled, gpu = {"style": {"description_width": "initial"}}, runtime.HAS_GPU
+        labelled, gpu = parts.LABELLED, runtime.HAS_GPU
         windows = window_cost.WINDOWS if gpu else (1, 2, 4, 8, 16, 32, 64, 128, 256)
         self.model = w.Dropdown(description="Model", options=list(PRESETS), value=model, **labelled)
         self.windows = w.Text(description="Windows", value=" ".join(map(str, windows)), continuous_update=False,
@@ -83,36 +79,24 @@ class WindowCost(Measuring):
             self.curves["graph"].description = "graph (needs a CUDA GPU)"
         self.ops = {name: w.Checkbox(description=f"{name} ops", value=name == "default", indent=False)
                     for name in ("default", "invariant")}
-        self.run_button = w.Button(description="Run", icon="play", button_style="primary")
-        self.stop_button = w.Button(description="Stop", icon="stop", disabled=True)
-        self.progress, self.status = w.IntProgress(min=0, max=1, value=0), w.HTML()
         self.recording = w.Dropdown(description="Recorded on", options=[*self._recordings, "none"], **labelled)
         self.overlay = w.Checkbox(description="recorded beside live", value=gpu, indent=False)
         self.published = w.Checkbox(description="LLM-42's published points", indent=False)
         self.chart = w.Image(format="png", layout=w.Layout(width="100%", max_width="960px"))
-        self.errors, self.table, self.downloads = w.HTML(), w.HTML(), w.HTML()
+        self.table, self.downloads = w.HTML(), w.HTML()
 
     def _laid_out(self):
-        for control, width in ((self.model, "200px"), (self.windows, "auto"), (self.run_button, "96px"),
-                               (self.stop_button, "96px"), (self.progress, "220px"), (self.recording, "290px")):
-            control.layout.width = width
-        for box in (*self.curves.values(), *self.ops.values(), self.overlay, self.published):
-            box.layout.width = "auto"
+        boxes = (*self.curves.values(), *self.ops.values(), self.overlay, self.published)
+        parts.widths({self.model: "200px", self.recording: "290px"} | dict.fromkeys((self.windows, *boxes), "auto"))
         self.windows.layout.flex = "1 1 auto"
-        row = {"flex_flow": "row wrap", "grid_gap": "2px 16px", "align_items": "center"}
-        panel = {"border": "1px solid var(--jp-border-color2, #ddd)", "padding": "8px 12px", "margin": "0 0 8px 0"}
-        lines = [(self.model, self.windows), (w.Label("Curves"), *self.curves.values(), *self.ops.values()),
-                 (self.run_button, self.stop_button, self.progress, self.status)]
-        measure = w.VBox([w.HBox(line, layout=w.Layout(**row)) for line in lines], layout=w.Layout(**panel))
-        compare = w.HBox([self.recording, self.overlay, self.published], layout=w.Layout(**row, **panel))
+        measure = parts.panel(parts.line(self.model, self.windows), parts.line(
+            w.Label("Curves"), *self.curves.values(), *self.ops.values()), self._run_line)
+        compare = parts.panel(parts.line(self.recording, self.overlay, self.published))
         return [measure, compare, self.errors, self.chart, self.downloads, self.table]
 
     def _connect(self):
-        self.run_button.on_click(lambda _: self._at_home(self.run))
-        self.stop_button.on_click(lambda _: self.stop())
         self.recording.observe(lambda change: self._at_home(self._change_recording), "value")
-        for toggle in (self.overlay, self.published):
-            toggle.observe(lambda change: self._at_home(self._draw), "value")
+        self._redraw_on(self.overlay, self.published)
 
     def _change_recording(self):
         self._load()
@@ -153,7 +137,7 @@ class WindowCost(Measuring):
 
     def asked(self) -> dict:
         """The arguments for window_cost that the controls ask for. Raises ValueError that says what is wrong."""
-        wanted = {"windows": _token_counts(self.windows.value), "runs": self._runs, "warmups": self._warmups}
+        wanted = {"windows": parts.token_counts(self.windows.value), "runs": self._runs, "warmups": self._warmups}
         for name, boxes in (("curves", self.curves), ("ops", self.ops)):
             wanted[name] = [key for key, box in boxes.items() if box.value]
             if not wanted[name]:
@@ -162,25 +146,11 @@ class WindowCost(Measuring):
                              wanted["ops"], self._runs, self._warmups)
         return wanted
 
-    def run(self):
-        """Start measuring; returns at once."""
-        if self.running:
-            return
-        self._problems.pop("run", None)
-        try:
-            wanted = self.asked()
-        except ValueError as error:
-            self._problems["run"] = str(error)
-            self._show_errors()
-            return
-        self._rows, self._asked = {}, sorted(set(wanted["windows"]))
-        self._measured, self._began = self.model.value, time.monotonic()
-        self.run_button.disabled, self.stop_button.disabled = True, False
-        rounds = self._runs + self._warmups
-        self.progress.max, self.progress.value, self.progress.bar_style = len(self._asked) * rounds, 0, "info"
-        self._say("measuring what a copy and a large product reach here")
-        self._show_errors()
-        self._start(self._measure, self.model.value, wanted)
+    def _prepare(self):
+        wanted = self.asked()
+        self._asked, self._measured = sorted(set(wanted["windows"])), self.model.value
+        steps = len(self._asked) * (self._runs + self._warmups)
+        return steps, "measuring what a copy and a large product reach here", (self._measured, wanted)
 
     def _measure(self, model, wanted):
         """The worker."""
@@ -192,14 +162,10 @@ class WindowCost(Measuring):
                 self._tell("round", done)
                 told = time.monotonic()
 
-        try:
-            ceilings = self._ceilings or Ceilings.measured(runtime.device())
-            self._tell("ceilings", ceilings)
-            window_cost.window_cost(model, **wanted, ceilings=ceilings, stop=self._stop, on_run=on_run,
-                                    on_point=lambda row: self._tell("rows", [row]))
-        except Exception as error:  # noqa: BLE001 - shown in the widget, where the reader looks
-            self._tell("failed", error)
-        self._tell("ended")
+        ceilings = self._ceilings or Ceilings.measured(runtime.device())
+        self._tell("ceilings", ceilings)
+        window_cost.window_cost(model, **wanted, ceilings=ceilings, stop=self._stop, on_run=on_run,
+                                on_point=lambda row: self._tell("rows", [row]))
 
     def _on_ceilings(self, ceilings):
         self._ceilings, config = ceilings, preset(self._measured)
@@ -221,22 +187,8 @@ class WindowCost(Measuring):
     def _finished(self) -> int:
         return len({tokens for _, _, tokens in self._rows})
 
-    def _on_failed(self, error):
-        text = str(error).strip().splitlines()
-        self._problems["run"] = f"{type(error).__name__}: {text[0] if text else 'no message'}"
-
-    def _on_ended(self, _):
-        self._worker.join()
-        self._worker = None
-        self.run_button.disabled, self.stop_button.disabled = False, True
-        finished, asked = self._finished(), len(self._asked)
-        self.progress.bar_style = "success" if finished == asked else "warning"
-        verb = "stopped" if self._stop.is_set() else "broke off"
-        what = "done" if finished == asked else f"{verb} after {finished} of {asked} windows"
-        self._say(f"{what}, {_seconds(time.monotonic() - self._began)}")
-
-    def _say(self, text):
-        self.status.value = f'<span style="color:var(--jp-ui-font-color2,#555)">{html.escape(text)}</span>'
+    def _so_far(self):
+        return self._finished(), len(self._asked), "windows"
 
     # --- drawing
 
@@ -247,13 +199,13 @@ class WindowCost(Measuring):
         beside = self.recorded.assign(machine=self.recording.value) if self._live and self.overlay.value else None
         model = self._measured if self._live else self.recording.value.partition(" · ")[2]
         where = records.device_name() if self._live else self._device and f"Recorded on {self._device}"
-        png = _png(window_chart.window_chart(
+        png = parts.png(window_chart.window_chart(
             rows, windows=self._asked if self._live else (), points=points, recorded=beside,
             title=window_chart.claim(rows), caption=window_chart.caption(model, where) if len(rows) else ""))
         self.chart.value, self.table.value = png, table_html(rows)
         if not self.running:
             slug = records.slug() if self._live else self.recording.value.partition(" · ")[0]
-            self.downloads.value = downloads_html(rows, png, f"window-cost-{model}-{slug}") if len(rows) else ""
+            self.downloads.value = parts.downloads_html(rows, png, f"window-cost-{model}-{slug}") if len(rows) else ""
 
     def _published_points(self):
         self._problems.pop("published", None)
@@ -261,9 +213,6 @@ class WindowCost(Measuring):
             return window_chart.published(self._out) if self.published.value else None
         except (OSError, ValueError) as error:
             self._problems["published"] = f"published points: {error}"
-
-    def _show_errors(self):
-        self.errors.value = "".join(map(_message, self._problems.values()))
 
 
 class _Clock:
@@ -280,7 +229,7 @@ class _Clock:
         known = sum(self._costs[earlier:done])
         if not known:
             return "measuring"
-        return f"about {_seconds((now - then) / known * sum(self._costs[done:]))} left"
+        return f"about {parts.seconds((now - then) / known * sum(self._costs[done:]))} left"
 
 
 def table_html(rows: pd.DataFrame) -> str:
@@ -288,16 +237,16 @@ def table_html(rows: pd.DataFrame) -> str:
     if not len(rows):
         return ""
     lines = window_chart.in_order(rows)
-    cells = {(r.curve, r.ops, r.tokens): f"{r.ms_p50:,.4g}</td><td style='{_CELL}'>{r.ms_per_token_p50:,.3g}"
+    cells = {(r.curve, r.ops, r.tokens): f"{r.ms_p50:,.4g}</td><td style='{parts.CELL}'>{r.ms_per_token_p50:,.3g}"
              for r in rows.itertuples()}
-    head = "".join(f'<th style="{_CELL};color:{window_chart.CURVES[curve][0]}">{curve}, {ops}</th>'
-                   f'<th style="{_CELL}">a token</th>' for curve, ops in lines)
-    empty = f"-</td><td style='{_CELL}'>-"
-    body = "".join(f'<tr><td style="{_CELL}">{t:,}</td>' + "".join(
-        f'<td style="{_CELL}">{cells.get((*line, t), empty)}</td>' for line in lines) + "</tr>"
+    head = "".join(f'<th style="{parts.CELL};color:{window_chart.CURVES[curve][0]}">{curve}, {ops}</th>'
+                   f'<th style="{parts.CELL}">a token</th>' for curve, ops in lines)
+    empty = f"-</td><td style='{parts.CELL}'>-"
+    body = "".join(f'<tr><td style="{parts.CELL}">{t:,}</td>' + "".join(
+        f'<td style="{parts.CELL}">{cells.get((*line, t), empty)}</td>' for line in lines) + "</tr>"
         for t in sorted(rows.tokens.unique()))
     return (f'<table style="border-collapse:collapse;font-size:12px;line-height:1.5">'
-            f'<tr style="border-bottom:1px solid #bbb"><th style="{_CELL}">tokens</th>{head}</tr>{body}</table>'
+            f'<tr style="border-bottom:1px solid #bbb"><th style="{parts.CELL}">tokens</th>{head}</tr>{body}</table>'
             '<div style="font-size:11px;color:#666;margin-top:2px">Medians in ms: a pass, and a pass divided by its '
             'tokens.</div>')
 
