@@ -1,10 +1,11 @@
 """The matrix product's chain on Hopper with loads in a warp of their own, written in Gluon.
 
 One warp copies tiles of x and of the weight into shared memory, ahead of one, two or three groups of four warps that
-each walk k in order into one accumulator. So several tensor core instructions are always in flight, a tile may be 192
-rows high, and two groups may take turns, so that one stores its tile while the other multiplies: what plain Triton
-cannot write, and products of 128 to 1024 tokens want.
-kernels/matmul.py imports this file when a schedule of kind `hopper` runs, on sm_90.
+each walk k in order into one accumulator. So several tensor core instructions are always in flight, and a tile may be
+192 rows high or 160 wide. Two groups may take turns, so that one stores its tile while the other multiplies; and where
+tiles do not divide evenly among the multiprocessors, a program hands a chain it began on to the next. Plain Triton
+cannot write these, and products of 128 to 2048 tokens want them.
+kernels/matmul_plan.py imports this file when a schedule of kind `hopper` runs, on sm_90.
 """
 from __future__ import annotations
 
@@ -84,57 +85,66 @@ def _job(number, units, steps, STREAM: gl.constexpr):
 
 
 @gluon.jit
-def _produce(a_desc, b_desc, a_tiles, b_tiles, full, empty, A, B, K, segments, length, ROWS: gl.constexpr,
-             B_TILE: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr,
-             STAGES: gl.constexpr, SPLIT: gl.constexpr, STREAM: gl.constexpr):
+def _produce(a_desc, b_desc, more_desc, a_tiles, b_tiles, more_tiles, full, empty, A, B, K, segments, length,
+             ROWS: gl.constexpr, B_TILE: gl.constexpr, MORE: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr,
+             GROUPS: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr, STREAM: gl.constexpr):
     """Keep every stage of shared memory filled, job after job."""
     steps = gl.cdiv(length if SPLIT else K, BLOCK_K)
     parts = segments if SPLIT else 1
-    units = gl.cdiv(A, ROWS * GROUPS) * gl.cdiv(B, B_TILE) * parts
+    units = gl.cdiv(A, ROWS * GROUPS) * gl.cdiv(B, B_TILE + MORE) * parts
     step = 0
     for number in range(_jobs(units, STREAM)):
         unit, first, last = _job(number, units, steps, STREAM)
-        a0, b0 = _place(unit // parts, A, B, ROWS * GROUPS, B_TILE, GROUP)
+        a0, b0 = _place(unit // parts, A, B, ROWS * GROUPS, B_TILE + MORE, GROUP)
         base = unit % parts * length
         for k in range(first, last):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), (step // STAGES + 1) & 1)
             ready = full.index(stage)
-            mbarrier.expect(ready, 2 * BLOCK_K * (ROWS * GROUPS + B_TILE))
+            mbarrier.expect(ready, 2 * BLOCK_K * (ROWS * GROUPS + B_TILE + MORE))
             for c in gl.static_range(GROUPS):
                 tma.async_copy_global_to_shared(a_desc, [a0 + c * ROWS, base + k * BLOCK_K], ready,
                                                 a_tiles.index(stage * GROUPS + c))
             tma.async_copy_global_to_shared(b_desc, [b0, base + k * BLOCK_K], ready, b_tiles.index(stage))
+            if MORE:
+                tma.async_copy_global_to_shared(more_desc, [b0 + B_TILE, base + k * BLOCK_K], ready,
+                                                more_tiles.index(stage))
             step += 1
 
 
 @gluon.jit
-def _chain(chain, first, last, step, a_tiles, b_tiles, full, empty, turn, NUMBER: gl.constexpr,
-           GROUPS: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr):
-    """Steps first to last of a chain, two products in flight: the chain, and the number of the next step.
+def _chain(chain, more, first, last, step, a_tiles, b_tiles, more_tiles, full, empty, turn, NUMBER: gl.constexpr,
+           MORE: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr):
+    """Steps first to last of a tile's chains, two products in flight: the chains, and the number of the next step.
 
-    Step 0 begins a chain and reads nothing of `chain`.
+    Step 0 begins a chain and reads nothing of `chain`. `more` are the chains of MORE further columns.
     """
     for k in range(first, last):
         stage = step % STAGES
         mbarrier.wait(full.index(stage), step // STAGES & 1)
         a = a_tiles.index(stage * GROUPS + NUMBER % GROUPS)
-        b = b_tiles.index(stage).permute((1, 0))
-        chain = warpgroup_mma(a, b, chain, use_acc=k > 0, is_async=True)
-        chain = warpgroup_mma_wait(1, (chain,))
+        chain = warpgroup_mma(a, b_tiles.index(stage).permute((1, 0)), chain, use_acc=k > 0, is_async=True)
+        if MORE:
+            more = warpgroup_mma(a, more_tiles.index(stage).permute((1, 0)), more, use_acc=k > 0, is_async=True)
+            chain, more = warpgroup_mma_wait(2, (chain, more))
+        else:
+            chain = warpgroup_mma_wait(1, (chain,))
         if k > first:  # the last step's product has been made, so its tiles may be overwritten
             mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
         step += 1
     if PINGPONG:  # no load of ours is waited for any more: the other group's tile is next
         mbarrier.arrive(turn.index(1 - NUMBER))
-    chain = warpgroup_mma_wait(0, (chain,))
+    if MORE:
+        chain, more = warpgroup_mma_wait(0, (chain, more))
+    else:
+        chain = warpgroup_mma_wait(0, (chain,))
     mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
-    return chain, step
+    return chain, more, step
 
 
 @gluon.jit
-def _store(y, y_ptr, a0, b0, A, B, ROWS: gl.constexpr, B_TILE: gl.constexpr, SWAP: gl.constexpr,
-           layout: gl.constexpr):
+def _store(y, y_ptr, a0, b0, A, B, ROWS: gl.constexpr, B_TILE: gl.constexpr, SWAP: gl.constexpr):
+    layout: gl.constexpr = y.type.layout
     a_rows = a0 + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     b_rows = b0 + gl.arange(0, B_TILE, gl.SliceLayout(0, layout))
     if SWAP:
@@ -146,8 +156,9 @@ def _store(y, y_ptr, a0, b0, A, B, ROWS: gl.constexpr, B_TILE: gl.constexpr, SWA
 
 @gluon.jit
 def _finish(total, y_ptr, bias_ptr, a0, b0, A, B, ROWS: gl.constexpr, B_TILE: gl.constexpr, SWAP: gl.constexpr,
-            BIAS: gl.constexpr, STORE: gl.constexpr, layout: gl.constexpr):
+            BIAS: gl.constexpr, STORE: gl.constexpr):
     """The bias, one rounding, the store."""
+    layout: gl.constexpr = total.type.layout
     if BIAS:
         if SWAP:
             a_rows = a0 + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
@@ -161,94 +172,140 @@ def _finish(total, y_ptr, bias_ptr, a0, b0, A, B, ROWS: gl.constexpr, B_TILE: gl
         turned: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
         straight: gl.constexpr = gl.BlockedLayout([1, 8], [32 // WIDE, WIDE], [4, 1], [1, 0])
         out: gl.constexpr = turned if SWAP else straight
-        _store(gl.convert_layout(y, out), y_ptr, a0, b0, A, B, ROWS, B_TILE, SWAP, out)
+        _store(gl.convert_layout(y, out), y_ptr, a0, b0, A, B, ROWS, B_TILE, SWAP)
     else:
-        _store(y, y_ptr, a0, b0, A, B, ROWS, B_TILE, SWAP, layout)
+        _store(y, y_ptr, a0, b0, A, B, ROWS, B_TILE, SWAP)
+
+
+@gluon.constexpr_function
+def _layout(wide):
+    """Which thread of four warps holds what of a tile of sums."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, wide, 16])
 
 
 @gluon.jit
-def _consume(a_tiles, b_tiles, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K, segments, length,
-             NUMBER: gl.constexpr, ROWS: gl.constexpr, B_TILE: gl.constexpr, BLOCK_K: gl.constexpr,
-             GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, SWAP: gl.constexpr, CUT: gl.constexpr,
-             BIAS: gl.constexpr, STORE: gl.constexpr, PINGPONG: gl.constexpr, SPLIT: gl.constexpr,
-             STREAM: gl.constexpr):
+def _nothing(ROWS: gl.constexpr, WIDE: gl.constexpr):
+    """A tile of zeros, or for no columns just 0."""
+    if WIDE:
+        zeros = gl.zeros([ROWS, WIDE], gl.float32, _layout(WIDE))
+    else:
+        zeros = 0
+    return zeros
+
+
+@gluon.jit
+def _slot(pointer, ROWS: gl.constexpr, WIDE: gl.constexpr):
+    """Where in memory a tile of sums waits: one row behind the other."""
+    if WIDE:
+        layout: gl.constexpr = _layout(WIDE)
+        slot = pointer + (gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None] * WIDE
+                          + gl.arange(0, WIDE, gl.SliceLayout(0, layout))[None, :])
+    else:
+        slot = pointer
+    return slot
+
+
+@gluon.jit
+def _consume(a_tiles, b_tiles, more_tiles, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K, segments,
+             length, NUMBER: gl.constexpr, ROWS: gl.constexpr, B_TILE: gl.constexpr, MORE: gl.constexpr,
+             BLOCK_K: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+             SWAP: gl.constexpr, CUT: gl.constexpr, BIAS: gl.constexpr, STORE: gl.constexpr, PINGPONG: gl.constexpr,
+             SPLIT: gl.constexpr, STREAM: gl.constexpr):
     """Group NUMBER's rows of each tile, or with PINGPONG all rows of every second tile."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1],
-                                                     instr_shape=[16, B_TILE, 16])
     FIRST: gl.constexpr = NUMBER if PINGPONG else 0
     TURNS: gl.constexpr = 2 if PINGPONG else 1
-    SIZE: gl.constexpr = ROWS * B_TILE
-    IN_MEMORY: gl.constexpr = SIZE > 64 * 128  # a second tile of sums finds no room in the registers
+    SIZE: gl.constexpr = ROWS * (B_TILE + MORE)
+    IN_MEMORY: gl.constexpr = SIZE > 64 * 160  # a second tile of sums finds no room in the registers
     steps = gl.cdiv(length if SPLIT else K, BLOCK_K)
     parts = segments if SPLIT else 1
-    units = gl.cdiv(A, ROWS * GROUPS) * gl.cdiv(B, B_TILE) * parts
-    inside = (gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None] * B_TILE
-              + gl.arange(0, B_TILE, gl.SliceLayout(0, layout))[None, :])
+    units = gl.cdiv(A, ROWS * GROUPS) * gl.cdiv(B, B_TILE + MORE) * parts
     mine = gl.program_id(0) * GROUPS + NUMBER % GROUPS
-    slot_ptr = work_ptr + mine * SIZE + inside
+    slot = _slot(work_ptr + mine * SIZE, ROWS, B_TILE)
+    more_slot = _slot(work_ptr + mine * SIZE + ROWS * B_TILE, ROWS, MORE)
     step = FIRST * steps
     lap = 0
     for number in range(FIRST, _jobs(units, STREAM), TURNS):
         unit, first, last = _job(number, units, steps, STREAM)
         if last > first:
-            a0, b0 = _place(unit // parts, A, B, ROWS * GROUPS, B_TILE, GROUP)
+            a0, b0 = _place(unit // parts, A, B, ROWS * GROUPS, B_TILE + MORE, GROUP)
             a0 += NUMBER % GROUPS * ROWS
             if PINGPONG:  # a stage's phase tells our step from one two laps before only if all between have been made
                 mbarrier.wait(turn.index(NUMBER), (lap + 1 - NUMBER) & 1)
                 lap += 1
-            chain = gl.zeros([ROWS, B_TILE], gl.float32, layout)
+            chain = _nothing(ROWS, B_TILE)
+            more = _nothing(ROWS, MORE)
+            total = _nothing(ROWS, B_TILE)
+            more_total = _nothing(ROWS, MORE)
             if STREAM:  # noqa: SIM102 - the second condition is run-time
                 if first > 0:  # what the program before us began
                     while gl.atomic_cas(flag_ptr + mine - GROUPS, 1, 0, sem="acquire") == 0:
                         pass
                     barrier()
-                    chain = gl.load(slot_ptr - GROUPS * SIZE, cache_modifier=".cg")
+                    chain = gl.load(slot - GROUPS * SIZE, cache_modifier=".cg")
+                    if MORE:
+                        more = gl.load(more_slot - GROUPS * SIZE, cache_modifier=".cg")
             if CUT and not SPLIT:  # segments in sequence
                 each = length // BLOCK_K
                 whole = (gl.cdiv(steps, each) - 1) * each if IN_MEMORY else steps  # all but the last segment
-                total = gl.zeros([ROWS, B_TILE], gl.float32, layout)
                 for start in range(0, whole, each):
-                    chain, step = _chain(chain, 0, gl.minimum(each, steps - start), step, a_tiles, b_tiles, full, empty,
-                                         turn, NUMBER, GROUPS, STAGES, False)
+                    chain, more, step = _chain(chain, more, 0, gl.minimum(each, steps - start), step, a_tiles, b_tiles,
+                                               more_tiles, full, empty, turn, NUMBER, MORE, GROUPS, STAGES, False)
                     if IN_MEMORY:
                         if start > 0:
-                            chain += gl.load(slot_ptr)
-                        gl.store(slot_ptr, chain)
+                            chain += gl.load(slot)
+                            if MORE:
+                                more += gl.load(more_slot)
+                        gl.store(slot, chain)
+                        if MORE:
+                            gl.store(more_slot, more)
                     else:
                         total += chain
+                        more_total += more
                 if IN_MEMORY:
-                    chain = gl.zeros([ROWS, B_TILE], gl.float32, layout)
-                    chain, step = _chain(chain, 0, steps - whole, step, a_tiles, b_tiles, full, empty, turn, NUMBER,
-                                         GROUPS, STAGES, False)
-                    total += gl.load(slot_ptr)
+                    chain = _nothing(ROWS, B_TILE)
+                    more = _nothing(ROWS, MORE)
+                    chain, more, step = _chain(chain, more, 0, steps - whole, step, a_tiles, b_tiles, more_tiles, full,
+                                               empty, turn, NUMBER, MORE, GROUPS, STAGES, False)
+                    total += gl.load(slot)
                     total += chain
+                    if MORE:
+                        more_total += gl.load(more_slot)
+                        more_total += more
             else:
-                chain, step = _chain(chain, first, last, step, a_tiles, b_tiles, full, empty, turn, NUMBER, GROUPS,
-                                     STAGES, PINGPONG)
+                chain, more, step = _chain(chain, more, first, last, step, a_tiles, b_tiles, more_tiles, full, empty,
+                                           turn, NUMBER, MORE, GROUPS, STAGES, PINGPONG)
                 step += (TURNS - 1) * steps
             if last < steps:
-                gl.store(slot_ptr, chain)
+                gl.store(slot, chain)
+                if MORE:
+                    gl.store(more_slot, more)
                 barrier()  # every thread's numbers are stored before one thread says so
                 gl.atomic_xchg(flag_ptr + mine, 1, sem="release")
             elif SPLIT:
                 part_ptr = work_ptr + gl.num_programs(0) * GROUPS * SIZE + (unit % parts).to(gl.int64) * A * B
-                _store(chain, part_ptr, a0, b0, A, B, ROWS, B_TILE, SWAP, layout)
+                _store(chain, part_ptr, a0, b0, A, B, ROWS, B_TILE, SWAP)
+                if MORE:
+                    _store(more, part_ptr, a0, b0 + B_TILE, A, B, ROWS, MORE, SWAP)
             else:
                 if not CUT:
-                    total = gl.zeros([ROWS, B_TILE], gl.float32, layout) + chain
-                _finish(total, y_ptr, bias_ptr, a0, b0, A, B, ROWS, B_TILE, SWAP, BIAS, STORE, layout)
+                    total += chain
+                    more_total += more
+                _finish(total, y_ptr, bias_ptr, a0, b0, A, B, ROWS, B_TILE, SWAP, BIAS, STORE)
+                if MORE:
+                    _finish(more_total, y_ptr, bias_ptr, a0, b0 + B_TILE, A, B, ROWS, MORE, SWAP, BIAS, STORE)
 
 
 @gluon.jit(do_not_specialize=["M"])
-def kernel(a_desc, b_desc, y_ptr, bias_ptr, work_ptr, flag_ptr, M, N, K, segments, length,
-           ROWS: gl.constexpr, B_TILE: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr,
+def kernel(a_desc, b_desc, more_desc, y_ptr, bias_ptr, work_ptr, flag_ptr, M, N, K, segments, length,
+           ROWS: gl.constexpr, B_TILE: gl.constexpr, MORE: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr,
            CONSUMERS: gl.constexpr, STAGES: gl.constexpr, SWAP: gl.constexpr, CUT: gl.constexpr,
            BIAS: gl.constexpr, STORE: gl.constexpr, PINGPONG: gl.constexpr, SPLIT: gl.constexpr,
            STREAM: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr):
     """The high side a (rows shared out among the CONSUMERS) is x, or with SWAP the weight; the wide side b is the
     other. Programs walk tiles; launched with 4 warps, which are the first consumer. With PINGPONG a tile has one
     consumer, and the two take turns: one stores while the other multiplies. With SPLIT the chains of a tile's
-    segments are left for a second kernel to add.
+    segments are left for a second kernel to add. The wide side has B_TILE and MORE columns, two powers of 2 (or one,
+    and 0), because a tensor core's instruction may be 160 wide and Triton's tensors may not.
 
     work_ptr: a tile of float32 for each group of each program; with SPLIT, (segments, M, N) behind them."""
     if PDL:
@@ -260,6 +317,10 @@ def kernel(a_desc, b_desc, y_ptr, bias_ptr, work_ptr, flag_ptr, M, N, K, segment
     B = M if SWAP else N
     a_tiles = gl.allocate_shared_memory(a_desc.dtype, [STAGES * GROUPS, ROWS, BLOCK_K], a_desc.layout)
     b_tiles = gl.allocate_shared_memory(b_desc.dtype, [STAGES, B_TILE, BLOCK_K], b_desc.layout)
+    if MORE:
+        more_tiles = gl.allocate_shared_memory(b_desc.dtype, [STAGES, MORE, BLOCK_K], more_desc.layout)
+    else:
+        more_tiles = b_tiles
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -271,36 +332,36 @@ def kernel(a_desc, b_desc, y_ptr, bias_ptr, work_ptr, flag_ptr, M, N, K, segment
     fence_async_shared()
     if CONSUMERS == 1:
         gl.warp_specialize([
-            (_consume, (a_tiles, b_tiles, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K, segments,
-                        length, 0, ROWS, B_TILE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, BIAS, STORE, PINGPONG,
-                        SPLIT, STREAM)),
-            (_produce, (a_desc, b_desc, a_tiles, b_tiles, full, empty, A, B, K, segments, length, ROWS, B_TILE, BLOCK_K,
-                        GROUP, GROUPS, STAGES, SPLIT, STREAM)),
+            (_consume, (a_tiles, b_tiles, more_tiles, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K,
+                        segments, length, 0, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, BIAS,
+                        STORE, PINGPONG, SPLIT, STREAM)),
+            (_produce, (a_desc, b_desc, more_desc, a_tiles, b_tiles, more_tiles, full, empty, A, B, K, segments,
+                        length, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SPLIT, STREAM)),
         ], [1], [24])
     elif CONSUMERS == 2:
         gl.warp_specialize([
-            (_consume, (a_tiles, b_tiles, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K, segments,
-                        length, 0, ROWS, B_TILE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, BIAS, STORE, PINGPONG,
-                        SPLIT, STREAM)),
-            (_consume, (a_tiles, b_tiles, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K, segments,
-                        length, 1, ROWS, B_TILE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, BIAS, STORE, PINGPONG,
-                        SPLIT, STREAM)),
-            (_produce, (a_desc, b_desc, a_tiles, b_tiles, full, empty, A, B, K, segments, length, ROWS, B_TILE, BLOCK_K,
-                        GROUP, GROUPS, STAGES, SPLIT, STREAM)),
+            (_consume, (a_tiles, b_tiles, more_tiles, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K,
+                        segments, length, 0, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, BIAS,
+                        STORE, PINGPONG, SPLIT, STREAM)),
+            (_consume, (a_tiles, b_tiles, more_tiles, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K,
+                        segments, length, 1, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, BIAS,
+                        STORE, PINGPONG, SPLIT, STREAM)),
+            (_produce, (a_desc, b_desc, more_desc, a_tiles, b_tiles, more_tiles, full, empty, A, B, K, segments,
+                        length, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SPLIT, STREAM)),
         ], [4, 1], [REGISTERS, 24])
     else:
         gl.warp_specialize([
-            (_consume, (a_tiles, b_tiles, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K, segments,
-                        length, 0, ROWS, B_TILE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, BIAS, STORE, PINGPONG,
-                        SPLIT, STREAM)),
-            (_consume, (a_tiles, b_tiles, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K, segments,
-                        length, 1, ROWS, B_TILE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, BIAS, STORE, PINGPONG,
-                        SPLIT, STREAM)),
-            (_consume, (a_tiles, b_tiles, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K, segments,
-                        length, 2, ROWS, B_TILE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, BIAS, STORE, PINGPONG,
-                        SPLIT, STREAM)),
-            (_produce, (a_desc, b_desc, a_tiles, b_tiles, full, empty, A, B, K, segments, length, ROWS, B_TILE, BLOCK_K,
-                        GROUP, GROUPS, STAGES, SPLIT, STREAM)),
+            (_consume, (a_tiles, b_tiles, more_tiles, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K,
+                        segments, length, 0, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, BIAS,
+                        STORE, PINGPONG, SPLIT, STREAM)),
+            (_consume, (a_tiles, b_tiles, more_tiles, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K,
+                        segments, length, 1, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, BIAS,
+                        STORE, PINGPONG, SPLIT, STREAM)),
+            (_consume, (a_tiles, b_tiles, more_tiles, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K,
+                        segments, length, 2, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, BIAS,
+                        STORE, PINGPONG, SPLIT, STREAM)),
+            (_produce, (a_desc, b_desc, more_desc, a_tiles, b_tiles, more_tiles, full, empty, A, B, K, segments,
+                        length, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SPLIT, STREAM)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])
 
 

@@ -212,19 +212,19 @@ class _Chosen:
     def _launch_bulk(self, low, px, pw, pb, py, at, count):
         if low & 15:
             raise Unsuitable("bulk copies need tensors aligned to 16 bytes")
-        weight = self.weights.get(pw)
-        if weight is None:
+        weights = self.weights.get(pw)
+        if weights is None:
             if len(self.weights) >= 1024:
                 self.weights.clear()
-            weight = self.weights[pw] = _Descriptor(pw, self.examples[1])
-        x = _Descriptor(px, self.examples[0])
+            weights = self.weights[pw] = [_Descriptor(pw, like) for like in self.weight_like]
+        x = [_Descriptor(px, like) for like in self.x_like]
         stream = current_stream(self.plan.index)
         if self.schedule.kind == "hopper":
-            high, wide = (weight, x) if self.schedule.swap else (x, weight)
-            self.launch(stream, high, wide, py, pb, at, count)
+            sides = (*weights, *x) if self.schedule.swap else (*x, *weights)
+            self.launch(stream, *sides, *[None] * (3 - len(sides)), py, pb, at, count)
             return
-        y = _Descriptor(py, self.examples[2]) if self.schedule.store else py
-        self.launch(stream, x, weight, y, pb, at, count)
+        y = _Descriptor(py, self.y_like) if self.schedule.store else py
+        self.launch(stream, *x, *weights, y, pb, at, count)
 
     def _describe(self):
         """Compile for bulk copies of x, the weight and perhaps y. Raises Unsuitable if they cannot be copied so."""
@@ -232,8 +232,14 @@ class _Chosen:
         if not has_pdl(plan.index) or s.kind == "hopper" and torch.cuda.get_device_capability(plan.index) != (9, 0):
             raise Unsuitable(f"this GPU cannot run schedules of kind {s.kind}")
         small = torch.empty(16, dtype=plan.dtype, device=f"cuda:{plan.index}")
-        kernel, self.examples, given, arguments, options = bulk_launch(plan, s, small)
-        self.weights: dict[int, _Descriptor] = {}
+        kernel, examples, given, arguments, options = bulk_launch(plan, s, small)
+        if s.kind == "hopper" and s.swap:
+            self.weight_like, self.x_like = examples[:1], examples[1:]
+        elif s.kind == "hopper":
+            self.x_like, self.weight_like = examples[:1], examples[1:]
+        else:
+            self.x_like, self.weight_like, self.y_like = examples[:1], examples[1:2], examples[2]
+        self.weights: dict[int, list] = {}
         self.launch = Compiled(kernel, self.programs, given, (), arguments, **options)
 
 
@@ -282,10 +288,11 @@ def _hopper_launch(plan, s, small):
     consumers, cut = s.warps // 4, plan.cut[0] > 1
     high, wide = (s.block_n, s.block_m) if s.swap else (s.block_m, s.block_n)
     rows = high if s.pingpong else high // max(consumers, 1)
+    most, more = wide_side(wide)
     if (plan.dtype == torch.float32 or s.warps not in (4, 8, 12) or high not in (rows, rows * consumers)
-            or rows not in (64, 128) or wide not in (16, 32, 64, 128, 256)):
-        raise Unsuitable("schedules of kind hopper take 16-bit numbers and have 4, 8 or 12 warps with 64 or 128 rows "
-                         f"for each four, got {s}")
+            or rows not in (64, 128) or not 16 <= wide <= 256 or more & (more - 1) or 0 < more < 16):
+        raise Unsuitable("schedules of kind hopper take 16-bit numbers, have 4, 8 or 12 warps with 64 or 128 rows for "
+                         f"each four, and up to 256 columns, a sum of two powers of 2, got {s}")
     if s.pingpong and (s.warps != 8 or rows * wide > 128 * 128 or cut or s.stream):
         raise Unsuitable(f"two groups of four warps that take turns walk one chain of a tile up to 128x128, got {s}")
     if s.split and (not s.reduce or plan.k % plan.cut[1]):
@@ -294,13 +301,21 @@ def _hopper_launch(plan, s, small):
         raise Unsuitable(f"a chain is handed on where segments have programs of their own, got {s}")
     from .matmul_hopper import kernel, with_layout
 
-    x = with_layout(_described(small, (plan.m, plan.k), plan.x_strides, wide if s.swap else rows, s.block_k))
-    weight = with_layout(_described(small, (plan.n, plan.k), plan.weight_strides, rows if s.swap else wide, s.block_k))
-    arguments = (plan.m, plan.n, plan.k, *plan.cut, rows, wide, s.block_k, s.group, consumers, s.stages, s.swap,
+    x, weight = ((plan.m, plan.k), plan.x_strides), ((plan.n, plan.k), plan.weight_strides)
+    a, b = (weight, x) if s.swap else (x, weight)
+    examples = [with_layout(_described(small, *side, size, s.block_k))
+                for side, size in ((a, rows), (b, most), (b, more)) if size]
+    given = (*examples, *[None] * (3 - len(examples)), small, small, small.new_empty(4, dtype=torch.float32),
+             small.new_empty(4, dtype=torch.int32))
+    arguments = (plan.m, plan.n, plan.k, *plan.cut, rows, most, more, s.block_k, s.group, consumers, s.stages, s.swap,
                  cut, plan.bias, s.store, s.pingpong, s.split, s.stream, 160 if consumers == 3 else 232, True)
-    given = (weight, x) if s.swap else (x, weight)
-    scratch = (small.new_empty(4, dtype=torch.float32), small.new_empty(4, dtype=torch.int32))
-    return kernel, (x, weight), (*given, small, small, *scratch), arguments, {"num_warps": 4, **OPTIONS}
+    return kernel, examples, given, arguments, {"num_warps": 4, **OPTIONS}
+
+
+def wide_side(wide: int) -> tuple[int, int]:
+    """A number of columns as its largest power of 2 and the rest."""
+    most = 1 << wide.bit_length() - 1
+    return most, wide - most
 
 
 def _described(base, shape, strides, rows, columns):

@@ -1,6 +1,7 @@
 """Digests: what a machine's bits are, over thousands of rows, small enough to commit and to redo anywhere.
 
-    python -m kernels.lab.digests --out data       record this machine into data/<machine>/digests.csv
+    python -m kernels.lab.digests                  record this machine into data/<machine>/digests.csv
+    python -m kernels.lab.digests softmax mean     the same, these ops alone
     python -m kernels.lab.digests --check          redo every recorded digest here, with the specification,
                                                    and those in token sweeps that are quickly redone
 
@@ -98,12 +99,14 @@ def measured(case: Case, device) -> dict:
             "recorded_at": records.now(), "source": records.source()}
 
 
-def record(folder, device=None) -> int:
-    """Measure every case of every op and write them to folder/digests.csv at once; how many there are."""
-    device = device or runtime.device()
-    rows = [measured(case, device) for op in OPS.values() for case in cases(op)]
-    DIGESTS.merge(folder, rows)
-    return len(rows)
+def record(folder, device=None, ops=tuple(OPS)) -> int:
+    """Measure every case of these ops and write them to folder/digests.csv, op by op; how many there are."""
+    device, count = device or runtime.device(), 0
+    for op in ops:
+        rows = [measured(case, device) for case in cases(OPS[op])]
+        DIGESTS.merge(folder, rows)
+        count += len(rows)
+    return count
 
 
 def check(out=records.DATA) -> tuple[int, list[str]]:
@@ -153,15 +156,18 @@ def redo(row) -> str:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels.lab.digests", description=__doc__.splitlines()[0])
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"which to record: {', '.join(OPS)} (default: all)")
     parser.add_argument("--out", default=records.DATA, help="the data folder")
     parser.add_argument("--machine", help="the folder's name under it (default: from the device)")
     parser.add_argument("--check", action="store_true", help="redo what is recorded instead of recording")
     a = parser.parse_args(argv)
+    if unknown := set(a.ops) - set(OPS):
+        parser.error(f"op must be one of {', '.join(OPS)}, got {', '.join(sorted(unknown))}")
     try:
         if a.check:
             return _report(*map(operator.add, check(a.out), check_sweeps(a.out)))
         folder = records.open_machine(a.out, a.machine)
-        print(f"recorded {record(folder)} digests in {folder / DIGESTS.file}")
+        print(f"recorded {record(folder, ops=a.ops or tuple(OPS))} digests in {folder / DIGESTS.file}")
         records.note_machine(folder, DIGESTS.file)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -54,7 +54,8 @@ def candidates(n: int, k: int, tokens: int, dtype=torch.bfloat16, tma: bool = Tr
     if dtype == torch.float32:
         found = list(_float32(tokens))
     else:
-        found = [Schedule.parse(line) for line in next(text for bound, text in _WORTH_TIMING if tokens <= bound)]
+        few_tiles = min(max(tokens * n // 4096, 65), tokens)  # a narrow weight is cut up as a wide one for fewer tokens
+        found = [Schedule.parse(line) for line in dict.fromkeys(_worth_timing(tokens) + _worth_timing(few_tiles))]
         if 16 < tokens <= 32:
             found = [replace(s, block_m=32) for s in found]
         found = [s for s in found if tma or s.kind == "pointer"]
@@ -84,8 +85,8 @@ def _uneven(s, n, tokens, cut=1, sms=132) -> bool:
     return not s.pingpong and units > sms and units % sms > 0
 
 
-# {largest token count: schedules}: on an H200 one of each list was within 2 % of the best of hundreds at every shape
-# tried; their neighbours, for other shapes and GPUs; and kinds that were not among those hundreds
+# For token counts up to a bound. On an H200 one of each list was within 2 % of the best of hundreds at every shape
+# tried; the rest are neighbours, for other shapes and GPUs, and kinds that were not among those hundreds.
 _UP_TO_32 = """
 pointer 16x16x256 warps=2 stages=6 group=1 swap
 pointer 16x32x128 warps=2 stages=4 group=1 swap
@@ -130,10 +131,14 @@ tma 128x64x64 warps=4 stages=6 group=1 swap
 tma 128x128x64 warps=8 stages=3 group=1 swap
 tma 128x128x64 warps=8 stages=6 group=8
 hopper 64x64x128 warps=4 stages=6 group=8 persistent
+hopper 64x64x128 warps=4 stages=8 group=8 persistent
 hopper 128x64x64 warps=8 stages=8 group=8 persistent
 hopper 128x64x128 warps=8 stages=4 group=8 persistent
 hopper 64x128x64 warps=8 stages=8 group=8 swap persistent
 hopper 128x128x64 warps=8 stages=6 group=8 persistent
+hopper 64x128x64 warps=4 stages=8 group=8 persistent
+hopper 128x64x64 warps=4 stages=8 group=8 swap persistent
+hopper 128x48x64 warps=8 stages=8 group=8 persistent
 """
 _UP_TO_256 = """
 tma 64x64x64 warps=4 stages=4 group=8
@@ -151,6 +156,10 @@ hopper 128x128x64 warps=8 stages=6 group=8 swap persistent
 hopper 128x128x64 warps=8 stages=6 group=8 persistent pingpong
 hopper 128x192x64 warps=12 stages=4 group=8 swap persistent store
 hopper 128x256x64 warps=8 stages=4 group=8 persistent
+hopper 64x128x64 warps=4 stages=8 group=8 persistent
+hopper 128x64x64 warps=4 stages=8 group=8 swap persistent
+hopper 64x80x64 warps=4 stages=8 group=8 persistent
+hopper 128x96x64 warps=8 stages=6 group=8 persistent
 """
 _UP_TO_1024 = """
 tma 64x128x64 warps=4 stages=6 group=8
@@ -171,6 +180,11 @@ hopper 128x192x64 warps=12 stages=4 group=8 swap persistent store
 hopper 128x256x64 warps=8 stages=4 group=8 persistent
 hopper 256x128x64 warps=8 stages=4 group=8 swap persistent
 hopper 128x256x64 warps=8 stages=3 group=8 persistent store
+hopper 64x128x64 warps=4 stages=8 group=8 persistent
+hopper 128x64x64 warps=4 stages=8 group=8 swap persistent
+hopper 64x160x64 warps=4 stages=7 group=8 persistent
+hopper 128x160x64 warps=8 stages=6 group=8 persistent
+hopper 128x192x64 warps=8 stages=4 group=8 persistent store
 """
 _MORE = """
 tma 128x256x64 warps=8 stages=4 group=8 persistent flatten
@@ -187,9 +201,16 @@ hopper 128x192x64 warps=12 stages=4 group=8 swap persistent store
 hopper 128x256x64 warps=8 stages=4 group=8 persistent
 hopper 256x128x64 warps=8 stages=4 group=8 swap persistent
 hopper 128x256x64 warps=8 stages=3 group=8 persistent store
+hopper 128x160x64 warps=8 stages=6 group=8 persistent
+hopper 128x160x64 warps=8 stages=5 group=8 persistent store
+hopper 128x192x64 warps=8 stages=4 group=8 persistent store
 """
 _WORTH_TIMING = tuple((bound, text.split("\n")[1:-1]) for bound, text in (
     (32, _UP_TO_32), (64, _UP_TO_64), (128, _UP_TO_128), (256, _UP_TO_256), (1024, _UP_TO_1024), (math.inf, _MORE)))
+
+
+def _worth_timing(tokens) -> list[str]:
+    return next(lines for bound, lines in _WORTH_TIMING if tokens <= bound)
 
 
 def _float32(tokens):
