@@ -201,10 +201,6 @@ def test_every_recorded_digest_is_redone_on_this_cpu(redone, capability):
     assert f"{count} of {count} digests" in printed and f"({CAPABILITIES[capability]})" in printed
 
 
-# their digests still have to be recorded on a GPU; strict, so that a record makes this list fail until it is shorter
-UNRECORDED = {"softmax", "log_softmax", "sum", "mean", "matmul"}
-
-
 @pytest.mark.parametrize("name", ["softmax", "log_softmax", "mean"])
 def test_a_cpu_redoes_thousands_of_a_gpus_rows(name):
     points = [r for _, r in digests.sweep_points() if r.op == name and r.dtype == "bfloat16" and r.tokens == 2048]
@@ -225,9 +221,7 @@ def test_a_gpu_recorded_digests():
     assert any((records.load(digests.DIGESTS, m)["implementation"] == "triton").all() for m in machines)
 
 
-@pytest.mark.parametrize("op", [
-    pytest.param(op, marks=pytest.mark.xfail(strict=True, reason="not recorded on a GPU yet") if op in UNRECORDED
-                 else ()) for op in OPS])
+@pytest.mark.parametrize("op", OPS)
 def test_a_gpu_recorded_thousands_of_rows(op):
     for machine, many in many_rows():
         for dtype in ("bfloat16", "float32"):
