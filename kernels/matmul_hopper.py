@@ -39,7 +39,7 @@ def _place(tile, A, B, A_TILE: gl.constexpr, B_TILE: gl.constexpr, GROUP: gl.con
 def _jobs(units, STREAM: gl.constexpr):
     """How many jobs this program has, some of them perhaps empty."""
     if STREAM:
-        jobs = gl.maximum(units // gl.num_programs(0) - 1, 0) + 3
+        jobs = gl.maximum(units // gl.num_programs(0) - 1, 0) + 4
     else:
         jobs = gl.cdiv(units - gl.program_id(0), gl.num_programs(0))
     return jobs
@@ -68,8 +68,8 @@ def _job(number, units, steps, STREAM: gl.constexpr):
             unit = program + (number - 1) * programs
             first = 0
             last = steps
-        elif number == waves + 1:  # the whole unit within our share, if there is one
-            whole = gl.cdiv(begin, steps)
+        elif number <= waves + 2:  # the whole units within our share: none, one, or two where it ends with a unit
+            whole = gl.cdiv(begin, steps) + number - waves - 1
             unit = waves * programs + whole
             first = 0
             last = gl.where((whole + 1) * steps <= end, steps, 0)

@@ -65,6 +65,16 @@ def test_begin_seeds_torch_and_sets_the_theme():
     assert plt.rcParams["svg.hashsalt"] == "same-bits"
 
 
+def test_begin_themes_the_page_in_a_notebook_alone(monkeypatch, displayed):
+    notebook.begin()
+    assert displayed == []
+    monkeypatch.setattr(IPython, "get_ipython", object)
+    notebook.begin()
+    (data, options), = displayed
+    assert "white-space: pre;" in data["text/html"] and "overflow-x: auto" in data["text/html"]
+    assert "details { margin-bottom" in data["text/html"] and options == {"raw": True}
+
+
 @pytest.mark.parametrize("yes", [True, np.bool_(True), torch.tensor(True), np.float32(1) == 1])
 def test_check_ticks_what_holds(yes, capsys):
     notebook.check("one is one", yes)
@@ -98,6 +108,14 @@ def test_observe_prints_a_value(value, text, capsys, monkeypatch):
     monkeypatch.setattr(runtime, "HAS_GPU", False)
     notebook.observe("how many", value)
     assert capsys.readouterr().out == f"• how many: {text} on this CPU\n"
+
+
+def test_observe_names_the_cpu_for_what_it_did_beside_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(runtime, "HAS_GPU", True)
+    monkeypatch.setattr(records, "device_name", lambda: "NVIDIA H200")
+    notebook.observe("how many", 3)
+    notebook.observe("how many", 3, cpu=True)
+    assert capsys.readouterr().out == "• how many: 3 on NVIDIA H200\n• how many: 3 on this CPU\n"
 
 
 @pytest.mark.parametrize("recorded", [False, {"H200": False}])

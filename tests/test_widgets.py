@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from kernels import OPS, runtime
-from kernels.lab import chart, records, sweep, widget_parts, widgets
+from kernels.lab import chart, records, style, sweep, widget_parts, widgets
 from kernels.lab.widgets import TokenSweep
 
 COLUMNS = list(records.TOKEN_SWEEP.columns)
@@ -415,6 +415,13 @@ def boxes(artists):
 def overlapping(found):
     return [(a, b) for i, a in enumerate(found) for b in found[i + 1:]
             if a.x0 < b.x1 - 0.5 and b.x0 < a.x1 - 0.5 and a.y0 < b.y1 - 0.5 and b.y0 < a.y1 - 0.5]
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_contenders_of_one_op_are_told_apart(op):
+    looks = [style.contender(name) for name in ("cuda", "python", "triton", *op.extras)]
+    for part in ("color", "marker", "label"):
+        assert len({look[part] for look in looks}) == len(looks), part
 
 
 def test_one_line_and_one_band_a_contender():

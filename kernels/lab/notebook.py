@@ -33,10 +33,27 @@ NOTEBOOKS = records.ROOT / "notebooks"
 
 
 def begin() -> None:
-    """Say in one line where this runs, set the figures' theme and seed torch."""
+    """Say in one line where this runs, set the figures' and the page's theme and seed torch."""
     style.theme()
     torch.manual_seed(0)
     print(_where())
+    _theme_page()
+
+
+# Long lines of shown code scroll (JupyterLab would break them inside words); a folded solution has room below it.
+_PAGE = """<style>
+.jp-RenderedMarkdown.jp-RenderedMarkdown pre, .jp-RenderedMarkdown.jp-RenderedMarkdown pre code {
+  white-space: pre; word-break: normal; overflow-wrap: normal; overflow-x: auto }
+.jp-RenderedMarkdown details { margin-bottom: 1.5em }
+</style>"""
+
+
+def _theme_page() -> None:
+    from IPython import get_ipython
+    from IPython.display import display
+
+    if get_ipython() is not None:
+        display({"text/html": _PAGE, "text/plain": ""}, raw=True)
 
 
 def _where() -> str:
@@ -96,14 +113,15 @@ def _truth(condition) -> bool:
     raise TypeError(f"a check needs one yes or no, got {type(condition).__name__} {condition!r}")
 
 
-def observe(what: str, value, recorded=None) -> None:
+def observe(what: str, value, recorded=None, cpu: bool = False) -> None:
     """Print what this machine happens to do, beside what the recorded machines did.
 
-    `recorded` is that machine's value, or a mapping from machine names to values.
+    `recorded` is that machine's value, or a mapping from machine names to values. `cpu`: its CPU did it, though it may
+    have a GPU.
     """
     if recorded is not None and not isinstance(recorded, Mapping):
         recorded = {_recorded_machine() or "the recorded machine": recorded}
-    here = records.device_name() if runtime.HAS_GPU else "this CPU"
+    here = records.device_name() if runtime.HAS_GPU and not cpu else "this CPU"
     both = [(here, value), *(recorded or {}).items()]
     print(f"• {what}: " + "; ".join(f"{_text(v)} on {machine}" for machine, v in both))
 
