@@ -277,7 +277,7 @@ def _schedules(shape, dtype) -> list[Schedule]:
     chosen = [s for tokens in (1 << i for i in range(18)) for index in {-1, _index()}
               for s in schedules.choose("matmul", shape, dtype, tokens, index)]
     if dtype == torch.float32:
-        tiles = [Schedule("pointer", *tile, warps=4, stages=2) for tile in ((16, 16, 16), (32, 64, 32))]
+        tiles = [Schedule("pointer", *tile, warps=4, stages=2) for tile in ((16, 16, 16), (32, 64, 32), (64, 16, 32))]
     else:
         tiles = [Schedule("pointer", m, n, k, warps=w, stages=s) for m, n, k, w, s in (
             (16, 16, 16, 1, 2), (16, 128, 64, 4, 3), (64, 32, 128, 4, 2), (128, 128, 64, 8, 3), (128, 64, 32, 4, 4))]

@@ -104,7 +104,7 @@ def test_title_and_caption_say_what_was_measured(data):
     figure = verify_cost.draw(data)
     assert "128 tokens take 1.13 times as long as 16" in figure.get_suptitle()
     caption = figure.get_supxlabel().replace("\n", " ")
-    for part in ("llama-3.1-8b", "NVIDIA H200", "host wall time", "4,252 GB/s", "735 TFLOP/s", "H100 PCIe",
+    for part in ("llama-3.1-8b", "NVIDIA H200", "host wall time", "measured in that run", "H100 PCIe",
                  "5-95 % band", "empty prefix"):
         assert part in caption
     assert len(verify_cost.ALT) > 200
