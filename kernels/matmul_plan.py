@@ -212,19 +212,25 @@ class _Chosen:
     def _launch_bulk(self, low, px, pw, pb, py, at, count):
         if low & 15:
             raise Unsuitable("bulk copies need tensors aligned to 16 bytes")
-        weights = self.weights.get(pw)
-        if weights is None:
-            if len(self.weights) >= 1024:
-                self.weights.clear()
-            weights = self.weights[pw] = [_Descriptor(pw, like) for like in self.weight_like]
-        x = [_Descriptor(px, like) for like in self.x_like]
+        sides = self.sides.get((px, pw)) or self._sides_at(px, pw)
         stream = current_stream(self.plan.index)
         if self.schedule.kind == "hopper":
-            sides = (*weights, *x) if self.schedule.swap else (*x, *weights)
-            self.launch(stream, *sides, *[None] * (3 - len(sides)), py, pb, at, count)
+            self.launch(stream, *sides, py, pb, at, count)
             return
         y = _Descriptor(py, self.y_like) if self.schedule.store else py
-        self.launch(stream, *x, *weights, y, pb, at, count)
+        self.launch(stream, *sides, y, pb, at, count)
+
+    def _sides_at(self, px, pw) -> tuple:
+        """The descriptors of x and the weight at these addresses, kept: a loop comes back to the same few."""
+        if len(self.sides) >= 1024:
+            self.sides.clear()
+        x = [_Descriptor(px, like) for like in self.x_like]
+        weight = [_Descriptor(pw, like) for like in self.weight_like]
+        sides = (*weight, *x) if self.schedule.kind == "hopper" and self.schedule.swap else (*x, *weight)
+        if self.schedule.kind == "hopper":
+            sides += (None,) * (3 - len(sides))
+        self.sides[px, pw] = sides
+        return sides
 
     def _describe(self):
         """Compile for bulk copies of x, the weight and perhaps y. Raises Unsuitable if they cannot be copied so."""
@@ -239,7 +245,7 @@ class _Chosen:
             self.x_like, self.weight_like = examples[:1], examples[1:]
         else:
             self.x_like, self.weight_like, self.y_like = examples[:1], examples[1:2], examples[2]
-        self.weights: dict[int, list] = {}
+        self.sides: dict[tuple[int, int], tuple] = {}
         self.launch = Compiled(kernel, self.programs, given, (), arguments, **options)
 
 

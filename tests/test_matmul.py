@@ -519,6 +519,37 @@ def test_a_schedule_that_does_not_run_gives_way_to_the_next(monkeypatch):
         plan._first_that_runs(0, 1, 2, 3, 4, HERE)
 
 
+@pytest.mark.parametrize("schedule, widths", [
+    ("tma 64x32x64 warps=4 stages=3 group=8", ["x64", "w32"]),
+    ("tma 64x32x64 warps=4 stages=3 group=8 persistent store", ["x64", "w32", "y64"]),
+    ("hopper 64x32x64 warps=4 stages=3 group=8 persistent", ["x64", "w32", None]),
+    ("hopper 64x80x64 warps=4 stages=3 group=8 persistent", ["x64", "w64", "w16"]),
+    ("hopper 80x64x64 warps=4 stages=3 group=8 swap persistent", ["w64", "x64", "x16"])])
+def test_a_launch_with_bulk_copies_describes_each_side_once_an_address(schedule, widths, monkeypatch):
+    def like(name):
+        return SimpleNamespace(shape=name, strides=())
+
+    seen, s = [], Schedule.parse(schedule)
+    monkeypatch.setattr(matmul_plan, "current_stream", lambda index: "stream")
+    chosen = object.__new__(matmul_plan._Chosen)
+    chosen.schedule, chosen.plan, chosen.sides = s, SimpleNamespace(index=0), {}
+    chosen.x_like = [like(n) for n in widths if n and n[0] == "x"]
+    chosen.weight_like = [like(n) for n in widths if n and n[0] == "w"]
+    chosen.y_like, chosen.launch = like("y64"), lambda *given: seen.append(given)
+    for px in (16, 32, 16):
+        chosen._launch_bulk(0, px, 48, "bias", 64, "work", "counters")
+    stream, *sides, bias, work, counters = seen[0]
+    assert (stream, bias, work, counters) == ("stream", "bias", "work", "counters")
+    y = [] if s.store else [sides.pop()] if s.kind == "tma" else [sides.pop(3)]
+    assert [d and d.shape for d in sides] == widths and y in ([], [64])
+    at = {"x": 16, "w": 48, "y": 64}
+    assert all(d is None or d.data_ptr() == d.base.data_ptr() == at[d.shape[0]] for d in sides)
+    assert seen[1][1] != seen[0][1] or seen[1][2] != seen[0][2]
+    assert seen[2][1] is seen[0][1] and seen[2][2] is seen[0][2] and len(chosen.sides) == 2
+    with pytest.raises(Unsuitable, match="aligned to 16 bytes"):
+        chosen._launch_bulk(8, 16, 48, "bias", 64, "work", "counters")
+
+
 def test_counters_belong_to_one_stream_or_one_captured_call(monkeypatch):
     capturing = [False]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])

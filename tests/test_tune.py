@@ -168,6 +168,13 @@ def test_the_best_is_ours_and_its_ratio_is_the_defaults_time_over_its():
     assert best_schedule([(GOOD, 5.0), ("cuda", 10.0)]) == (GOOD, 2.0)
 
 
+def test_few_tokens_prefer_a_pointer_that_is_nearly_as_fast():
+    bulk, plain = Schedule("tma", 16, 64, 64), Schedule("pointer", 16, 32, 64)
+    near, far = ([(bulk, 10.0), (plain, us), ("cuda", 11.0)] for us in (10.2, 10.5))
+    assert best_schedule(near, 64)[0] == plain and best_schedule(near, 65)[0] == bulk
+    assert best_schedule(far, 1)[0] == bulk and best_schedule(near, 1)[1] == 11.0 / 10.2
+
+
 def test_contenders_that_fail_are_left_out_of_the_ranking():
     timings = {"a": bench.Timing([3.0]), "b": ValueError("no"), "c": bench.Timing([1.0])}
     assert tune._ranked(timings) == [("c", 1.0), ("a", 3.0)]

@@ -38,6 +38,7 @@ from . import bench, records
 TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 TRUSTED = Schedule("pointer", 32, 32, 32, warps=4, stages=2)
 ROWS = 259  # of an input to prove on: whole tiles of every schedule, and three more
+FEW, NEARLY = 64, 1.03  # so many tokens, and how much slower a schedule with pointers may be for them
 STREAM_ROWS = 1283  # enough tiles that programs hand chains on
 KINDS = ("portable", "residue", "cancellation", "wide", "subnormal", "signed_zero")
 CERTIFICATES = records.Table(
@@ -402,10 +403,16 @@ def _ranked(timings) -> list:
     return sorted(good, key=lambda pair: pair[1])
 
 
-def best_schedule(ranked: list) -> tuple[Schedule, float]:
-    """The fastest schedule of ours and its time over the default's (above 1: faster than the default)."""
+def best_schedule(ranked: list, tokens: int = FEW + 1) -> tuple[Schedule, float]:
+    """The fastest schedule of ours and its time over the default's (above 1: faster than the default).
+
+    For few tokens one with pointers is taken if it is nearly as fast: each launch with bulk copies makes descriptors,
+    which takes the host some microseconds.
+    """
     times = dict(ranked)
-    schedule = next(s for s, _ in ranked if s != "cuda")
+    ours = [s for s, _ in ranked if s != "cuda"]
+    plain = [s for s in ours if s.kind == "pointer" and times[s] <= NEARLY * times[ours[0]]] if tokens <= FEW else []
+    schedule = (plain or ours)[0]
     return schedule, times["cuda"] / times[schedule]
 
 
@@ -460,8 +467,8 @@ def tune(n: int, k: int, dtype: torch.dtype, points: dict, good, progress: Calla
         try:
             ranked = fastest(n, k, count, dtype, [s for s in found if (s, *stand_in(n, k)) in good], device,
                              weights=weights)
-            best, ratio = best_schedule(ranked)
-        except (RuntimeError, StopIteration) as error:  # out of memory, or no schedule left
+            best, ratio = best_schedule(ranked, count)
+        except (RuntimeError, IndexError) as error:  # out of memory, or no schedule left
             progress(f"  N={n} K={k} tokens={count}: nothing measured: {type(error).__name__}: {error}")
             continue
         chosen[count] = best
