@@ -83,7 +83,10 @@ def _chain(x, weight):
 
 
 def _triton(x, weight, bias=None):
-    """A schedule of choice: the arguments, results and bits of the specification, as fast as we can make it."""
+    """A schedule of choice: the arguments, results and bits of the specification, as fast as we can make it.
+
+    float16 and bfloat16 have its bits on a Hopper GPU. Older tensor cores add in another way, which is warned about.
+    """
     if torch.compiler.is_compiling():
         return _matmul_op(x, weight, bias)
     if torch.is_grad_enabled() and _wants_gradient(x, weight, bias):
@@ -101,6 +104,9 @@ def run_schedule(schedule: Schedule, x, weight, bias=None):
 
     Raises Unsuitable (a ValueError) if the schedule cannot carry out this shape's order or read these strides.
     """
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a Schedule, got {type(schedule).__name__}; Schedule.parse reads one line of "
+                        "text")
     return _run(x, weight, bias, schedule=schedule)
 
 
@@ -114,7 +120,7 @@ def _run(x, weight, bias, whole=False, schedule=None):
             x, weight = x.resolve_neg(), weight.resolve_neg()  # lazily negated: the memory holds the opposite
             bias = None if bias is None else bias.resolve_neg()
         key = (x.shape, x.stride(), x.dtype, x.get_device(), weight.shape, weight.stride(), weight.dtype,
-               weight.get_device(), whole, schedule)
+               weight.get_device(), weight.is_meta, whole, schedule)
         if bias is not None:
             key += (bias.shape, bias.dtype, bias.get_device())
     except (AttributeError, RuntimeError):  # not tensors, or without strides: say so by name
@@ -219,6 +225,7 @@ _FROZEN_FLOAT32 = replace(FROZEN, block_k=16)
 
 def frozen(x, weight, bias=None):
     """Batch invariance as it is usually had: one schedule, tiles of 128 by 128 by 64, for all token counts."""
+    _check(x, weight, bias)
     return run_schedule(FROZEN if x.dtype != torch.float32 else _FROZEN_FLOAT32, x, weight, bias)
 
 
@@ -229,9 +236,11 @@ _SWITCH = {torch.bfloat16: "allow_bf16_reduced_precision_reduction",
 def cublas_no_split_k(x, weight, bias=None):
     """F.linear with cuBLAS told not to split k; the settings are put back afterwards.
 
-    *Certified by test, not by construction*: cuBLAS still chooses a kernel by the number of tokens.
+    Nothing is guaranteed: cuBLAS still chooses a kernel by the number of tokens. *By test*, its bits are ours wherever
+    our order is one chain; where it is several they are not, and moved at a few recorded points.
     Raises Unavailable on a CPU and for float32, which have no such setting.
     """
+    _check(x, weight, bias)
     if not x.is_cuda or x.dtype not in _SWITCH:
         raise Unavailable(f"cuBLAS has no setting against split-K for {x.dtype} on {x.device.type}")
     switches, name, library = torch.backends.cuda.matmul, _SWITCH[x.dtype], torch.backends.cuda.preferred_blas_library

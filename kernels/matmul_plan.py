@@ -6,7 +6,10 @@ compile or fit gives way to the next; all have the same bits.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
+from functools import cache
+from threading import Lock, Thread
 
 import torch
 
@@ -18,8 +21,8 @@ from .runtime import Compiled, current_device, current_stream, has_pdl, require_
 
 
 class Counters:
-    """Zeros that the programs of a split product count up and leave at zero: a slice for each stream, and one for
-    each captured call, because a graph may be replayed beside its stream."""
+    """Zeros that the programs of a product count up and leave at zero: a slice for each stream, and one for each
+    captured call, because a graph may be replayed beside its stream."""
 
     SLICE, BANK = 4096, 1 << 20
 
@@ -27,20 +30,39 @@ class Counters:
         self.banks: dict[int, list] = {}  # GPU -> [tensor, counters taken]
         self.full: list = []  # kept as long as the process: a captured graph may count in them
         self.streams: dict[tuple[int, int], int] = {}
+        self.lock = Lock()  # of everything but a look at a stream's slice
 
     def take(self, index: int, stream: int, count: int) -> int:
         """The address of `count` counters, or 0 while a graph is captured and there are none left."""
         if torch.cuda.is_current_stream_capturing():
-            return self._cut(index, count)
-        bank = self.banks.get(index)
-        if bank is None or bank[1] > self.BANK // 2:  # while none is captured: a capture cannot make one
-            self.full += [bank] if bank else []
-            self.banks[index] = [torch.zeros(self.BANK, dtype=torch.int32, device=f"cuda:{index}"), 0]
-            torch.cuda.synchronize(index)  # zero before any other stream counts
+            with self.lock:
+                return self._cut(index, count)
         address = self.streams.get((index, stream))
-        if not address:
-            address = self.streams[index, stream] = self._cut(index, self.SLICE)
-        return address
+        if address and self.banks[index][1] <= self.BANK // 2:
+            return address
+        return self._slice(index, stream)
+
+    def _slice(self, index, stream):
+        with self.lock:
+            self._renew(index)
+            if (index, stream) not in self.streams:
+                self.streams[index, stream] = self._cut(index, self.SLICE)
+            return self.streams[index, stream]
+
+    def _renew(self, index):
+        """Make a bank if there is none or it is half taken, while no graph is captured: a capture cannot make one."""
+        bank = self.banks.get(index)
+        if bank is None or bank[1] > self.BANK // 2:
+            made: list = []
+            maker = Thread(target=self._make, args=(index, made))  # torch.compile gives a thread a pool of its own
+            maker.start()
+            maker.join()
+            self.full += [bank] if bank else []
+            self.banks[index] = [made[0], 0]
+
+    def _make(self, index, made):
+        made.append(torch.zeros(self.BANK, dtype=torch.int32, device=f"cuda:{index}"))
+        torch.cuda.synchronize(index)  # zero before anyone counts
 
     def _cut(self, index, count):
         count += -count % 4  # addresses that are multiples of 16, as the kernels are told
@@ -68,6 +90,8 @@ class Plan:
         self.m = math.prod(x.shape[:-1])
         self.index, self.dtype, self.bias = x.get_device(), x.dtype, bias is not None
         self.cut = cut
+        if self.index >= 0 and self.dtype != torch.float32:
+            _add_otherwise(self.index)
         self.copies = x.dim() != 2 and not x.is_contiguous()
         self.x_strides = x.stride() if x.dim() == 2 else (self.k, 1)
         self.weight_strides = weight.stride()
@@ -116,16 +140,22 @@ class Plan:
                 chosen = _Chosen(self, schedule)
                 chosen(*call)
                 return chosen
+            except torch.OutOfMemoryError:  # may be otherwise next time
+                raise
             except Exception as error:  # noqa: BLE001 - compilers raise what they like
                 failures.append(error)
+                if not self.forced and not isinstance(error, Unsuitable):
+                    _passed_over(str(schedule), str(error).splitlines()[0] if str(error) else type(error).__name__)
         if self.forced:
             raise failures[0]
         raise RuntimeError(f"no schedule of this product runs on this GPU; {self.wanted[0]} says: {failures[0]}")
 
     def check(self, schedule) -> None:
         """Raise Unsuitable if this schedule cannot carry out the order."""
-        if self.cut[0] > 1 and self.cut[1] % schedule.block_k:
-            raise Unsuitable(f"block_k must divide the order's segments of {self.cut[1]}, got {schedule}")
+        cut, length = self.cut
+        if cut > 1 and (length % schedule.block_k or length < 2 * schedule.block_k and not schedule.split):
+            raise Unsuitable(f"block_k must divide the order's segments of {length}, at least twice in sequence, got "
+                             f"{schedule}")
 
     def programs(self, schedule) -> tuple[int, int]:
         """Tiles, and programs to launch for them."""
@@ -156,6 +186,22 @@ class Plan:
         y.copy_(out.to(y.dtype))
 
 
+@cache
+def _passed_over(schedule: str, why: str) -> None:
+    """Say once that a schedule does not run here."""
+    warnings.warn(f"schedule {schedule} does not run here ({why}): the next one is used, which may be slower and has "
+                  "the same bits", RuntimeWarning, stacklevel=2)
+
+
+@cache
+def _add_otherwise(index: int) -> None:
+    """Say once that a GPU's tensor cores are not those of the specification."""
+    if torch.cuda.get_device_capability(index) < (9, 0):
+        warnings.warn(f"GPU {index} is older than Hopper and its tensor cores add in another way: products of 16-bit "
+                      "numbers are batch-invariant here, but have other bits than the specification", RuntimeWarning,
+                      stacklevel=2)
+
+
 class _Chosen:
     """One schedule made ready for one plan."""
 
@@ -167,7 +213,7 @@ class _Chosen:
         plan.check(s)
         self.tiles, self.programs = plan.programs(s)
         self.counters = self._counters()
-        self.bulk, self.without_counters = s.kind != "pointer", None
+        self.bulk = s.kind != "pointer"
         self.work = work_size(plan, s, self.programs)
         if self.bulk:
             self._describe()
@@ -193,12 +239,9 @@ class _Chosen:
         index, at, count = self.plan.index, py, py
         if self.counters:
             count = COUNTERS.take(index, current_stream(index), self.counters)
-            if not count:  # while a graph is captured: a schedule that needs none, which has the same bits
-                if self.without_counters is None:
-                    s = self.schedule
-                    self.without_counters = _Chosen(self.plan, replace(s, stream=False, split=s.split and s.reduce))
-                self.without_counters(low, px, pw, pb, py, device)
-                return
+            if not count:  # captured, and none left: zeros of the graph's own, set again at each replay
+                counters = torch.zeros(self.counters, dtype=torch.int32, device=device)
+                count = counters.data_ptr()
         if self.work:
             work = torch.empty(self.work, dtype=torch.float32, device=device)
             at = work.data_ptr()

@@ -26,7 +26,10 @@ import torch
 from .op import Shape, dtype_name
 
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "schedules"
-KINDS = ("pointer", "tma", "hopper")
+_SWITCHES = {"pointer": ("swap", "split", "reduce"),
+             "tma": ("swap", "split", "reduce", "persistent", "flatten", "store", "specialize"),
+             "hopper": ("swap", "split", "reduce", "persistent", "store", "pingpong", "stream")}
+KINDS = tuple(_SWITCHES)
 _SHARED = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}  # KiB a block may use
 _NEAR = 1.0  # how many doublings of N and K together a table's shape may be away
 
@@ -73,6 +76,11 @@ class Schedule:
             if type(value) is not int or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
+        ignored = [f.name for f in fields(self) if f.type == "bool" and getattr(self, f.name)
+                   and f.name not in _SWITCHES[self.kind]]
+        if ignored:
+            raise ValueError(f"kind {self.kind} has no {', '.join(ignored)}; it has {', '.join(_SWITCHES[self.kind])}")
+
     def __str__(self):
         switches = [f.name for f in fields(self) if f.type == "bool" and getattr(self, f.name)]
         return " ".join([f"{self.kind} {self.block_m}x{self.block_n}x{self.block_k} warps={self.warps} "
@@ -116,7 +124,7 @@ def load(name: str, folder=None) -> dict:
                 for op, dtypes in raw.items() if isinstance(dtypes, dict)}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         warnings.warn(f"{path} cannot be used ({error}): products take schedules of a general rule, which may be "
                       "slower. Their bits do not change. Run `python -m kernels.lab.tune` to measure new ones.",
                       RuntimeWarning, stacklevel=2)
@@ -133,7 +141,10 @@ def _sizes(shape: str) -> tuple[int, int]:
 def _column(choices) -> dict[int, Schedule]:
     if not isinstance(choices, dict) or not choices:
         raise ValueError(f"a shape needs at least one schedule, got {choices!r}")
-    return dict(sorted((int(tokens), Schedule.parse(text)) for tokens, text in choices.items()))
+    column = dict(sorted((int(tokens), Schedule.parse(text)) for tokens, text in choices.items()))
+    if min(column) < 1:
+        raise ValueError(f"a token count must be at least 1, got {min(column)}")
+    return column
 
 
 @cache

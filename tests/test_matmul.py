@@ -6,9 +6,14 @@ a 16-bit product is NumPy's, whose rounding is not a tensor core's: such tests u
 """
 import math
 import re
+import subprocess
 import sys
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -507,16 +512,42 @@ class Fake:
 
 def test_a_schedule_that_does_not_run_gives_way_to_the_next(monkeypatch):
     monkeypatch.setattr(matmul_plan, "_Chosen", Fake)
+    matmul_plan._passed_over.cache_clear()
     plan = matmul_plan.Plan(*exact_inputs(3, 8, 16), (1, 16))
     plan.wanted = SMALL
     monkeypatch.setattr(Fake, "broken", tuple(SMALL[:2]))
-    assert plan._first_that_runs(0, 1, 2, 3, 4, HERE).schedule == SMALL[2]
+    with pytest.warns(RuntimeWarning, match="(16x16x16|16x32x64).*shared memory.*same bits"):
+        assert plan._first_that_runs(0, 1, 2, 3, 4, HERE).schedule == SMALL[2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it has been said
+        assert plan._first_that_runs(0, 1, 2, 3, 4, HERE).schedule == SMALL[2]
     monkeypatch.setattr(Fake, "broken", tuple(SMALL))
-    with pytest.raises(RuntimeError, match="no schedule.*16x16x16.*shared memory"):
+    with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match="no schedule.*16x16x16.*shared memory"):
         plan._first_that_runs(0, 1, 2, 3, 4, HERE)
     plan.forced = True
     with pytest.raises(RuntimeError, match="^out of resource"):
         plan._first_that_runs(0, 1, 2, 3, 4, HERE)
+
+
+def test_no_memory_is_not_a_reason_to_keep_a_slower_schedule(monkeypatch):
+    def no_memory(plan, schedule):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(matmul_plan, "_Chosen", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        matmul_plan.Plan(*exact_inputs(3, 8, 16), (1, 16))._first_that_runs(0, 1, 2, 3, 4, HERE)
+
+
+def test_tensor_cores_older_than_the_specification_are_warned_of(monkeypatch):
+    matmul_plan._add_otherwise.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+    with pytest.warns(RuntimeWarning, match="older than Hopper.*other bits"):
+        matmul_plan._add_otherwise(0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        matmul_plan._add_otherwise(1)
+    matmul_plan._add_otherwise.cache_clear()
 
 
 @pytest.mark.parametrize("schedule, widths", [
@@ -550,13 +581,41 @@ def test_a_launch_with_bulk_copies_describes_each_side_once_an_address(schedule,
         chosen._launch_bulk(8, 16, 48, "bias", 64, "work", "counters")
 
 
-def test_counters_belong_to_one_stream_or_one_captured_call(monkeypatch):
-    capturing = [False]
+def fake_banks(monkeypatch, capturing=(False,)):
+    real = torch.zeros
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda index: None)
-    real = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *size, dtype, device: real(*size, dtype=dtype))
-    counters = matmul_plan.Counters()
+    return matmul_plan.Counters()
+
+
+def test_threads_on_streams_of_their_own_never_share_counters(monkeypatch):
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(40):
+            counters = fake_banks(monkeypatch)
+            with ThreadPoolExecutor(8) as pool:
+                found = list(pool.map(partial(counters.take, 0, count=100), range(8)))
+            bank = counters.banks[0][0]
+            first, end = bank.data_ptr(), bank.data_ptr() + 4 * counters.BANK
+            assert len(set(found)) == 8 and all(first <= a < end for a in found) and not counters.full
+            monkeypatch.undo()
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_a_bank_is_made_in_a_thread_of_its_own(monkeypatch):
+    """torch.compile's graphs take what a thread allocates while they warm up into a pool of theirs."""
+    counters, makers = fake_banks(monkeypatch), []
+    make = counters._make
+    counters._make = lambda *given: (makers.append(threading.get_ident()), make(*given))
+    assert counters.take(0, 1, 4) and makers and threading.get_ident() not in makers
+
+
+def test_counters_belong_to_one_stream_or_one_captured_call(monkeypatch):
+    capturing = [False]
+    counters = fake_banks(monkeypatch, capturing)
     capturing[0] = True
     assert counters.take(0, 7, 10) == 0  # no bank yet, and a capture cannot make one
     capturing[0] = False
@@ -827,21 +886,38 @@ def test_a_captured_graph_has_the_same_bits(shape):
 
 
 @pytest.mark.gpu
-def test_a_capture_without_counters_walks_segments_in_sequence(monkeypatch):
+def test_a_capture_without_counters_has_zeros_of_its_own(monkeypatch):
     x, weight, _ = inputs(5, "N=1024,K=4096")
-    wanted = OP.triton(x, weight)
-    monkeypatch.setattr(matmul_plan.Counters, "_cut", lambda *_: 0)
-    OP.triton(x, weight)
     split = Schedule("pointer", 16, 32, 256, 4, 4, 1, swap=True, split=True)
-    run_schedule(split, x, weight)
-    run_schedule(replace(split, split=False), x, weight)
+    wanted = run_schedule(split, x, weight)
+    monkeypatch.setattr(matmul_plan.Counters, "_cut", lambda *_: 0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = run_schedule(split, x, weight)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert same_bits(y, wanted)
+        results = [run_schedule(split, x, weight) for _ in range(3)]
+    for _ in range(3):
+        for y in results:
+            y.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(same_bits(y, wanted) for y in results)
+
+
+@pytest.mark.gpu
+def test_a_model_that_torch_captures_keeps_its_counters_out_of_the_graphs_memory():
+    """In a process of its own, whose first product with counters is in that model."""
+    code = """
+import torch, kernels
+from kernels import matmul
+from kernels.bits import same_bits
+x, weight, _ = matmul.inputs(5, "N=1024,K=4096", torch.bfloat16, "cuda")
+model = torch.compile(lambda x: matmul.triton(x, weight) * 2, mode="reduce-overhead", fullgraph=True)
+with torch.no_grad():
+    results = [model(x).clone() for _ in range(5)]
+assert all(same_bits(y, matmul.triton(x, weight) * 2) for y in results)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.gpu

@@ -122,5 +122,5 @@ def test_what_the_words_say_is_in_the_recorded_rows():
         index=["shape", "tokens"], columns="implementation", values="tflops")
     most = np.concatenate([matmul_roofline.ceiling(shape, shown.loc[shape].index, machine)
                            for shape in shown.index.unique("shape")])
-    assert (shown.triton <= 1.1 * most).all(), "under the ceilings"
+    assert (shown.triton <= 1.05 * most).all(), "at most a few per cent above"
     assert ((shown.frozen < shown.triton).mean() > 0.9) and ((shown.tiled < shown.triton).mean() > 0.7)

@@ -15,8 +15,9 @@ from kernels.schedules import KINDS, Schedule, choose, load, rule
 
 FAST = Schedule("tma", 128, 256, 64, warps=8, stages=4, persistent=True, flatten=True)
 SLOW = Schedule("pointer", 16, 32, 128, warps=4, stages=4, group=1, swap=True, split=True)
-many = st.builds(Schedule, st.sampled_from(KINDS), st.integers(1, 512), st.integers(1, 512), st.integers(16, 512),
-                 st.integers(1, 16), st.integers(1, 9), st.integers(1, 64), *7 * [st.booleans()])
+many = st.sampled_from(KINDS).flatmap(lambda kind: st.builds(
+    Schedule, st.just(kind), st.integers(1, 512), st.integers(1, 512), st.integers(16, 512), st.integers(1, 16),
+    st.integers(1, 9), st.integers(1, 64), **{name: st.booleans() for name in schedules._SWITCHES[kind]}))
 
 
 def written(folder, **table):
@@ -42,6 +43,12 @@ def on_an_h200(monkeypatch, tmp_path):
 @given(many)
 def test_a_schedule_is_its_text(schedule):
     assert Schedule.parse(str(schedule)) == schedule
+
+
+def test_a_switch_that_a_kind_would_ignore_is_refused():
+    for kind, switch in (("pointer", "persistent"), ("pointer", "store"), ("tma", "stream"), ("hopper", "flatten")):
+        with pytest.raises(ValueError, match=f"kind {kind} has no {switch}; it has swap, split"):
+            Schedule(kind, **{switch: True})
 
 
 def test_the_text_is_what_the_docstring_shows():
@@ -131,6 +138,10 @@ DAMAGED = {
     "a shape of nothing": json.dumps({"matmul": {"bfloat16": {"N=0,K=4": {"1": str(SLOW)}}}}),
     "a schedule of another form": json.dumps({"matmul": {"bfloat16": {"N=4096,K=4096": {"1": "fast"}}}}),
     "a token count that is none": json.dumps({"matmul": {"bfloat16": {"N=4096,K=4096": {"few": str(SLOW)}}}}),
+    "a negative token count": json.dumps({"matmul": {"bfloat16": {"N=4096,K=4096": {"-3": str(SLOW)}}}}),
+    "a switch that its kind has not": json.dumps(
+        {"matmul": {"bfloat16": {"N=4096,K=4096": {"1": "pointer 16x16x64 warps=4 stages=2 group=1 persistent"}}}}),
+    "too many brackets": "[" * 100_000,
     "no schedules": json.dumps({"matmul": {"bfloat16": {"N=4096,K=4096": {}}}}),
     "a list of schedules": json.dumps({"matmul": {"bfloat16": {"N=4096,K=4096": [str(SLOW)]}}}),
 }

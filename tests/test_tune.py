@@ -1,5 +1,6 @@
 """The tuner: few candidates that can run, no schedule that moves a bit, workers that hang are ended, whole files."""
 import json
+import math
 import sys
 import time
 from dataclasses import replace
@@ -166,6 +167,7 @@ def test_the_fastest_are_ranked_beside_the_default():
 def test_the_best_is_ours_and_its_ratio_is_the_defaults_time_over_its():
     assert best_schedule([("cuda", 10.0), (GOOD, 20.0), (TRUSTED, 30.0)]) == (GOOD, 0.5)
     assert best_schedule([(GOOD, 5.0), ("cuda", 10.0)]) == (GOOD, 2.0)
+    assert math.isnan(best_schedule([(GOOD, 5.0)])[1])  # the default failed
 
 
 def test_few_tokens_prefer_a_pointer_that_is_nearly_as_fast():
@@ -184,10 +186,18 @@ def test_what_is_stored_is_what_is_chosen_and_the_rest_stays(tmp_path):
     store("h200", "bfloat16", "N=4096,K=4096", {16: GOOD, 64: TRUSTED}, tmp_path)
     store("h200", "bfloat16", "N=512,K=4096", {16: TRUSTED}, tmp_path)
     path = store("h200", "bfloat16", "N=4096,K=4096", {16: TRUSTED}, tmp_path)
-    assert schedules.load("h200", tmp_path) == {"matmul": {"bfloat16": {(4096, 4096): {16: TRUSTED},
+    assert schedules.load("h200", tmp_path) == {"matmul": {"bfloat16": {(4096, 4096): {16: TRUSTED, 64: TRUSTED},
                                                                          (512, 4096): {16: TRUSTED}}}}
     table = json.loads(path.read_text())
     assert table["machine"] == records.this_machine()["device"] and table["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("text", ["{\"matmul\": ", "[]", "{\"matmul\": {\"bfloat16\": {\"N=4,K=4\": {}}}}"])
+def test_a_damaged_table_is_moved_aside(text, tmp_path, capsys):
+    (tmp_path / "h200.json").write_text(text)
+    store("h200", "bfloat16", "N=4096,K=4096", {16: GOOD}, tmp_path)
+    assert schedules.load("h200", tmp_path) == {"matmul": {"bfloat16": {(4096, 4096): {16: GOOD}}}}
+    assert (tmp_path / "h200.json.damaged").read_text() == text and "is damaged" in capsys.readouterr().out
 
 
 def test_an_interrupted_write_leaves_the_old_table(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ CONTENDERS = {
     "flashinfer": (PURPLE, "v", "-.", "FlashInfer"),
     "tiled": (BROWN, "*", (0, (6, 1.5, 1, 1.5, 1, 1.5)), "Fixed tiles of 128 rows (tiled)"),
     "frozen": (ORANGE, "D", (0, (4, 2)), "One frozen schedule"),
-    "cublas_no_split_k": (PURPLE, "v", "-.", "cuBLAS without split-K (certified by test)"),
+    "cublas_no_split_k": (PURPLE, "v", "-.", "cuBLAS without split-K (no guarantee)"),
     "split": (GREY, "x", ":", "Split by batch (moves bits)"),
 }
 

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -413,26 +414,45 @@ def best_schedule(ranked: list, tokens: int = FEW + 1) -> tuple[Schedule, float]
     ours = [s for s, _ in ranked if s != "cuda"]
     plain = [s for s in ours if s.kind == "pointer" and times[s] <= NEARLY * times[ours[0]]] if tokens <= FEW else []
     schedule = (plain or ours)[0]
-    return schedule, times["cuda"] / times[schedule]
+    return schedule, times.get("cuda", math.nan) / times[schedule]
 
 
 # keeping
 
 
 def store(name: str, dtype: str, shape: str, chosen: dict[int, Schedule], folder=None) -> Path:
-    """Write the best schedules of one shape into the table of GPU `name`; what else it holds stays."""
+    """Write the best schedules of one shape into the table of GPU `name`; what else it holds stays.
+
+    A damaged table is moved aside, to `<name>.json.damaged`.
+    """
     folder = Path(folder or schedules.FOLDER)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     with FileLock(folder / f"{name}.json.lock"):
-        table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        table = _table(path)
         machine = records.this_machine()
         table.update(machine=machine["device"], triton=machine["triton"], torch=machine["torch"])
         shapes = table.setdefault("matmul", {}).setdefault(dtype, {})
-        shapes[shape] = {str(tokens): str(schedule) for tokens, schedule in sorted(chosen.items())}
+        column = {int(tokens): text for tokens, text in shapes.get(shape, {}).items()}
+        column.update((tokens, str(schedule)) for tokens, schedule in chosen.items())
+        shapes[shape] = {str(tokens): text for tokens, text in sorted(column.items())}
         records.write_atomic(path, json.dumps(table, indent=1) + "\n")
     schedules.forget()
     return path
+
+
+def _table(path: Path) -> dict:
+    if not path.exists():
+        return {}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        schedules.load(path.stem, path.parent)
+    if not said:
+        return json.loads(path.read_text(encoding="utf-8"))
+    aside = path.with_suffix(".json.damaged")
+    path.replace(aside)
+    print(f"{path} is damaged and is now {aside}")
+    return {}
 
 
 def proved(points: dict, dtype: torch.dtype, workers: int | None = None,
@@ -527,6 +547,8 @@ def _tune_all(a, shapes, folder):
     good = proved(points, dtype, a.workers)
     for n, k in shapes:
         chosen = tune(n, k, dtype, points, good)
+        if not chosen:
+            continue
         rows = [row for s in dict.fromkeys(chosen.values()) for row in certificates(s, n, k, dtype, device)]
         CERTIFICATES.merge(folder, rows)
         path = store(schedules.slug(device.index), a.dtype, f"N={n},K={k}", chosen, Path(a.out) / "schedules")
