@@ -30,18 +30,20 @@ def draw(data=records.DATA) -> Figure:
     tables = _tables(data)
     if not tables:
         raise FileNotFoundError(f"no {atlas.ATLAS.file} is recorded in {data}: run python -m kernels.lab.atlas")
-    moved = [atlas_chart.counts(rows, "batch") for rows in tables.values()]
+    moved = [atlas_chart.counts(atlas_chart.steady(rows), "batch") for rows in tables.values()]
     claim = " and ".join(f"{some} of {of} on {'a CPU' if name.startswith('cpu') else name.upper()}"
                          for name, (some, of) in zip(_machines(data), moved, strict=True))
     return atlas_chart.atlas_chart(
-        tables, title=f"Ops that give a row other bits in another batch: {claim}",
+        tables, title=f"Ops that give a row other bits in another batch: {claim}\n"
+                      "leaving out those that race from run to run and those that draw random numbers",
         caption="PyTorch's own ops, its default settings. Pale: the same bits in at least 20 comparisons. Dark: bits "
-                "moved, and moved again in a second measurement; the number is the per cent of elements that differ "
+                "moved, and moved again in a further measurement; the number is the per cent of elements that differ "
                 "from the first call. Hatched: no such kernel here, or no such test. Empty: does not apply. "
                 "run: the same call again. batch: other batch sizes. position: the row elsewhere in the batch. "
                 "neighbours: the other rows changed. query: the same positions computed with other numbers of "
                 "queries. threads: other numbers of CPU threads. graph: a CUDA graph replayed. An op that moves from "
-                "run to run may move in every column for that reason alone. Sizes in atlas.csv.")
+                "run to run may move in every column for that reason alone. An op stands under what moved it on any "
+                "machine shown. Sizes in atlas.csv.")
 
 
 ALT = atlas_chart.words(_tables())

@@ -65,6 +65,9 @@ def fma(a, b, c) -> torch.Tensor:
         torch.broadcast_shapes(*shapes)
     except RuntimeError:
         raise ValueError(f"a, b and c must broadcast, got shapes {', '.join(str(tuple(s)) for s in shapes)}") from None
+    devices = {v.device for v in operands if isinstance(v, torch.Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"a, b and c must be on one device, got {', '.join(sorted(map(str, devices)))}")
     return _by_slices(_fma, *operands)
 
 

@@ -261,7 +261,7 @@ def _spread(width: int, step: int, dtype, device) -> torch.Tensor:
 
 
 def _inputs(tokens: int, shape, dtype=torch.bfloat16, device="cpu", seed: int = 0) -> tuple:
-    shape = Shape.parse(shape)
+    shape = Shape.parse(shape, "N", "K")
     x = bits.portable(tokens, shape["K"], dtype, device, seed) * _spread(shape["K"], 7, dtype, device)
     weight = bits.portable(shape["N"], shape["K"], dtype, device, seed + 1) * _spread(shape["K"], 5, dtype, device)
     bias = bits.portable(1, shape["N"], dtype, device, seed + 2)[0] if shape.get("bias") else None
@@ -269,7 +269,7 @@ def _inputs(tokens: int, shape, dtype=torch.bfloat16, device="cpu", seed: int = 
 
 
 def _work(tokens: int, shape, dtype=torch.bfloat16) -> Work:
-    shape = Shape.parse(shape)
+    shape = Shape.parse(shape, "N", "K")
     n, k = shape["N"], shape["K"]
     bias = n if shape.get("bias") else 0
     return Work(bytes=(tokens * (n + k) + n * k + bias) * dtype.itemsize, flops=2 * tokens * n * k)
@@ -281,7 +281,7 @@ def _index() -> int:
 
 def _schedules(shape, dtype) -> list[Schedule]:
     """Every schedule the tests hold to the specification's bits."""
-    n, k = (Shape.parse(shape)[name] for name in "NK")
+    n, k = (Shape.parse(shape, "N", "K")[name] for name in "NK")
     shape = Shape(N=n, K=k)
     chosen = [s for tokens in (1 << i for i in range(18)) for index in {-1, _index()}
               for s in schedules.choose("matmul", shape, dtype, tokens, index)]

@@ -10,6 +10,10 @@ nothing else. The mean is one float32 multiplication more. The result is rounded
 Why a batch cannot change it: every step names numbers of one row and their count. The number of rows, the other
 dimensions, the strides, the GPU and the launch appear nowhere.
 
+Accuracy, tested against float64 on rows of up to 3000 numbers: within half an ulp of the dtype for the last rounding
+and, for each float32 rounding on the way (chunks - 1, log2 of the columns, and 2), 2**-24 of the sum of |x|, or of the
+mean of |x|; 1 % more at most.
+
 Corners, all decided by that order:
 
 - A sum of nothing is +0, a mean of nothing NaN (0 * inf).
@@ -446,7 +450,7 @@ def _sum_python(x, dim=None, keepdim=False):
     """The specification: x of any shape, float32, float16 or bfloat16, summed over `dim`, in x's dtype.
 
     dim is None or () for all dimensions, an int, or a tuple of ints; negative ones count from the end. Reduced
-    dimensions stay with size 1 if keepdim. Raises TypeError or ValueError for anything else.
+    dimensions stay with size 1 if keepdim. Raises TypeError or ValueError for anything else. Differentiable.
     """
     return _specify(x, dim, keepdim, mean=False)
 
@@ -464,7 +468,10 @@ def _mean_cuda(x, dim=None, keepdim=False):
 
 
 def _mean_python(x, dim=None, keepdim=False):
-    """The specification of the mean: as the sum's, times float32(1 / count) before it is rounded to x's dtype."""
+    """The specification of the mean: as the sum's, times float32(1 / count) before it is rounded to x's dtype.
+
+    Differentiable.
+    """
     return _specify(x, dim, keepdim, mean=True)
 
 
@@ -477,7 +484,7 @@ def _mean_triton(x, dim=None, keepdim=False):
 
 def _sizes(shape) -> tuple[int, int]:
     """D and inner: a token is a row of D numbers, or of D times inner with only the D reduced."""
-    shape = Shape.parse(shape)
+    shape = Shape.parse(shape, "D")
     return shape["D"], shape.get("inner", 1)
 
 

@@ -25,9 +25,16 @@ class Shape(Mapping):
         self._sizes = sizes
 
     @classmethod
-    def parse(cls, text: str | Shape) -> Shape:
-        if isinstance(text, Shape):
-            return text
+    def parse(cls, text: str | Shape, *needed: str) -> Shape:
+        """The shape that `text` writes. ValueError if it lacks one of the sizes `needed`."""
+        shape = text if isinstance(text, Shape) else cls._read(text)
+        lacking = [name for name in needed if shape.get(name, True) is True]
+        if lacking:
+            raise ValueError(f"shape must give {' and '.join(f'{name}=...' for name in lacking)}, got {str(text)!r}")
+        return shape
+
+    @classmethod
+    def _read(cls, text: str) -> Shape:
         sizes: dict[str, int | bool] = {}
         for part in text.split(","):
             name, equals, value = part.strip().partition("=")

@@ -170,7 +170,7 @@ def _schedule(tokens: int, width: int, itemsize: int = 2) -> Schedule:
 
 def _schedules(shape, dtype) -> list[Schedule]:
     """Every schedule the tests hold to the specification's bits."""
-    width = Shape.parse(shape)["D"]
+    width = Shape.parse(shape, "D")["D"]
     streaming = [Schedule(1, warps, chunks) for warps in (4, 16) for chunks in (1, 4)]
     if width > RESIDENT_WIDTH:
         return streaming
@@ -317,7 +317,7 @@ def _flashinfer(x, weight, residual=None, eps=1e-6):
 
 
 def _inputs(tokens: int, shape, dtype=torch.bfloat16, device="cpu", seed: int = 0) -> tuple:
-    shape = Shape.parse(shape)
+    shape = Shape.parse(shape, "D")
     x = bits.portable(tokens, shape["D"], dtype, device, seed)
     weight = bits.portable(1, shape["D"], dtype, device, seed + 1)[0]
     residual = bits.portable(tokens, shape["D"], dtype, device, seed + 2) if shape.get("residual") else None
@@ -325,7 +325,7 @@ def _inputs(tokens: int, shape, dtype=torch.bfloat16, device="cpu", seed: int = 
 
 
 def _work(tokens: int, shape, dtype=torch.bfloat16) -> Work:
-    shape = Shape.parse(shape)
+    shape = Shape.parse(shape, "D")
     tensors = 4 if shape.get("residual") else 2
     elements = tokens * shape["D"]
     return Work(bytes=(tensors * elements + shape["D"]) * dtype.itemsize, flops=(4 + tensors // 4) * elements)
@@ -343,7 +343,7 @@ rms_norm = Op(
     per_token=(0, 2),
     shapes=("D=8192,residual", "D=8192", "D=4096,residual", "D=4096"),
     schedules=_schedules,
-    schedule=lambda tokens, shape, dtype: str(_schedule(tokens, Shape.parse(shape)["D"], dtype.itemsize)),
+    schedule=lambda tokens, shape, dtype: str(_schedule(tokens, Shape.parse(shape, "D")["D"], dtype.itemsize)),
     extras={"compile": compiled(_cuda), "flashinfer": _flashinfer, "split": split},
     mutates=frozenset({"flashinfer"}),
 )

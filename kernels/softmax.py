@@ -20,6 +20,10 @@ one float32 operation, exp and log are those of kernels/elementary.py, and the r
 Why a batch cannot change it: every step names numbers of one row and the row's own length. The number of
 rows, the neighbours, the GPU and the launch appear nowhere. A maximum has no order, so it may be taken in any.
 
+Accuracy, tested against float64 for numbers up to 16 in rows of 1 to 33000: softmax errs by at most 2**-19 |y| in
+float32, 2**-11 |y| and 1 % more in float16, 2**-8 |y| and 0.1 % more in bfloat16; log_softmax by at most
+2**-22 (1 + |y|), 2**-11 (1 + |y|) and 2**-8 (1 + |y|), the last two and 0.1 % more.
+
 A row with a NaN or +inf, or of -inf alone, gives NaN throughout, as PyTorch's does.
 
 Method: Milakov and Gimelshein, Online normalizer calculation for softmax, arXiv 1805.02867.
@@ -30,13 +34,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from . import bits, runtime
 from .elementary import exp, log, tl_exp, tl_log
 from .launch import Launch, Plans, check_tensors, compiled, no_backward
 from .op import Op, Shape, Work
 from .runtime import require_triton, tl, triton
-from .sums import add_neighbours, tree, tree_width
+from .sums import add_neighbours, ordered_sum, tree, tree_width
 
 WHOLE, SEGMENT = 32, 8  # chunks: rows of up to WHOLE are one segment, wider ones are cut into segments of SEGMENT
 LOWEST = torch.finfo(torch.float32).min
@@ -61,6 +66,28 @@ def _specify(x, dim, logarithm):
         y = [exp(chunk - m) * factor for chunk in chunks]
     y = torch.cat([chunk.to(x.dtype) for chunk in y], -1)[..., :rows.shape[-1]]
     return y.movedim(-1, dim).contiguous().view(x.shape)
+
+
+class _Differentiable(torch.autograd.Function):
+    """The specification with a gradient, whose one sum a row has the order of kernels/sums.py."""
+
+    @staticmethod
+    def forward(ctx, x, dim, logarithm):
+        y = _specify(x, dim, logarithm)
+        ctx.save_for_backward(y)
+        ctx.dim, ctx.logarithm = dim, logarithm
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        result, = ctx.saved_tensors
+        if result.numel() == 0:
+            return dy, None, None
+        y, dy = (t.float().reshape(t.shape or (1,)) for t in (result, dy))
+        total = ordered_sum((dy if ctx.logarithm else dy * y).movedim(ctx.dim, -1)).movedim(-1, ctx.dim)
+        dx = dy - exp(y) * total if ctx.logarithm else y * (dy - total)
+        return dx.to(result.dtype).view(result.shape), None, None
 
 
 def _columns(chunks) -> tuple[torch.Tensor, torch.Tensor]:
@@ -297,7 +324,7 @@ def _schedule(rows: int, length: int, itemsize: int = 2, logarithm: bool = False
 
 def _schedules(shape, dtype=torch.bfloat16, logarithm: bool = False) -> list[Schedule]:
     """Every schedule worth testing for rows of this length; the chosen ones are among them."""
-    length = Shape.parse(shape)["D"]
+    length = Shape.parse(shape, "D")["D"]
     width = tree_width(length)
     flights = (1, 4) if length > SEGMENT * width else (1,)
     found = [Schedule("stream", warps, flight=flight) for warps in (4, 8, 16) for flight in flights]
@@ -438,6 +465,11 @@ def _(x, dim):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _python(x, dim, logarithm):
+    gradient = getattr(x, "requires_grad", False) and torch.is_grad_enabled()
+    return _Differentiable.apply(x, dim, logarithm) if gradient else _specify(x, dim, logarithm)
+
+
 def _softmax_cuda(x, dim=-1):
     """The default: F.softmax."""
     return F.softmax(x, dim)
@@ -446,9 +478,9 @@ def _softmax_cuda(x, dim=-1):
 def _softmax_python(x, dim=-1):
     """The specification: x of any shape, float32, float16 or bfloat16 -> its softmax over `dim`, in x's dtype.
 
-    Raises TypeError or ValueError for anything else.
+    Raises TypeError or ValueError for anything else. Differentiable, once.
     """
-    return _specify(x, dim, logarithm=False)
+    return _python(x, dim, logarithm=False)
 
 
 def _softmax_triton(x, dim=-1):
@@ -464,9 +496,9 @@ def _log_softmax_cuda(x, dim=-1):
 def _log_softmax_python(x, dim=-1):
     """The specification: x of any shape, float32, float16 or bfloat16 -> its log_softmax over `dim`, in x's dtype.
 
-    Raises TypeError or ValueError for anything else.
+    Raises TypeError or ValueError for anything else. Differentiable, once.
     """
-    return _specify(x, dim, logarithm=True)
+    return _python(x, dim, logarithm=True)
 
 
 def _log_softmax_triton(x, dim=-1):
@@ -475,19 +507,19 @@ def _log_softmax_triton(x, dim=-1):
 
 
 def _inputs(tokens: int, shape, dtype=torch.bfloat16, device="cpu", seed: int = 0) -> tuple:
-    return bits.portable(tokens, Shape.parse(shape)["D"], dtype, device, seed, scale=4), -1
+    return bits.portable(tokens, Shape.parse(shape, "D")["D"], dtype, device, seed, scale=4), -1
 
 
 def _op(name, title, cuda, python, triton, logarithm) -> Op:
     def work(tokens: int, shape, dtype=torch.bfloat16) -> Work:
-        elements = tokens * Shape.parse(shape)["D"]
+        elements = tokens * Shape.parse(shape, "D")["D"]
         return Work(bytes=2 * elements * dtype.itemsize, flops=(4 if logarithm else 5) * elements)
 
     def schedules(shape, dtype=torch.bfloat16) -> list[Schedule]:
         return _schedules(shape, dtype, logarithm)
 
     def schedule(tokens: int, shape, dtype) -> str:
-        return str(_schedule(tokens, Shape.parse(shape)["D"], dtype.itemsize, logarithm))
+        return str(_schedule(tokens, Shape.parse(shape, "D")["D"], dtype.itemsize, logarithm))
 
     return Op(name=name, title=title, order="chunks of 1024 in sequence, segment by segment, then neighbours in pairs",
               cuda=cuda, python=python, triton=triton, inputs=_inputs, work=work, per_token=(0,),

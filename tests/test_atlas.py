@@ -335,6 +335,8 @@ def test_recorded_rows_obey_the_rules(machine):
     assert same.op.nunique() >= 40 and len(varies) >= 20
     assert (same.trials >= 20).all() and (same.share_differ == 0).all() and (same.distinct == 1).all()
     assert (varies.trials >= 20).all() and (varies.share_differ > 0).all() and (varies.distinct >= 2).all()
+    runs = same[same.property == "run"].trials
+    assert (runs >= (40 if machine.startswith("cpu") else 200)).all(), "as data/README.md says"
     absent = rows[kinds.isin(["not applicable", "not here"])]
     assert (absent.trials == 0).all() and absent[["share_differ", "largest_ulp", "distinct"]].isna().all(axis=None)
     assert rows.verdict[kinds == "not here"].map(lambda text: len(text.partition(": ")[2]) > 5).all()
@@ -370,7 +372,18 @@ def test_ops_are_grouped_by_what_moves_them():
     groups = [["sum"], ["bmm", "mm"], ["linear"], ["mean"], ["exp"], ["amax"], ["sort"]]
     assert list(atlas_chart.in_groups(rows).values()) == groups
     assert atlas_chart.counts(rows, "batch") == (3, 4)
-    assert "batch 3 of 4" in atlas_chart.words({"here": rows})
+    assert atlas_chart.counts(atlas_chart.steady(rows), "batch") == (2, 3)
+    words = atlas_chart.words({"here": rows})
+    assert "batch 3 of 4" in words and "batch 2 of 3 without the ops that race" in words
+
+
+def test_ops_that_draw_random_numbers_are_apart():
+    rows = pd.DataFrame([_row("mm", "batch", "same"), _row("dropout", "batch", "varies"),
+                         _row("multinomial", "position", "varies")])
+    assert atlas_chart.in_groups(rows)[atlas_chart.DRAWING] == ["multinomial", "dropout"]
+    assert atlas_chart.counts(atlas_chart.steady(rows), "batch") == (0, 1)
+    seeded = {case.name for case in CASES if "random numbers" in case.lacks.get("graph", "")}
+    assert seeded == set(atlas_chart.RANDOM)
 
 
 def test_a_part_of_the_rows_keeps_the_groups_of_the_whole():
@@ -415,11 +428,15 @@ def test_the_figure_draws_one_machine_and_two(tmp_path):
 
 def test_the_title_and_the_words_are_the_data():
     drawing = importlib.import_module("figures.atlas")
-    title = _texts(drawing.draw())[0]
+    readme = (records.ROOT / "README.md").read_text(encoding="utf-8").partition("[The atlas]")[2].splitlines()[0]
+    title, second = _texts(drawing.draw())[:2]
+    assert "race from run to run" in second and "random" in second
     for machine in atlas.machines()[:2]:
         rows = atlas.recorded(machine)
         batch = rows[(rows.property == "batch") & (rows.op.isin(atlas.names()))]
-        moved = batch[batch.verdict == "varies"].op.nunique()
-        tested = batch[batch.verdict.isin(["varies", "same"])].op.nunique()
-        assert f"{moved} of {tested}" in title and f"batch {moved} of {tested}" in drawing.ALT
+        moved, tested = (set(batch.op[batch.verdict.isin(some)]) for some in (["varies"], ["varies", "same"]))
+        assert f"batch {len(moved)} of {len(tested)}," in drawing.ALT
+        left_out = set(rows.op[(rows.property == "run") & (rows.verdict == "varies")]) | {"multinomial", "dropout"}
+        claim = f"{len(moved - left_out)} of {len(tested - left_out)}"
+        assert claim in title and f"batch {claim} without" in drawing.ALT and claim in readme
     assert "atlas" in figures.names()

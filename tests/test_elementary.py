@@ -266,6 +266,7 @@ def test_long_tensors_in_slices_keep_every_element(call):
     (lambda x: exp(1.0), TypeError, "x must be a tensor, got float"),
     (lambda x: fma(x, x.half(), x), TypeError, "b must be float32, got torch.float16"),
     (lambda x: fma(x, x, None), TypeError, "c must be a tensor, got NoneType"),
+    (lambda x: fma(x, torch.empty(3, device="meta"), 1.0), ValueError, "a, b and c must be on one device, got .*meta"),
     (lambda x: fma(1.0, 2.0, 3.0), TypeError, "a, b or c must be a tensor"),
     (lambda x: fma(x, x[:2], x), ValueError, r"a, b and c must broadcast, got shapes \(3,\), \(2,\), \(3,\)"),
     (lambda x: exp(x.clone().requires_grad_()), RuntimeError, "x requires a gradient"),

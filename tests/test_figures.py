@@ -45,3 +45,17 @@ def test_what_the_titles_claim_is_in_the_data():
         us = rows[rows.clock == clock].pivot(index="tokens", columns="implementation", values="us_p50")
         assert (us.triton < us.cuda).all(), clock
     assert rows[rows.implementation == "triton"].same_bits.all()
+
+
+def test_what_the_reductions_words_say_is_in_the_data():
+    rows = records.load(machine="h200").query("clock == 'cold' and op in ['softmax', 'log_softmax', 'mean']")
+    us = rows.pivot(index=["tokens", "dtype", "op", "shape"], columns="implementation", values="us_p50")
+    ratio = us.cuda / us.triton
+    few, many = (ratio[ratio.index.get_level_values("tokens").isin(some)] for some in (range(33), [4096]))
+    assert ratio.min() > 1, "lie above it"
+    words = __import__("figures.reductions_speed", fromlist=["ALT"]).ALT
+    assert f"{many.min():.1f} to {many.max():.1f} at 4096 tokens" in words
+    assert f"{few.min():.1f} to {few.max():.1f} at 32 or fewer" in words
+    readme = (records.ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"at {many.min():.1f} to {many.max():.1f} for 4096 tokens" in readme
+    assert f"at {few.min():.1f} to {few.max():.1f} for 32 or fewer" in readme

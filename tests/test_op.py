@@ -46,6 +46,24 @@ def test_text_of_another_form_is_refused(text):
     assert repr(text) in str(caught.value)
 
 
+def test_a_shape_must_have_the_sizes_that_are_needed():
+    shape = Shape.parse("N=1,K=2", "K", "N")
+    assert Shape.parse(shape, "K") is shape
+    with pytest.raises(ValueError, match="shape must give D=..., got 'E=4'"):
+        Shape.parse("E=4", "D")
+    with pytest.raises(ValueError, match="shape must give N=... and D=..., got 'K=2,D'"):
+        Shape.parse(Shape(K=2, D=True), "N", "K", "D")
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "rms_norm", "mean", "sum"])
+@pytest.mark.parametrize("call", ["inputs", "work"])
+def test_an_op_names_the_size_it_lacks(name, call):
+    with pytest.raises(ValueError, match="shape must give D=..., got 'E=4'"):
+        getattr(OPS[name], call)(2, "E=4", torch.float32)
+    with pytest.raises(ValueError, match="shape must give K=..., got 'N=4'"):
+        getattr(OPS["matmul"], call)(2, "N=4", torch.float32)
+
+
 def test_dtype_names():
     assert {name: dtype_name(dtype) for name, dtype in DTYPES.items()} == {name: name for name in DTYPES}
     assert set(DTYPES) == {"bfloat16", "float16", "float32"}

@@ -90,6 +90,15 @@ def test_one_ulp_one_bar():
     assert axes.patches[0].get_width() == pytest.approx(0.9)
 
 
+@pytest.mark.parametrize("n, dtype", [(8, torch.float32), (4096, torch.float16)])
+def test_the_caption_says_what_the_ticks_are(n, dtype):
+    figure = orders_chart.study(n, dtype, spread=8)[0]
+    bars = figure.axes[0].patches
+    width = bars[1].get_x() - bars[0].get_x()
+    said = figure.get_supxlabel().splitlines()
+    assert len(said) == 2 and said[1] == f"A tick below the bars: a bin, {width:g} ulp wide, that holds a sum"
+
+
 def test_verdicts_say_how_many_results_there_are():
     x = orders.numbers(64)
     figure = orders_chart.distribution_chart(orders.distribution(x, orders.shuffles(64, 100)), x)

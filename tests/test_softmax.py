@@ -4,6 +4,7 @@ Tests without the mark `gpu` run where they are: on a GPU the compiled kernels, 
 which the sizes are small: it takes a tenth of a second or more a program.
 """
 import math
+import re
 import subprocess
 import sys
 import warnings
@@ -550,6 +551,14 @@ def test_accuracy_against_float64(op, dtype, width):
     assert worst(op, op.python(x), x) <= 1
 
 
+def test_the_docstring_states_the_table():
+    said = " ".join(import_module("kernels.softmax").__doc__.partition("Accuracy")[2].split())
+    largest, powers = numbers(20, 33000).abs().max().item(), re.findall(r"2\*\*(-\d+)", said)
+    table = [math.floor(math.log2(TOLERANCE[op][dtype])) for op in ("softmax", "log_softmax")
+             for dtype in ("float32", "float16", "bfloat16")]
+    assert [int(power) for power in powers[:6]] == table and 12 < largest <= 16 and "numbers up to 16" in said
+
+
 @every_op
 def test_the_tolerance_is_tight_enough_to_notice_a_rounding(op):
     """Inverse test: rounding x - m to bfloat16 exceeds the table."""
@@ -608,16 +617,40 @@ def test_bad_input_to_one_schedule_is_named(case):
         run_schedule(Schedule("stream", 4), *given_)
 
 
-@both
+@needs_triton
 @every_op
-def test_gradients_are_refused_rather_than_dropped(op, name):
-    x = numbers(2, 5)
-    wanted = op.python(x)
-    x.requires_grad_()
-    with pytest.raises(RuntimeError, match="no_grad"):
-        op.implementation(name)(x)
+def test_gradients_are_refused_rather_than_dropped(op):
+    x = numbers(2, 5).requires_grad_()
+    with pytest.raises(RuntimeError, match=rf"{op.name}\.triton.*no_grad"):
+        op.triton(x)
     with torch.no_grad():
-        assert same_bits(op.implementation(name)(x), wanted)
+        assert same_bits(op.triton(x), op.python(x))
+
+
+@every_op
+@every_dtype
+@pytest.mark.parametrize(("shape", "dim"), [((3, 2000), -1), ((5, 4, 3), 1), ((), 0), ((0, 4), 0), ((4, 0), 1)])
+def test_the_specification_has_a_gradient(op, dtype, shape, dim):
+    x = (numbers(1, max(math.prod(shape), 1), dtype)[0, : math.prod(shape)] / 8).view(shape)
+    g = numbers(1, max(x.numel(), 1), dtype, seed=1)[0, : x.numel()].view(shape)
+    ours, wide = x.clone().requires_grad_(), x.double().requires_grad_()
+    y = op.python(ours, dim)
+    assert same_bits(y, op.python(x, dim))
+    y.backward(g)
+    op.cuda(wide, dim).backward(g.double())
+    assert ours.grad.dtype == dtype and ours.grad.shape == x.shape
+    error, largest = (ours.grad.double() - wide.grad).abs(), wide.grad.abs().amax() if x.numel() else 0.0
+    assert (error <= largest * {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]).all()
+
+
+@every_op
+def test_a_batch_does_not_move_the_gradient(op):
+    def gradient(x, g):
+        x = x.clone().requires_grad_()
+        op.python(x).backward(g)
+        return x.grad
+
+    assert check_invariance(gradient, (numbers(6, 3000), numbers(6, 3000, seed=1)), (0, 1))
 
 
 # the custom op

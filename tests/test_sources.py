@@ -1,13 +1,25 @@
 """The demos of notebook 02: each source moves bits where it must, and what stops it does."""
 from __future__ import annotations
 
+import ast
 import math
+import re
 
+import nbformat
 import pytest
 import torch
 
 from kernels import bits, rms_norm, runtime, sums
-from kernels.lab import exercises, sources, sources_chart, sources_collectives, sources_host
+from kernels.lab import (
+    atlas,
+    exercises,
+    notebook,
+    records,
+    sources,
+    sources_chart,
+    sources_collectives,
+    sources_host,
+)
 from kernels.lab import sources_device as device
 from kernels.lab import sources_server as server
 
@@ -61,6 +73,14 @@ def test_atomics_race_on_a_gpu_and_own_cells_do_not():
 def test_block_sums_names_a_bad_shape(shape):
     with pytest.raises(ValueError, match="x must have one dimension, a multiple of 1024 long, got shape"):
         device.block_sums(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("call", [device.block_sums, device.atomic_sum, device.tf32])
+@pytest.mark.parametrize("x, what", [(torch.zeros(1024, dtype=torch.float64), "torch.float64"),
+                                     (torch.zeros(1024, dtype=torch.bfloat16), "torch.bfloat16"), ([0.0], "list")])
+def test_numbers_of_another_dtype_are_named(call, x, what):
+    with pytest.raises(TypeError, match=f"x must be a float32 tensor, got {what}"):
+        call(x)
 
 
 def test_the_order_of_arrival_decides_the_bits_and_a_seed_decides_the_order():
@@ -125,6 +145,9 @@ def test_the_switches_are_put_back_even_after_an_error():
         raise ZeroDivisionError
     after = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     assert before == after
+    with pytest.raises(ValueError, match="name must be one of highest, high, medium, got 'low'"), \
+            device.float32_precision("low"):
+        pass
 
 
 def test_parts_kept_in_bfloat16_cost_accuracy():
@@ -307,7 +330,14 @@ def test_the_counter_draws_what_the_probabilities_say():
     assert 0 <= min(draws) < max(draws) < 1 and len(set(draws)) == 1000
 
 
-# The table and the chart.
+@pytest.mark.parametrize("draw, token", [(0.0, 1), (0.5, 2), (1 - 2.0**-32, 2)])
+def test_no_draw_chooses_a_token_of_weight_0(draw, token, monkeypatch):
+    monkeypatch.setattr(server, "uniform", lambda seed, step: draw)
+    weights = torch.tensor([0.0, 0.5, 0.5, 0.0], device=HERE)
+    assert server.sample_by_counter(weights, 1, 1) == [token]
+
+
+# The table.
 
 def test_every_source_breaks_something_and_says_what_stops_it():
     assert len(set(sources.names())) == len(sources.SOURCES) == 14
@@ -327,6 +357,56 @@ def test_the_table_names_a_source_that_is_missing():
     with pytest.raises(ValueError, match="missing or unknown: thread count, threads"):
         sources.table({**dict.fromkeys(set(sources.names()) - {"thread count"}, True), "threads": True})
 
+
+# What machines recorded.
+
+TOY = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(
+    "from kernels.lab import sources\nsources.observe('batch size', 'rows?', 3)")])
+
+
+def test_what_the_notebook_saw_is_recorded_and_shown_beside(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "98_toy.ipynb"
+    nbformat.write(TOY, path)
+    monkeypatch.setattr(records, "slug", lambda: "toy")
+    assert sources.record(tmp_path, str(path)) == "toy"
+    rows = sources.OBSERVED.read(tmp_path / "toy")
+    assert rows[["name", "question", "value"]].values.tolist() == [["batch size", "rows?", 3]]
+    assert records.read_machine(tmp_path / "toy")["device"] == records.device_name()
+    assert sources.answers("batch size", "rows?", out=tmp_path) == {"toy": "3 recorded"}
+    assert sources.answers("batch size", "other?", cpu=True, out=tmp_path) == {"toy's CPU": "not recorded yet"}
+    monkeypatch.setattr(sources, "answers", lambda *asked: {"toy": "3 recorded"})
+    sources.observe("batch size", "rows?", 2)
+    assert capsys.readouterr().out.endswith("; 3 recorded on toy\n")
+
+
+def test_an_observation_of_no_source_is_refused():
+    with pytest.raises(ValueError, match="name must be one of atomic additions, .*, got 'luck'"):
+        sources.observe("luck", "how much?", 1)
+
+
+def test_each_recorded_answer_has_its_question_in_the_notebook():
+    cells = notebook.read(notebook.find(["02"])[0]).cells
+    asked = {ast.literal_eval(f"({call})") for cell in cells if cell.cell_type == "code"
+             for call in re.findall(r'sources\.observe\(("[^"]+", "[^"]+"),', cell.source)}
+    assert len(asked) == sum(cell.source.count("sources.observe(") for cell in cells) >= 10
+    assert {name for name, _ in asked} <= set(sources.names())
+    for machine in records.machines(sources.OBSERVED.file):
+        rows = sources.OBSERVED.read(records.DATA / machine)
+        assert set(zip(rows.name, rows.question, strict=True)) == asked, f"{machine}: record it again"
+
+
+def test_without_races_few_ops_move_with_their_place_and_none_with_their_neighbours():
+    for machine in ("h200", "cpu-avx512"):
+        rows = atlas.recorded(machine)
+        racing = set(rows.op[(rows.property == "run") & (rows.verdict == "varies")])
+        assert not sources.moved(machine, "run") and not sources.moved(machine, "batch") & racing
+        assert sources.moved(machine, "neighbours") == set()
+        assert {"dropout", "multinomial"} <= sources.moved(machine, "position")
+        assert sources.moved(machine, "position") <= {"dropout", "multinomial", "gelu[tanh]"}
+    assert "mm" in sources.moved("h200", "batch")
+
+
+# The chart.
 
 def test_the_chart_counts_the_ops_with_several_answers():
     found = {"one": [[1, 2, 3]], "two": [[1], [2, 3]], "three": [[1], [2], [3]]}
@@ -361,8 +441,6 @@ def test_a_wrong_answer_gets_its_hint(name, answer, hint, capsys):
 
 
 def test_the_sweep_that_section_10_reads_holds_both_digests():
-    from kernels.lab import records
-
     sweep = records.load()
     sweep = sweep[sweep.op == "rms_norm"]
     rows = sweep[(sweep["shape"] == "D=4096") & (sweep.dtype == "float32") & (sweep.tokens == 128)]

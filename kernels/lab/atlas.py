@@ -73,7 +73,8 @@ def verdict(machine: str, op: str, dtype: str, property: str, out=records.DATA) 
 def test(op: str | Case, dtype: str, property: str, device=None, trials: int = 20) -> dict:
     """Measure one cell here and now: a dict of atlas.csv's columns.
 
-    `same` rests on at least `trials` comparisons; `varies` was seen again in a second, independent measurement.
+    `same` rests on at least `trials` comparisons; `varies` was seen again when measured again: the same seeds, inputs
+    made anew.
     ValueError for an op, dtype or property there is not. What the op itself raises becomes its verdict.
     """
     case = _checked(op, dtype, property)

@@ -18,13 +18,14 @@ from . import atlas, style
 from .chart import MOVED, SAME
 
 GROUPS = {  # heading -> the properties of which at least one moved the op's bits; the first that fits is taken
-    "Move from run to run": ("run",),
+    "Race: move from run to run": ("run",),
     "Move with the batch": ("batch", "position", "neighbours"),
     "Move with the number of queries, not with the batch": ("query",),
     "Move with the number of threads alone": ("threads",),
     "Move when a CUDA graph replays them": ("graph",),
     "Never moved in these tests": (),
 }
+DRAWING, RANDOM = "Draw random numbers, which a batch shares", ("multinomial", "dropout")
 LACKING = "No kernel here"
 ABSENT, FAILED = "#c9c9c9", "#e69f00"
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -37,6 +38,8 @@ def group(rows: pd.DataFrame) -> str:
     """Under which heading an op belongs, by its rows on every machine shown."""
     if not rows.verdict.isin(["same", "varies"]).any():
         return LACKING
+    if set(rows.op) <= set(RANDOM):
+        return DRAWING
     moved = set(rows.property[rows.verdict == "varies"])
     return next(heading for heading, some in GROUPS.items() if moved & set(some) or not some)
 
@@ -44,7 +47,7 @@ def group(rows: pd.DataFrame) -> str:
 def in_groups(rows: pd.DataFrame) -> dict[str, list[str]]:
     """Heading -> its ops; what moves in most cells first, then in the atlas' order."""
     order = {name: i for i, name in enumerate(atlas.names())}
-    found = {heading: [] for heading in (*GROUPS, LACKING)}
+    found = {heading: [] for heading in (*GROUPS, DRAWING, LACKING)}
     for op in sorted(rows.op.unique(), key=lambda op: (order.get(op, len(order)), op)):
         found[group(rows[rows.op == op])].append(op)
     moved = rows[rows.verdict == "varies"].groupby("op").size()
@@ -68,7 +71,7 @@ def atlas_chart(tables: Mapping[str, pd.DataFrame], *, groups: Mapping[str, list
     """Draw the rows of one or two machines: their name over their columns, ops in the groups of `in_groups`.
 
     `groups` are those of a larger table, of which these rows are some. Properties that apply to no row of a machine
-    get no column. ValueError where there is no row at all.
+    get no column. The title's further lines are set smaller. ValueError where there is no row at all.
     """
     rows = pd.concat(list(tables.values()), ignore_index=True) if tables else pd.DataFrame()
     if not len(rows):
@@ -79,7 +82,7 @@ def atlas_chart(tables: Mapping[str, pd.DataFrame], *, groups: Mapping[str, list
     shown = {heading: [op for op in ops if op in set(rows.op)] for heading, ops in (groups or in_groups(rows)).items()}
     lists = _split({heading: ops for heading, ops in shown.items() if ops}, TALLEST if len(tables) == 1 else 10**6)
     notes = textwrap.wrap(caption, int(len(lists) * width * 15.5))
-    height = HEAD + ROW * max(map(len, lists)) + 0.17 * len(notes) + (0.5 if title else 0.1) + 0.25
+    height = HEAD + ROW * max(map(len, lists)) + 0.17 * len(notes) + _top(title) + 0.25
     size = (len(lists) * (width + MACHINE_GAP) - MACHINE_GAP + 2 * MARGIN, height)
     with mpl.rc_context():
         style.theme()
@@ -87,8 +90,10 @@ def atlas_chart(tables: Mapping[str, pd.DataFrame], *, groups: Mapping[str, list
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set(xlim=(-MARGIN, size[0] - MARGIN), ylim=(height, 0))
         axes.axis("off")
-        top = 0.5 if title else 0.1
-        axes.text(0, 0.3, title, fontsize=14, fontweight="bold", va="baseline")
+        top = _top(title)
+        for i, line in enumerate(title.splitlines()):
+            axes.text(0, 0.3 + 0.24 * i, line, fontsize=11 if i else 14, fontweight="normal" if i else "bold",
+                      va="baseline")
         cells = _Cells(axes)
         for i, listed in enumerate(lists):
             _draw_list(axes, cells, listed, tables, columns, dtypes, i * (width + MACHINE_GAP), top)
@@ -96,6 +101,11 @@ def atlas_chart(tables: Mapping[str, pd.DataFrame], *, groups: Mapping[str, list
         for i, line in enumerate(reversed(notes)):
             axes.text(0, height - 0.12 - 0.17 * i, line, fontsize=8.5, color="#404040", va="baseline")
     return figure
+
+
+def _top(title: str) -> float:
+    """Where the table begins, in inches below the figure's edge."""
+    return 0.26 + 0.24 * len(title.splitlines()) if title else 0.1
 
 
 def _columns(tables, dtypes) -> list[tuple[str, str, float, float]]:
@@ -187,13 +197,20 @@ def counts(rows: pd.DataFrame, property: str) -> tuple[int, int]:
     return tested[tested.verdict == "varies"].op.nunique(), tested.op.nunique()
 
 
+def steady(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of ops that neither race from run to run on this machine nor draw random numbers."""
+    racing = rows.op[(rows.property == "run") & (rows.verdict == "varies")]
+    return rows[~rows.op.isin([*racing, *RANDOM])]
+
+
 def words(tables: Mapping[str, Sequence]) -> str:
     """The chart in words, with its counts: a text alternative."""
     parts = []
     for machine, rows in tables.items():
         found = [f"{name} {moved} of {tested}" for name in atlas.PROPERTIES
                  for moved, tested in [counts(rows, name)] if tested]
-        parts.append(f"{machine}: " + ", ".join(found))
+        moved, tested = counts(steady(rows), "batch")
+        parts.append(f"{machine}: {', '.join(found)}; batch {moved} of {tested} without the ops that race or draw")
     return ("A table of PyTorch's own ops by what was changed between two calls, each cell coloured by whether the "
             "bits of a row moved and labelled with the per cent of elements that differ. Ops whose bits moved in "
             "float32 or bfloat16, of those tested. " + ". ".join(parts) + ".")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from functools import lru_cache, wraps
 
@@ -41,13 +41,21 @@ def numbers(n: int, dtype: torch.dtype = torch.float32, spread: int = 0, positiv
 
 
 def ulp(value: float, dtype: torch.dtype) -> float:
-    """The distance between two neighbouring numbers of this dtype, at this size and above it."""
+    """The distance between two neighbouring numbers of this dtype, at this size and above it.
+
+    TypeError for a dtype without a fraction, ValueError for an infinite value or NaN.
+    """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point dtype, got {dtype}")
+    if not math.isfinite(value):
+        raise ValueError(f"value must be finite, got {value}")
     limits, size = torch.finfo(dtype), 2.0 ** (math.frexp(value)[1] - 1) if value else 0.0
     return max(size, limits.smallest_normal) * limits.eps
 
 
 def exact(x: torch.Tensor) -> Fraction:
-    """The sum of a vector without any rounding."""
+    """The sum of a vector without any rounding. TypeError or ValueError unless x is one, of finite numbers."""
+    _vector(x)
     return sum(map(Fraction, x.double().tolist()), Fraction(0))
 
 
@@ -57,7 +65,11 @@ def unit(x: torch.Tensor) -> float:
 
 
 def errors(found: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """How far each of the sums `found` is from the exact sum of x, in units of `unit(x)`; float64."""
+    """How far each of the sums `found` is from the exact sum of x, in units of `unit(x)`; float64.
+
+    TypeError or ValueError unless x is a vector of finite numbers and `found` a tensor.
+    """
+    _tensor("found", found)
     return (found.double() - float(exact(x))) / unit(x)
 
 
@@ -144,9 +156,12 @@ def kahan(x):
 def fixed_point(x: torch.Tensor, parts: int = 1, quantum: float = QUANTUM) -> torch.Tensor:
     """Every number as a whole multiple of `quantum`, added as int64, and only the total rounded to x's dtype.
 
-    Integers have no order, however the row is cut. ValueError where the sum could need more than 63 bits.
+    Integers have no order, however the row is cut. ValueError where the sum could need more than 63 bits, or for a
+    quantum that is not above 0.
     """
     _check(x, parts)
+    if not 0 < quantum < math.inf:
+        raise ValueError(f"quantum must be above 0 and finite, got {quantum}")
     n, largest = x.shape[-1], x.abs().max().item() if x.numel() else 0.0
     if not n * largest < quantum * 2.0**62:  # nor for a NaN
         raise ValueError(f"x holds {n} numbers up to {largest:.3g}, "
@@ -158,6 +173,7 @@ def fixed_point(x: torch.Tensor, parts: int = 1, quantum: float = QUANTUM) -> to
 
 def split(x: torch.Tensor) -> torch.Tensor:
     """Left to right in each of PARTS parts (one a number, if there are fewer), then over the partial sums."""
+    _check(x)
     return sequential(x, min(PARTS, x.shape[-1]))
 
 
@@ -170,6 +186,7 @@ def every_order(x: torch.Tensor) -> torch.Tensor:
 
     From the sums of all subsets: a set's last addition joins the part with its first number and the part without.
     """
+    _tensor("x", x)
     n = x.numel()
     if x.dim() != 1 or not 1 <= n <= 9:
         raise ValueError(f"x must be a vector of 1 to 9 numbers, got shape {tuple(x.shape)}")
@@ -188,9 +205,13 @@ def every_order(x: torch.Tensor) -> torch.Tensor:
 
 def distribution(x: torch.Tensor, orders: torch.Tensor, kinds=tuple(KINDS)) -> dict[str, torch.Tensor]:
     """The sums of vector x in each of these orders, by each kind of KINDS. ValueError for a kind there is not."""
-    unknown = [kind for kind in kinds if kind not in KINDS]
+    if isinstance(kinds, str) or not isinstance(kinds, Iterable):
+        raise TypeError(f"kinds must be a list of some of {', '.join(KINDS)}, got {kinds!r}")
+    kinds = tuple(kinds)
+    unknown = [str(kind) for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         raise ValueError(f"kinds must be some of {', '.join(KINDS)}, got {', '.join(unknown) or 'none'}")
+    _check(x)
     rows = x[orders]
     return {kind: KINDS[kind](rows) for kind in kinds}
 
@@ -202,11 +223,23 @@ def summary(found: Mapping[str, torch.Tensor], x: torch.Tensor) -> pd.DataFrame:
     return pd.DataFrame(lines).set_index("kind")
 
 
-def _check(x, parts):
+def _tensor(name, x):
     if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if not x.is_floating_point():
-        raise TypeError(f"x must hold floating-point numbers, got {x.dtype}")
+        raise TypeError(f"{name} must hold floating-point numbers, got {x.dtype}")
+
+
+def _vector(x):
+    _tensor("x", x)
+    if x.dim() != 1:
+        raise ValueError(f"x must be a vector, got shape {tuple(x.shape)}")
+    if not x.isfinite().all():
+        raise ValueError("x must hold finite numbers, got an infinity or NaN")
+
+
+def _check(x, parts=1):
+    _tensor("x", x)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have a last dimension of at least 1, got shape {tuple(x.shape)}")
     _whole("parts", parts, 1, x.shape[-1])

@@ -97,7 +97,8 @@ def distribution_chart(found: Mapping[str, torch.Tensor], x: torch.Tensor, title
         power = f"2^{{{np.log2(orders.unit(x)):.0f}}}"
         bottom.set_xlabel(f"Distance from the exact sum, in ulps of {dtype_name(x.dtype)} (one is ${power}$)")
         panels[0].set_title(title or claim(table, x.numel()), pad=8)
-        style.caption(figure, caption)
+        ticks = f"A tick below the bars: a bin, {edges[1] - edges[0]:g} ulp wide, that holds a sum"
+        style.caption(figure, f"{caption}\n{ticks}".strip())
     return figure
 
 

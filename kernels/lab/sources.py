@@ -2,16 +2,20 @@
 
 Notebook 02 has a section for each. The demos are in sources_device (one call), sources_host (one CPU),
 sources_collectives (several processes) and sources_server (batches that form by arrival).
+
+    python -m kernels.lab.sources --record    run notebook 02 and write what it saw to data/<machine>/sources.csv
 """
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import pandas as pd
 
-from . import atlas
+from . import atlas, notebook, records
 
 PROPERTIES = {
     "run": "the same call, repeated, gives the same bits",
@@ -120,12 +124,70 @@ def recorded(name: str, live: Collection[str] = ()) -> bool:
 
     Returns whether every record has the verdict that the source expects of it. ValueError for an unknown source.
     """
-    if name not in names():
-        raise ValueError(f"name must be one of {', '.join(names())}, got {name!r}")
+    _checked(name)
     claims = next(source.claims for source in SOURCES if source.name == name)
     shown = [beside(c.op, c.property, c.dtype, c.op in live) for c in claims]
     return all(verdicts.get(f"{machine}, recorded", expected) == expected
                for c, verdicts in zip(claims, shown, strict=True) for machine, expected in c.expected.items())
+
+
+def moved(machine: str, property: str) -> set[str]:
+    """The ops that moved in this property of the atlas, without those that race from run to run on that machine."""
+    varies = atlas.recorded(machine).query("verdict == 'varies'")
+    return set(varies.op[varies.property == property]) - set(varies.op[varies.property == "run"])
+
+
+OBSERVED = records.Table("sources.csv", ("name", "question", "value", "recorded_at", "source"), ("name", "question"))
+_seen: dict[tuple[str, str], str] = {}  # by observe in this process: what record writes
+
+
+def observe(name: str, question: str, value, cpu: bool = False) -> None:
+    """notebook.observe for a demo of one source, beside what other machines recorded. ValueError for an unknown source.
+
+    `question` must be the same on every machine.
+    """
+    _checked(name)
+    _seen[name, question] = notebook._text(value)
+    notebook.observe(question, value, answers(name, question, cpu), cpu)
+
+
+def answers(name: str, question: str, cpu: bool = False, out=records.DATA) -> dict[str, str]:
+    """Machine -> what it recorded for this question, "not recorded yet" for one that has an atlas but no answer.
+
+    `cpu`: the machine's CPU answered, though it may have a GPU.
+    """
+    found = {}
+    for machine in dict.fromkeys([*atlas.machines(out), *records.machines(OBSERVED.file, out)]):
+        rows = OBSERVED.read(records.Path(out) / machine)
+        value = rows.value[(rows.name == name) & (rows.question == question)]
+        where = f"{machine}'s CPU" if cpu and not machine.startswith("cpu") else machine
+        found[where] = f"{value.iloc[0]} recorded" if len(value) else "not recorded yet"
+    return found
+
+
+def record(out=records.DATA, number: str = "02") -> str:
+    """Run a notebook in a kernel of its own and write what its `observe` saw under `out`; the folder's name.
+
+    Raises NotebookError if the notebook fails.
+    """
+    import nbformat
+
+    path, = notebook.find([number])
+    nb = notebook.read(path)
+    nb.cells.append(nbformat.v4.new_code_cell(
+        "import json\nfrom kernels.lab import sources\n"
+        "print(json.dumps([[*asked, value] for asked, value in sources._seen.items()]))"))
+    seen = json.loads(notebook.execute(nb, path.parent, 600, path.name).cells[-1].outputs[0].text)
+    folder = records.open_machine(out)
+    OBSERVED.merge(folder, [{"name": name, "question": question, "value": value, "recorded_at": records.now(),
+                             "source": records.source()} for name, question, value in seen])
+    records.note_machine(folder, OBSERVED.file)
+    return folder.name
+
+
+def _checked(name: str) -> None:
+    if name not in names():
+        raise ValueError(f"name must be one of {', '.join(names())}, got {name!r}")
 
 
 def table(seen: Mapping[str, bool | str]) -> pd.DataFrame:
@@ -140,3 +202,14 @@ def table(seen: Mapping[str, bool | str]) -> pd.DataFrame:
     rows = [{**{p: "×" if p in s.breaks else "" for p in PROPERTIES},
              "here": words.get(seen[s.name], seen[s.name]), "what stops it": s.fix} for s in SOURCES]
     return pd.DataFrame(rows, index=names())
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m kernels.lab.sources", description=__doc__.splitlines()[0])
+    parser.add_argument("--record", action="store_true", required=True, help="run notebook 02 and keep what it saw")
+    parser.add_argument("--out", default=records.DATA, help="the data folder")
+    print(record(parser.parse_args(argv).out))
+
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,7 @@ from ..runtime import tl, triton
 from ..sums import tree
 
 BLOCK = 1024
+PRECISIONS = ("highest", "high", "medium")
 
 
 def group(results: Mapping[Hashable, torch.Tensor]) -> list[list]:
@@ -48,9 +49,10 @@ def block_sums_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr, ATOMIC: tl.constexpr)
 
 
 def block_sums(x: torch.Tensor) -> torch.Tensor:
-    """x (n,) float32, n a multiple of 1024 -> (n / 1024,): the sum of each block. ValueError for another shape.
+    """x (n,) float32, n a multiple of 1024 -> (n / 1024,): the sum of each block.
 
-    By the kernel above without atomics; where Triton cannot run, by the same order in PyTorch.
+    By the kernel above without atomics; where Triton cannot run, by the same order in PyTorch. TypeError or
+    ValueError for another x.
     """
     blocks = _blocks(x)
     if runtime.WHY_NOT:
@@ -64,7 +66,7 @@ def atomic_sum(x: torch.Tensor) -> torch.Tensor:
     """x (n,) float32, n a multiple of 1024 -> (1,): the blocks' sums added with atomics, in the order of arrival.
 
     Triton's interpreter runs one program after another, so there they always arrive in one order.
-    Raises runtime.Unavailable where Triton cannot run, ValueError for another shape.
+    Raises runtime.Unavailable where Triton cannot run, TypeError or ValueError for another x.
     """
     blocks = _blocks(x)
     runtime.require_triton("atomic_sum")
@@ -74,9 +76,15 @@ def atomic_sum(x: torch.Tensor) -> torch.Tensor:
 
 
 def _blocks(x: torch.Tensor) -> int:
+    _float32(x)
     if x.dim() != 1 or not x.numel() or x.numel() % BLOCK:
         raise ValueError(f"x must have one dimension, a multiple of {BLOCK} long, got shape {tuple(x.shape)}")
     return x.numel() // BLOCK
+
+
+def _float32(x) -> None:
+    if not isinstance(x, torch.Tensor) or x.dtype != torch.float32:
+        raise TypeError(f"x must be a float32 tensor, got {getattr(x, 'dtype', type(x).__name__)}")
 
 
 def sum_on_arrival(parts: torch.Tensor, seed: int) -> torch.Tensor:
@@ -121,6 +129,7 @@ def split_product(x: torch.Tensor, w: torch.Tensor, parts: int, keep: torch.dtyp
 
 def tf32(x: torch.Tensor) -> torch.Tensor:
     """float32 -> float32 that TF32 can hold: 10 stored bits of significand instead of 23, to nearest, ties to even."""
+    _float32(x)
     i = x.contiguous().view(torch.int32)
     rounded = (i + 0x0FFF + ((i >> 13) & 1)) & ~0x1FFF
     return torch.where(x.isfinite(), rounded.view(torch.float32), x)
@@ -136,7 +145,12 @@ def _quiet():
 
 @contextmanager
 def float32_precision(name: str):
-    """torch.set_float32_matmul_precision inside a with-block: 'highest', 'high' (TF32 on a GPU) or 'medium'."""
+    """torch.set_float32_matmul_precision inside a with-block: 'highest', 'high' (TF32 on a GPU) or 'medium'.
+
+    ValueError for another name.
+    """
+    if name not in PRECISIONS:
+        raise ValueError(f"name must be one of {', '.join(PRECISIONS)}, got {name!r}")
     with _quiet():
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(name)

@@ -109,7 +109,7 @@ def sample_by_counter(probabilities: torch.Tensor, neighbours: int, steps: int, 
     for step in range(steps):
         seeds = [1000 + n for n in range(neighbours)] + [seed]
         draws = torch.tensor([[uniform(s, step)] for s in seeds], device=probabilities.device, dtype=torch.float64)
-        tokens.append(int((cumulative < draws * cumulative[:, -1:]).sum(1)[-1]))
+        tokens.append(int((cumulative <= draws * cumulative[:, -1:]).sum(1)[-1]))  # <=: never one of weight 0
     return tokens
 
 

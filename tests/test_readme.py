@@ -1,0 +1,79 @@
+"""The README's numbers are those of data/h200: every table under "Measured" is computed again from its CSV."""
+import re
+
+import pytest
+
+from kernels.lab import records
+from kernels.lab.window_cost import VERIFY_COST
+
+README = (records.ROOT / "README.md").read_text(encoding="utf-8")
+SECTION = README.partition("## Measured on an H200")[2].partition("\n## ")[0]
+TABLES = [[[cell.strip(" *") for cell in line.strip("|").split("|")] for line in block.splitlines()]
+          for block in re.findall(r"(?:^\|.*\n)+", SECTION, re.M)]
+SWEEP = records.load(machine="h200").query("clock == 'cold' and dtype == 'bfloat16'").set_index(
+    ["op", "shape", "implementation", "tokens"]).us_p50
+WINDOWS = records.load(VERIFY_COST, "h200").query("curve == 'graph'").set_index(["ops", "tokens"])
+
+
+def one(found) -> float:
+    """The only value found: a key that fits two rows would compare with either."""
+    assert found.size == 1
+    return float(found.item() if hasattr(found, "item") else found)
+
+
+def rms_norm(label, tokens, state):
+    named = {"PyTorch's default (add, then `F.rms_norm`)": "cuda", "`torch.compile` of the default": "compile",
+             "FlashInfer's `fused_add_rmsnorm`": "flashinfer", "`rms_norm.triton` (fixed order)": "triton"}
+    return one(SWEEP["rms_norm", "D=8192,residual", named[label], tokens])
+
+
+def reductions(label, tokens, state):
+    default = re.fullmatch(r"`(?:F|torch)\.(\w+)`, (\d+) wide", label)
+    op, width = state["default"] = default.groups() if default else state["default"]
+    assert default or label == f"`{op}.triton`"
+    return one(SWEEP[op, f"D={width}", "cuda" if default else "triton", tokens])
+
+
+def matmul(label, tokens, state):
+    named = {"`F.linear` (cuBLAS)": "cuda", "frozen": "frozen", "`matmul.triton`": "triton"}
+    weight, name = label
+    state["weight"] = weight or state["weight"]
+    return one(SWEEP["matmul", "N={},K={}".format(*state["weight"].split(" x ")), named[name], tokens])
+
+
+def window(label, tokens, state):
+    if label.startswith("floor"):
+        return one(WINDOWS.loc[("invariant", tokens), "floor_ms"])
+    return one(WINDOWS.loc[({"default ops": "default", "`invariant` ops": "invariant"}[label], tokens), "ms_p50"])
+
+
+@pytest.mark.parametrize("number, lookup, labels, rows", [
+    (0, rms_norm, 1, 4), (1, reductions, 1, 6), (2, matmul, 2, 9), (3, window, 1, 3)],
+    ids=lambda value: getattr(value, "__name__", ""))
+def test_a_table_is_what_was_recorded(number, lookup, labels, rows):
+    header, rule, *lines = TABLES[number]
+    assert len(lines) == rows and set("".join(rule)) <= set("-: ")
+    tokens = [int(re.match(r"\d+", text)[0]) for text in header[labels:]]
+    state, wrong = {}, []
+    for line in lines:
+        label = line[0].replace("**", "") if labels == 1 else tuple(cell.replace("**", "") for cell in line[:labels])
+        for count, printed in zip(tokens, line[labels:], strict=True):
+            value = lookup(label, count, state)
+            if f"{value:.1f}" != printed:
+                wrong.append(f"{label}, {count}: printed {printed}, recorded {value}")
+    assert not wrong
+
+
+def test_the_limits_of_wide_softmax_are_those_recorded():
+    rows = records.load(machine="h200").query("clock == 'cold' and tokens == 4096 and implementation == 'triton'")
+    rows = rows[rows.op.isin(["softmax", "log_softmax"])].set_index(["dtype", "shape"]).gbytes_per_s
+    share = 100 * rows / records.read_machine(records.DATA / "h200")["copy_gbytes_per_s"]
+    wide = [*share.loc["bfloat16"], *share["float32", "D=128256"]]
+    assert len(wide) == 6 and f"reach {min(wide):.0f}-{max(wide):.0f} % of a copy's bandwidth at 4096" in README
+    narrow = share["float32", "D=32000"]
+    assert {f"rows 32000 wide reach {value:.0f} %" in README for value in narrow} == {True}
+
+
+def test_no_table_is_left_out():
+    assert len(TABLES) == 4
+    assert "\n|" not in re.sub(r"(?:^\|.*\n)+", "", SECTION, flags=re.M)
