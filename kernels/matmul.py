@@ -300,7 +300,8 @@ def _schedules(shape, dtype) -> list[Schedule]:
         every += [replace(s, split=not s.split, reduce=False) for s in every
                   if not (s.persistent or s.store or s.kind == "hopper")]
         every += [replace(s, split=True, reduce=True) for s in every if s.kind == "hopper" or not s.persistent]
-        every = [s for s in every if not (order(n, k)[1] % s.block_k or s.stream and not s.split)]
+        length = order(n, k)[1]
+        every = [s for s in every if not length % s.block_k and (s.split or length >= 2 * s.block_k and not s.stream)]
     gpu = HAS_GPU and has_pdl(_index()) and k * dtype.itemsize % 16 == 0
     return [s for s in dict.fromkeys(every) if s.kind == "pointer" or gpu]
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
-from threading import Lock, Thread
+from threading import Lock
 
 import torch
 
@@ -53,16 +54,15 @@ class Counters:
         """Make a bank if there is none or it is half taken, while no graph is captured: a capture cannot make one."""
         bank = self.banks.get(index)
         if bank is None or bank[1] > self.BANK // 2:
-            made: list = []
-            maker = Thread(target=self._make, args=(index, made))  # torch.compile gives a thread a pool of its own
-            maker.start()
-            maker.join()
+            with ThreadPoolExecutor(1) as other:  # torch.compile may give this thread's memory to a graph
+                made = other.submit(self._make, index).result()
             self.full += [bank] if bank else []
-            self.banks[index] = [made[0], 0]
+            self.banks[index] = [made, 0]
 
-    def _make(self, index, made):
-        made.append(torch.zeros(self.BANK, dtype=torch.int32, device=f"cuda:{index}"))
+    def _make(self, index):
+        zeros = torch.zeros(self.BANK, dtype=torch.int32, device=f"cuda:{index}")
         torch.cuda.synchronize(index)  # zero before anyone counts
+        return zeros
 
     def _cut(self, index, count):
         count += -count % 4  # addresses that are multiples of 16, as the kernels are told

@@ -609,8 +609,20 @@ def test_a_bank_is_made_in_a_thread_of_its_own(monkeypatch):
     """torch.compile's graphs take what a thread allocates while they warm up into a pool of theirs."""
     counters, makers = fake_banks(monkeypatch), []
     make = counters._make
-    counters._make = lambda *given: (makers.append(threading.get_ident()), make(*given))
+    counters._make = lambda index: (makers.append(threading.get_ident()), make(index))[1]
     assert counters.take(0, 1, 4) and makers and threading.get_ident() not in makers
+
+
+def test_a_bank_that_finds_no_memory_says_so(monkeypatch):
+    counters = fake_banks(monkeypatch)
+
+    def no_memory(index):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    counters._make = no_memory
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        counters.take(0, 1, 4)
+    assert not counters.banks and not counters.lock.locked()
 
 
 def test_counters_belong_to_one_stream_or_one_captured_call(monkeypatch):
