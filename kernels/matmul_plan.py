@@ -255,25 +255,22 @@ class _Chosen:
     def _launch_bulk(self, low, px, pw, pb, py, at, count):
         if low & 15:
             raise Unsuitable("bulk copies need tensors aligned to 16 bytes")
-        sides = self.sides.get((px, pw)) or self._sides_at(px, pw)
+        stored = py if self.schedule.store and self.schedule.kind == "tma" else 0
+        described = self.described.get((px, pw, stored)) or self._describe_at(px, pw, stored)
         stream = current_stream(self.plan.index)
-        if self.schedule.kind == "hopper":
-            self.launch(stream, *sides, py, pb, at, count)
-            return
-        y = _Descriptor(py, self.y_like) if self.schedule.store else py
-        self.launch(stream, *sides, y, pb, at, count)
+        if stored:
+            self.launch(stream, *described, pb, at, count)
+        else:
+            self.launch(stream, *described, py, pb, at, count)
 
-    def _sides_at(self, px, pw) -> tuple:
-        """The descriptors of x and the weight at these addresses, kept: a loop comes back to the same few."""
-        if len(self.sides) >= 1024:
-            self.sides.clear()
-        x = [_Descriptor(px, like) for like in self.x_like]
-        weight = [_Descriptor(pw, like) for like in self.weight_like]
-        sides = (*weight, *x) if self.schedule.kind == "hopper" and self.schedule.swap else (*x, *weight)
-        if self.schedule.kind == "hopper":
-            sides += (None,) * (3 - len(sides))
-        self.sides[px, pw] = sides
-        return sides
+    def _describe_at(self, px, pw, stored) -> tuple:
+        """The descriptors at these addresses, kept: a loop comes back to the same few."""
+        if len(self.described) >= 1024:
+            self.described.clear()
+        at = {"x": px, "weight": pw, "y": stored}
+        descriptors = [form and _Descriptor(at[name], form) for name, form in self.forms]
+        self.described[px, pw, stored] = described = self.launch.described(descriptors)
+        return described
 
     def _describe(self):
         """Compile for bulk copies of x, the weight and perhaps y. Raises Unsuitable if they cannot be copied so."""
@@ -281,14 +278,9 @@ class _Chosen:
         if not has_pdl(plan.index) or s.kind == "hopper" and torch.cuda.get_device_capability(plan.index) != (9, 0):
             raise Unsuitable(f"this GPU cannot run schedules of kind {s.kind}")
         small = torch.empty(16, dtype=plan.dtype, device=f"cuda:{plan.index}")
-        kernel, examples, given, arguments, options = bulk_launch(plan, s, small)
-        if s.kind == "hopper" and s.swap:
-            self.weight_like, self.x_like = examples[:1], examples[1:]
-        elif s.kind == "hopper":
-            self.x_like, self.weight_like = examples[:1], examples[1:]
-        else:
-            self.x_like, self.weight_like, self.y_like = examples[:1], examples[1:2], examples[2]
-        self.sides: dict[tuple[int, int], tuple] = {}
+        kernel, given, arguments, options = bulk_launch(plan, s, small)
+        self.forms = forms(s, given)
+        self.described: dict[tuple[int, int, int], tuple] = {}
         self.launch = Compiled(kernel, self.programs, given, (), arguments, **options)
 
 
@@ -310,7 +302,7 @@ def pointer_constants(plan, s) -> tuple:
 
 
 def bulk_launch(plan, s, small) -> tuple:
-    """What a schedule with bulk copies compiles: (kernel, descriptors, run-time examples, other arguments, options).
+    """What a schedule with bulk copies compiles: (kernel, run-time examples, other arguments, options).
 
     `plan` says dtype, m, n, k, x_strides, weight_strides, cut and bias; `small` is a little memory of its dtype.
     """
@@ -327,7 +319,7 @@ def bulk_launch(plan, s, small) -> tuple:
     given = (*examples, small, small.new_empty(4, dtype=torch.float32), small.new_empty(4, dtype=torch.int32))
     arguments = (plan.m, plan.n, plan.k, *plan.cut, s.block_m, s.block_n, s.block_k, s.group, s.swap, cut,
                  s.split, s.reduce, plan.bias, s.store, s.persistent, s.flatten, s.specialize, True)
-    return tma_kernel, examples, given, arguments, {"num_warps": s.warps, "num_stages": s.stages, **OPTIONS}
+    return tma_kernel, given, arguments, {"num_warps": s.warps, "num_stages": s.stages, **OPTIONS}
 
 
 OPTIONS = {"enable_fp_fusion": False, "launch_pdl": True}
@@ -358,7 +350,7 @@ def _hopper_launch(plan, s, small):
              small.new_empty(4, dtype=torch.int32))
     arguments = (plan.m, plan.n, plan.k, *plan.cut, rows, most, more, s.block_k, s.group, consumers, s.stages, s.swap,
                  cut, plan.bias, s.store, s.pingpong, s.split, s.stream, 160 if consumers == 3 else 232, True)
-    return kernel, examples, given, arguments, {"num_warps": 4, **OPTIONS}
+    return kernel, given, arguments, {"num_warps": 4, **OPTIONS}
 
 
 def wide_side(wide: int) -> tuple[int, int]:
@@ -375,6 +367,15 @@ def _described(base, shape, strides, rows, columns):
     if step != 1 or stride * base.itemsize % 16 or stride < shape[1]:
         raise Unsuitable(f"bulk copies need contiguous rows aligned to 16 bytes, got strides {strides}")
     return TensorDescriptor(base, list(shape), list(strides), [rows, columns])
+
+
+def forms(s, given) -> list:
+    """(side, form of its descriptor or None) of the first of a kernel's arguments; they keep no memory alive."""
+    if s.kind == "hopper":
+        names = ("weight", "x", "x") if s.swap else ("x", "weight", "weight")
+    else:
+        names = ("x", "weight", "y")[: 2 + s.store]
+    return [(name, d and _Descriptor(0, d)) for name, d in zip(names, given, strict=False)]
 
 
 class _Descriptor:

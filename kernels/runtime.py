@@ -5,6 +5,7 @@ before Triton is first imported; without Triton, kernels are stand-ins that expl
 """
 from __future__ import annotations
 
+import inspect
 import os
 import platform
 from functools import cache
@@ -101,20 +102,47 @@ class Compiled:
     width) must be part of the key under which the caller keeps this object.
     """
 
-    __slots__ = ("_run", "_function", "_metadata", "_constants", "_grid", "kernel")
+    __slots__ = ("_run", "_fixed", "_nested", "_constants", "_grid", "kernel")
 
     def __init__(self, fn, grid: int, tensors: tuple, scalars: tuple, constants: tuple, **options):
         self.kernel = fn.warmup(*tensors, *scalars, *constants, grid=(1,), **options)
         self.kernel._init_handles()  # loads the module now: it must not happen inside a graph capture
-        self._run = self.kernel.run
-        self._function = self.kernel.function
-        self._metadata = self.kernel.packed_metadata
-        self._constants = constants
-        self._grid = grid
+        self._constants, self._grid = constants, grid
+        self._run, self._fixed, self._nested = _launcher(self.kernel)
 
     def __call__(self, stream: int, *arguments):
-        self._run(self._grid, 1, 1, stream, self._function, self._metadata, None, None, None,
-                  *arguments, *self._constants)
+        if self._nested:
+            self._run(self._grid, 1, 1, stream, *self._fixed, (*arguments, *self._constants))
+        else:
+            self._run(self._grid, 1, 1, stream, *self._fixed, *arguments, *self._constants)
+
+    def described(self, descriptors) -> tuple:
+        """What a launch takes for its tensor descriptors: made once, if Triton lets us, and not at each launch."""
+        if self._run is self.kernel.run:
+            return tuple(descriptors)
+        from triton.backends.nvidia.driver import make_tensordesc_arg
+
+        meta = iter(self.kernel.metadata.tensordesc_meta or [None] * len(descriptors))
+        return tuple(piece for d in descriptors
+                     for piece in ((None,) if d is None else make_tensordesc_arg(d, next(meta))))
+
+
+def _launcher(kernel) -> tuple:
+    """(function, its arguments between the stream and the kernel's, whether the kernel's own are one tuple).
+
+    The function is the one in C under Triton's launcher, in the versions whose launchers we know: the Python around it
+    takes microseconds. Otherwise it is Triton's launcher.
+    """
+    run, version = kernel.run, tuple(triton.__version__.split(".")[:2])
+    if version not in (("3", "6"), ("3", "7")) or run.global_scratch_size or run.profile_scratch_size:
+        return run, (kernel.function, kernel.packed_metadata, None, None, None), False
+    start = (kernel.function, run.launch_cooperative_grid, run.launch_pdl)
+    function = run.launch  # in C, or in Python around it where there are tensor descriptors
+    if inspect.isfunction(function):
+        function = inspect.getclosurevars(function).nonlocals.get("launcher", function)
+    if version == ("3", "6"):
+        return function, (*start, None, None, kernel.packed_metadata, None, None, None), False
+    return function, (*start, kernel.packed_metadata, *5 * (None,), run.arg_annotations, run.kernel_signature), True
 
 
 if HAS_GPU:  # torch.cuda's own wrappers of these cost a microsecond together

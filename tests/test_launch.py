@@ -1,4 +1,6 @@
 """What every op's call shares: checks, plans kept by shape, and the launch, with a kernel that only takes notes."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -124,6 +126,62 @@ def test_another_gpu_is_current_during_the_launch_and_not_after(notes):
     assert notes["launched"] == [((True, True), 1, "stream of 1", (32, 256))] and notes["device"] == 0
     (what, options), = notes["compiled"]
     assert what[4][-1] is False and options["launch_pdl"] is False  # GPU 1 of the notes is an older one
+
+
+# what Triton's launcher hands to its function in C
+
+
+def launcher(function, signature, meta=None):
+    """Triton's own, over another function in C."""
+    driver = pytest.importorskip("triton.backends.nvidia.driver")
+    made = object.__new__(driver.CudaLauncher)
+    made.num_ctas, made.launch = 1, driver.wrap_handle_tensordesc(function, signature, meta)
+    made.launch_cooperative_grid, made.launch_pdl = False, True
+    made.global_scratch_size = made.profile_scratch_size = 0
+    made.global_scratch_align = made.profile_scratch_align = 1
+    made.arg_annotations, made.kernel_signature = "annotations", b"signature"
+    return made
+
+
+def compiled_by(run, version, monkeypatch):
+    """A kernel with this launcher, bound to 7 programs and the constants 64 and True."""
+    kernel = SimpleNamespace(run=run, function=99, packed_metadata=(4, 1, 0), _init_handles=lambda: None,
+                             metadata=SimpleNamespace(tensordesc_meta=["a", "b"]))
+    monkeypatch.setattr(runtime.triton, "__version__", version)
+    fn = SimpleNamespace(warmup=lambda *_, **__: kernel)
+    return runtime.Compiled(fn, 7, (), (), (64, True))
+
+
+DESCRIBED = {0: "tensordesc<bf16[16,64]>", 1: "constexpr", 2: "tensordesc<bf16[32,64]>", 3: "*bf16"}
+
+
+@pytest.mark.skipif(not runtime.HAS_TRITON, reason="the launcher is Triton's")
+@pytest.mark.parametrize("signature, arguments", [({0: "*fp32", 1: "*fp32"}, (16, 32)),
+                                                  (DESCRIBED, ("x", None, "w", 48))])
+def test_a_launch_says_what_tritons_launcher_would_say(signature, arguments, monkeypatch):
+    from triton.backends.nvidia import driver
+
+    def flat(arguments):
+        return [tuple(a) if isinstance(a, list) else a for a in arguments]
+
+    monkeypatch.setattr(driver, "make_tensordesc_arg", lambda d, meta: [f"map of {d} {meta}", 5, 64, 64, 1])
+    seen, version = [], triton.__version__
+    run = launcher(lambda *given: seen.append(flat(given)), signature, ["a", "b"] if signature is DESCRIBED else None)
+    for known in (version, "2.1.0"):  # one whose launcher we call past, and one that we do not know
+        made = compiled_by(run, known, monkeypatch)
+        assert (made._run is run) == (known == "2.1.0")
+        described = made.described(arguments[:3]) + arguments[3:] if signature is DESCRIBED else arguments
+        made("stream", *described)
+    run(7, 1, 1, "stream", 99, (4, 1, 0), None, None, None, *arguments, 64, True)
+    past, unknown, wanted = seen
+    assert past == wanted == unknown and "stream" in wanted
+
+
+@pytest.mark.skipif(not runtime.HAS_TRITON, reason="the launcher is Triton's")
+def test_a_kernel_that_needs_scratch_memory_is_launched_by_triton(monkeypatch):
+    run = launcher(print, {0: "*fp32"})
+    run.global_scratch_size = 8
+    assert compiled_by(run, triton.__version__, monkeypatch)._run is run
 
 
 # the interpreter

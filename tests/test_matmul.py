@@ -560,13 +560,18 @@ def test_a_launch_with_bulk_copies_describes_each_side_once_an_address(schedule,
     def like(name):
         return SimpleNamespace(shape=name, strides=())
 
+    class Launched:
+        described = staticmethod(tuple)
+
+        def __call__(self, *given):
+            seen.append(given)
+
     seen, s = [], Schedule.parse(schedule)
     monkeypatch.setattr(matmul_plan, "current_stream", lambda index: "stream")
     chosen = object.__new__(matmul_plan._Chosen)
-    chosen.schedule, chosen.plan, chosen.sides = s, SimpleNamespace(index=0), {}
-    chosen.x_like = [like(n) for n in widths if n and n[0] == "x"]
-    chosen.weight_like = [like(n) for n in widths if n and n[0] == "w"]
-    chosen.y_like, chosen.launch = like("y64"), lambda *given: seen.append(given)
+    chosen.schedule, chosen.plan, chosen.described = s, SimpleNamespace(index=0), {}
+    chosen.forms = matmul_plan.forms(s, (*[n and like(n) for n in widths], "more"))
+    chosen.launch = Launched()
     for px in (16, 32, 16):
         chosen._launch_bulk(0, px, 48, "bias", 64, "work", "counters")
     stream, *sides, bias, work, counters = seen[0]
@@ -576,7 +581,7 @@ def test_a_launch_with_bulk_copies_describes_each_side_once_an_address(schedule,
     at = {"x": 16, "w": 48, "y": 64}
     assert all(d is None or d.data_ptr() == d.base.data_ptr() == at[d.shape[0]] for d in sides)
     assert seen[1][1] != seen[0][1] or seen[1][2] != seen[0][2]
-    assert seen[2][1] is seen[0][1] and seen[2][2] is seen[0][2] and len(chosen.sides) == 2
+    assert seen[2][1] is seen[0][1] and seen[2][2] is seen[0][2] and len(chosen.described) == 2
     with pytest.raises(Unsuitable, match="aligned to 16 bytes"):
         chosen._launch_bulk(8, 16, 48, "bias", 64, "work", "counters")
 
@@ -916,12 +921,16 @@ def test_a_capture_without_counters_has_zeros_of_its_own(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_a_model_that_torch_captures_keeps_its_counters_out_of_the_graphs_memory():
-    """In a process of its own, whose first product with counters is in that model."""
-    code = """
+@pytest.mark.parametrize("schedule", [
+    "pointer 16x32x256 warps=4 stages=4 group=1 swap split", "tma 16x64x128 warps=4 stages=4 group=1 swap split",
+    "hopper 64x128x64 warps=4 stages=6 group=8 persistent split reduce"])
+def test_a_model_that_torch_captures_keeps_our_memory_out_of_the_graphs(schedule):
+    """In a process of its own, whose first product is in that model: counters, and what a schedule compiles with."""
+    code = f"""
 import torch, kernels
-from kernels import matmul
+from kernels import matmul, schedules
 from kernels.bits import same_bits
+schedules.choose = lambda *_: iter([schedules.Schedule.parse({schedule!r})])
 x, weight, _ = matmul.inputs(5, "N=1024,K=4096", torch.bfloat16, "cuda")
 model = torch.compile(lambda x: matmul.triton(x, weight) * 2, mode="reduce-overhead", fullgraph=True)
 with torch.no_grad():

@@ -41,7 +41,7 @@ def compile_schedule(shape: str, dtype: str, schedule: str, target: int, tokens:
     plan = SimpleNamespace(dtype=kind, m=tokens, n=n, k=k, x_strides=(k, 1), weight_strides=(k, 1), cut=order(n, k),
                            bias=bool(sizes.get("bias")), index=0)
     if s.kind != "pointer":
-        kernel, _, given, arguments, options = bulk_launch(plan, s, torch.empty(16, dtype=kind))
+        kernel, given, arguments, options = bulk_launch(plan, s, torch.empty(16, dtype=kind))
         return kernel.warmup(*given, *arguments, grid=(1,), **options)
     options = {**OPTIONS, "launch_pdl": target >= 90, "num_warps": s.warps, "num_stages": s.stages}
     scalars = (tokens, n, k, *plan.x_strides, *plan.weight_strides, *plan.cut)
