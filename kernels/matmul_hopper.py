@@ -195,11 +195,16 @@ def _nothing(ROWS: gl.constexpr, WIDE: gl.constexpr):
 
 @gluon.jit
 def _slot(pointer, ROWS: gl.constexpr, WIDE: gl.constexpr):
-    """Where in memory a tile of sums waits: one row behind the other."""
+    """Where in memory a tile of sums waits: what the 32 threads of a warp store at once lies side by side.
+
+    A thread holds pairs of columns, of rows that are 8 apart; 4 threads share 8 columns, 8 groups of 4 the rows.
+    """
     if WIDE:
         layout: gl.constexpr = _layout(WIDE)
-        slot = pointer + (gl.arange(0, ROWS, gl.SliceLayout(1, layout))[:, None] * WIDE
-                          + gl.arange(0, WIDE, gl.SliceLayout(0, layout))[None, :])
+        row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+        column = gl.arange(0, WIDE, gl.SliceLayout(0, layout))
+        rows = row // 64 * (64 * WIDE) + row // 8 % 2 * 256 + row % 64 // 16 * 64 + row % 8 * 8
+        slot = pointer + rows[:, None] + (column // 8 * 512 + column % 8)[None, :]
     else:
         slot = pointer
     return slot

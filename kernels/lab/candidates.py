@@ -143,6 +143,7 @@ hopper 192x128x64 warps=12 stages=4 group=8 persistent store
 hopper 128x192x64 warps=12 stages=4 group=8 swap persistent store
 hopper 128x256x64 warps=8 stages=4 group=8 persistent
 hopper 256x128x64 warps=8 stages=4 group=8 swap persistent
+hopper 256x128x64 warps=8 stages=4 group=8 persistent
 hopper 128x256x64 warps=8 stages=3 group=8 persistent store
 hopper 64x128x64 warps=4 stages=8 group=8 persistent
 hopper 128x64x64 warps=4 stages=8 group=8 swap persistent
@@ -164,6 +165,7 @@ hopper 192x128x64 warps=12 stages=4 group=8 persistent store
 hopper 128x192x64 warps=12 stages=4 group=8 swap persistent store
 hopper 128x256x64 warps=8 stages=4 group=8 persistent
 hopper 256x128x64 warps=8 stages=4 group=8 swap persistent
+hopper 256x128x64 warps=8 stages=4 group=8 persistent
 hopper 128x256x64 warps=8 stages=3 group=8 persistent store
 hopper 128x160x64 warps=8 stages=6 group=8 persistent
 hopper 128x160x64 warps=8 stages=5 group=8 persistent store
