@@ -292,9 +292,10 @@ def _schedules(shape, dtype) -> list[Schedule]:
             (16, 16, 16, 1, 2), (16, 128, 64, 4, 3), (64, 32, 128, 4, 2), (128, 128, 64, 8, 3), (128, 64, 32, 4, 4))]
         tiles += [Schedule("hopper", m, n, k, warps=w, stages=s, swap=swap, persistent=True, stream=stream)
                   for m, n, k, w, s, swap, stream in (
-                      (128, 256, 64, 8, 4, False, False), (16, 64, 64, 4, 8, True, True),
-                      (32, 128, 64, 8, 6, True, True), (64, 16, 64, 4, 8, False, True),
+                      (128, 256, 64, 8, 3, False, False), (256, 128, 64, 8, 3, True, False),
+                      (16, 64, 64, 4, 8, True, True), (32, 128, 64, 8, 6, True, True), (64, 16, 64, 4, 8, False, True),
                       (64, 160, 64, 4, 6, False, False), (64, 80, 64, 4, 8, False, True))]
+        tiles.append(Schedule("hopper", 128, 256, 64, warps=8, stages=3, persistent=True, store=True))
     every = list(dict.fromkeys(chosen + tiles + [replace(s, swap=not s.swap) for s in tiles if s.kind == "pointer"]))
     if order(n, k)[0] > 1:
         every += [replace(s, split=not s.split, reduce=False) for s in every

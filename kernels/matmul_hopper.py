@@ -155,9 +155,9 @@ def _store(y, y_ptr, a0, b0, A, B, ROWS: gl.constexpr, B_TILE: gl.constexpr, SWA
 
 
 @gluon.jit
-def _finish(total, y_ptr, bias_ptr, a0, b0, A, B, ROWS: gl.constexpr, B_TILE: gl.constexpr, SWAP: gl.constexpr,
-            BIAS: gl.constexpr, STORE: gl.constexpr):
-    """The bias, one rounding, the store."""
+def _finish(total, staging, y_ptr, bias_ptr, a0, b0, A, B, ROWS: gl.constexpr, B_TILE: gl.constexpr,
+            SWAP: gl.constexpr, BIAS: gl.constexpr, STORE: gl.constexpr, STAGED: gl.constexpr):
+    """The bias, one rounding, the store; with STAGED it is turned in `staging`, shared memory that is ours."""
     layout: gl.constexpr = total.type.layout
     if BIAS:
         if SWAP:
@@ -172,7 +172,13 @@ def _finish(total, y_ptr, bias_ptr, a0, b0, A, B, ROWS: gl.constexpr, B_TILE: gl
         turned: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
         straight: gl.constexpr = gl.BlockedLayout([1, 8], [32 // WIDE, WIDE], [4, 1], [1, 0])
         out: gl.constexpr = turned if SWAP else straight
-        _store(gl.convert_layout(y, out), y_ptr, a0, b0, A, B, ROWS, B_TILE, SWAP)
+        if STAGED:
+            lines = staging._reinterpret(y.dtype, [ROWS, B_TILE], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+            lines.store(y)
+            y = lines.load(out)
+        else:
+            y = gl.convert_layout(y, out)
+        _store(y, y_ptr, a0, b0, A, B, ROWS, B_TILE, SWAP)
     else:
         _store(y, y_ptr, a0, b0, A, B, ROWS, B_TILE, SWAP)
 
@@ -194,6 +200,14 @@ def _nothing(ROWS: gl.constexpr, WIDE: gl.constexpr):
 
 
 @gluon.jit
+def _halves(tile, ROWS: gl.constexpr, WIDE: gl.constexpr):
+    """The first and the last half of a tile's columns; each thread keeps what it holds."""
+    first, last = gl.split(tile.reshape([ROWS, 2, WIDE // 2]).permute((0, 2, 1)))
+    layout: gl.constexpr = _layout(WIDE // 2)
+    return gl.convert_layout(first, layout, assert_trivial=True), gl.convert_layout(last, layout, assert_trivial=True)
+
+
+@gluon.jit
 def _slot(pointer, ROWS: gl.constexpr, WIDE: gl.constexpr):
     """Where in memory a tile of sums waits: what the 32 threads of a warp store at once lies side by side.
 
@@ -211,8 +225,8 @@ def _slot(pointer, ROWS: gl.constexpr, WIDE: gl.constexpr):
 
 
 @gluon.jit
-def _consume(a_tiles, b_tiles, more_tiles, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K, segments,
-             length, NUMBER: gl.constexpr, ROWS: gl.constexpr, B_TILE: gl.constexpr, MORE: gl.constexpr,
+def _consume(a_tiles, b_tiles, more_tiles, held, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K,
+             segments, length, NUMBER: gl.constexpr, ROWS: gl.constexpr, B_TILE: gl.constexpr, MORE: gl.constexpr,
              BLOCK_K: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
              SWAP: gl.constexpr, CUT: gl.constexpr, BIAS: gl.constexpr, STORE: gl.constexpr, PINGPONG: gl.constexpr,
              SPLIT: gl.constexpr, STREAM: gl.constexpr):
@@ -220,7 +234,8 @@ def _consume(a_tiles, b_tiles, more_tiles, full, empty, turn, y_ptr, bias_ptr, w
     FIRST: gl.constexpr = NUMBER if PINGPONG else 0
     TURNS: gl.constexpr = 2 if PINGPONG else 1
     SIZE: gl.constexpr = ROWS * (B_TILE + MORE)
-    IN_MEMORY: gl.constexpr = SIZE > 64 * 160  # a second tile of sums finds no room in the registers
+    HALVES: gl.constexpr = CUT and not SPLIT and SIZE > 64 * 192  # one half of the sums waits in `held`
+    sums = held.index(NUMBER)
     steps = gl.cdiv(length if SPLIT else K, BLOCK_K)
     parts = segments if SPLIT else 1
     units = gl.cdiv(A, ROWS * GROUPS) * gl.cdiv(B, B_TILE + MORE) * parts
@@ -239,7 +254,7 @@ def _consume(a_tiles, b_tiles, more_tiles, full, empty, turn, y_ptr, bias_ptr, w
                 lap += 1
             chain = _nothing(ROWS, B_TILE)
             more = _nothing(ROWS, MORE)
-            total = _nothing(ROWS, B_TILE)
+            total = _nothing(ROWS, B_TILE // 2 if HALVES else B_TILE)
             more_total = _nothing(ROWS, MORE)
             if STREAM:  # noqa: SIM102 - the second condition is run-time
                 if first > 0:  # what the program before us began
@@ -251,30 +266,17 @@ def _consume(a_tiles, b_tiles, more_tiles, full, empty, turn, y_ptr, bias_ptr, w
                         more = gl.load(more_slot - GROUPS * SIZE, cache_modifier=".cg")
             if CUT and not SPLIT:  # segments in sequence
                 each = length // BLOCK_K
-                whole = (gl.cdiv(steps, each) - 1) * each if IN_MEMORY else steps  # all but the last segment
-                for start in range(0, whole, each):
+                for start in range(0, steps, each):
                     chain, more, step = _chain(chain, more, 0, gl.minimum(each, steps - start), step, a_tiles, b_tiles,
                                                more_tiles, full, empty, turn, NUMBER, MORE, GROUPS, STAGES, False)
-                    if IN_MEMORY:
+                    if HALVES:
+                        chain_a, chain_b = _halves(chain, ROWS, B_TILE)
+                        total += chain_a
                         if start > 0:
-                            chain += gl.load(slot)
-                            if MORE:
-                                more += gl.load(more_slot)
-                        gl.store(slot, chain)
-                        if MORE:
-                            gl.store(more_slot, more)
+                            chain_b += sums.load(chain_b.type.layout)
+                        sums.store(chain_b)
                     else:
                         total += chain
-                        more_total += more
-                if IN_MEMORY:
-                    chain = _nothing(ROWS, B_TILE)
-                    more = _nothing(ROWS, MORE)
-                    chain, more, step = _chain(chain, more, 0, steps - whole, step, a_tiles, b_tiles, more_tiles, full,
-                                               empty, turn, NUMBER, MORE, GROUPS, STAGES, False)
-                    total += gl.load(slot)
-                    total += chain
-                    if MORE:
-                        more_total += gl.load(more_slot)
                         more_total += more
             else:
                 chain, more, step = _chain(chain, more, first, last, step, a_tiles, b_tiles, more_tiles, full, empty,
@@ -287,7 +289,8 @@ def _consume(a_tiles, b_tiles, more_tiles, full, empty, turn, y_ptr, bias_ptr, w
                 barrier()  # every thread's numbers are stored before one thread says so
                 gl.atomic_xchg(flag_ptr + mine, 1, sem="release")
             elif SPLIT:
-                part_ptr = work_ptr + gl.num_programs(0) * GROUPS * SIZE + (unit % parts).to(gl.int64) * A * B
+                handed = gl.num_programs(0) * GROUPS * SIZE if STREAM else 0
+                part_ptr = work_ptr + handed + (unit % parts).to(gl.int64) * A * B
                 _store(chain, part_ptr, a0, b0, A, B, ROWS, B_TILE, SWAP)
                 if MORE:
                     _store(more, part_ptr, a0, b0 + B_TILE, A, B, ROWS, MORE, SWAP)
@@ -295,9 +298,16 @@ def _consume(a_tiles, b_tiles, more_tiles, full, empty, turn, y_ptr, bias_ptr, w
                 if not CUT:
                     total += chain
                     more_total += more
-                _finish(total, y_ptr, bias_ptr, a0, b0, A, B, ROWS, B_TILE, SWAP, BIAS, STORE)
+                if HALVES:
+                    rest = _nothing(ROWS, B_TILE // 2) + sums.load(total.type.layout)
+                    _finish(total, sums, y_ptr, bias_ptr, a0, b0, A, B, ROWS, B_TILE // 2, SWAP, BIAS, STORE, not SWAP)
+                    _finish(rest, sums, y_ptr, bias_ptr, a0, b0 + B_TILE // 2, A, B, ROWS, B_TILE // 2, SWAP, BIAS,
+                            STORE, not SWAP)
+                else:
+                    _finish(total, sums, y_ptr, bias_ptr, a0, b0, A, B, ROWS, B_TILE, SWAP, BIAS, STORE, False)
                 if MORE:
-                    _finish(more_total, y_ptr, bias_ptr, a0, b0 + B_TILE, A, B, ROWS, MORE, SWAP, BIAS, STORE)
+                    _finish(more_total, sums, y_ptr, bias_ptr, a0, b0 + B_TILE, A, B, ROWS, MORE, SWAP, BIAS, STORE,
+                            False)
 
 
 @gluon.jit(do_not_specialize=["M"])
@@ -312,7 +322,7 @@ def kernel(a_desc, b_desc, more_desc, y_ptr, bias_ptr, work_ptr, flag_ptr, M, N,
     segments are left for a second kernel to add. The wide side has B_TILE and MORE columns, two powers of 2 (or one,
     and 0), because a tensor core's instruction may be 160 wide and Triton's tensors may not.
 
-    work_ptr: a tile of float32 for each group of each program; with SPLIT, (segments, M, N) behind them."""
+    work_ptr: with STREAM a tile of float32 for each group of each program; with SPLIT, (segments, M, N) behind them."""
     if PDL:
         gdc_wait()
         if SPLIT:
@@ -326,6 +336,11 @@ def kernel(a_desc, b_desc, more_desc, y_ptr, bias_ptr, work_ptr, flag_ptr, M, N,
         more_tiles = gl.allocate_shared_memory(b_desc.dtype, [STAGES, MORE, BLOCK_K], more_desc.layout)
     else:
         more_tiles = b_tiles
+    if CUT and not SPLIT and ROWS * B_TILE > 64 * 192:  # half of a second tile of sums finds no room in registers
+        held = gl.allocate_shared_memory(gl.float32, [CONSUMERS, ROWS, B_TILE // 2],
+                                         gl.SwizzledSharedLayout(8, 1, 4, [1, 0]))
+    else:
+        held = a_tiles
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -337,34 +352,34 @@ def kernel(a_desc, b_desc, more_desc, y_ptr, bias_ptr, work_ptr, flag_ptr, M, N,
     fence_async_shared()
     if CONSUMERS == 1:
         gl.warp_specialize([
-            (_consume, (a_tiles, b_tiles, more_tiles, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K,
-                        segments, length, 0, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, BIAS,
-                        STORE, PINGPONG, SPLIT, STREAM)),
+            (_consume, (a_tiles, b_tiles, more_tiles, held, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A,
+                        B, K, segments, length, 0, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT,
+                        BIAS, STORE, PINGPONG, SPLIT, STREAM)),
             (_produce, (a_desc, b_desc, more_desc, a_tiles, b_tiles, more_tiles, full, empty, A, B, K, segments,
                         length, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SPLIT, STREAM)),
         ], [1], [24])
     elif CONSUMERS == 2:
         gl.warp_specialize([
-            (_consume, (a_tiles, b_tiles, more_tiles, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K,
-                        segments, length, 0, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, BIAS,
-                        STORE, PINGPONG, SPLIT, STREAM)),
-            (_consume, (a_tiles, b_tiles, more_tiles, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K,
-                        segments, length, 1, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, BIAS,
-                        STORE, PINGPONG, SPLIT, STREAM)),
+            (_consume, (a_tiles, b_tiles, more_tiles, held, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A,
+                        B, K, segments, length, 0, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT,
+                        BIAS, STORE, PINGPONG, SPLIT, STREAM)),
+            (_consume, (a_tiles, b_tiles, more_tiles, held, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A,
+                        B, K, segments, length, 1, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT,
+                        BIAS, STORE, PINGPONG, SPLIT, STREAM)),
             (_produce, (a_desc, b_desc, more_desc, a_tiles, b_tiles, more_tiles, full, empty, A, B, K, segments,
                         length, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SPLIT, STREAM)),
         ], [4, 1], [REGISTERS, 24])
     else:
         gl.warp_specialize([
-            (_consume, (a_tiles, b_tiles, more_tiles, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K,
-                        segments, length, 0, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, BIAS,
-                        STORE, PINGPONG, SPLIT, STREAM)),
-            (_consume, (a_tiles, b_tiles, more_tiles, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K,
-                        segments, length, 1, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, BIAS,
-                        STORE, PINGPONG, SPLIT, STREAM)),
-            (_consume, (a_tiles, b_tiles, more_tiles, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K,
-                        segments, length, 2, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, BIAS,
-                        STORE, PINGPONG, SPLIT, STREAM)),
+            (_consume, (a_tiles, b_tiles, more_tiles, held, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A,
+                        B, K, segments, length, 0, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT,
+                        BIAS, STORE, PINGPONG, SPLIT, STREAM)),
+            (_consume, (a_tiles, b_tiles, more_tiles, held, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A,
+                        B, K, segments, length, 1, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT,
+                        BIAS, STORE, PINGPONG, SPLIT, STREAM)),
+            (_consume, (a_tiles, b_tiles, more_tiles, held, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A,
+                        B, K, segments, length, 2, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT,
+                        BIAS, STORE, PINGPONG, SPLIT, STREAM)),
             (_produce, (a_desc, b_desc, more_desc, a_tiles, b_tiles, more_tiles, full, empty, A, B, K, segments,
                         length, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SPLIT, STREAM)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])

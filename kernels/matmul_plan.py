@@ -288,7 +288,7 @@ def work_size(plan, s, programs: int) -> int:
     """How many float32 of memory a schedule needs besides x, the weight and y."""
     if s.reduce and plan.m * plan.n * plan.cut[0] >= 2**31:
         raise Unsuitable(f"too many sums for a second kernel to count, got {s}")
-    tiles = s.stream or plan.cut[0] > 1 if s.kind == "hopper" else s.split and not s.reduce
+    tiles = s.stream if s.kind == "hopper" else s.split and not s.reduce
     size = programs * s.block_m * s.block_n if tiles else 0
     return size + (plan.cut[0] * plan.m * plan.n if s.reduce else 0)
 
@@ -340,6 +340,9 @@ def _hopper_launch(plan, s, small):
         raise Unsuitable(f"kind hopper splits into segments of one length, which a second kernel adds, got {s}")
     if s.stream and cut and not s.split:
         raise Unsuitable(f"a chain is handed on where segments have programs of their own, got {s}")
+    if cut and not s.split and (waiting(s) and (more or rows * wide > 64 * 256)
+                                or s.shared_bytes + waiting(s) > SHARED):
+        raise Unsuitable(f"there is no room for the sums while the next segment is made, got {s}")
     from .matmul_hopper import kernel, with_layout
 
     x, weight = ((plan.m, plan.k), plan.x_strides), ((plan.n, plan.k), plan.weight_strides)
@@ -351,6 +354,15 @@ def _hopper_launch(plan, s, small):
     arguments = (plan.m, plan.n, plan.k, *plan.cut, rows, most, more, s.block_k, s.group, consumers, s.stages, s.swap,
                  cut, plan.bias, s.store, s.pingpong, s.split, s.stream, 160 if consumers == 3 else 232, True)
     return kernel, given, arguments, {"num_warps": 4, **OPTIONS}
+
+
+SHARED = 227 * 1024  # bytes of shared memory that a block of sm_90 may use
+
+
+def waiting(s) -> int:
+    """Bytes of shared memory in which half of a tile's sums wait while the next segment fills the registers."""
+    large = s.kind == "hopper" and s.block_m * s.block_n > 64 * 192 * (s.warps // 4)
+    return 2 * s.block_m * s.block_n if large else 0
 
 
 def wide_side(wide: int) -> tuple[int, int]:

@@ -426,6 +426,18 @@ def test_groups_that_take_turns_are_refused_what_they_cannot_do():
             matmul_plan.bulk_launch(SimpleNamespace(**{**vars(plan), **changes}), schedule, small)
 
 
+@needs_triton
+@pytest.mark.parametrize("schedule", [
+    "128x320x64 warps=12 stages=2", "256x256x64 warps=8 stages=2", "192x224x64 warps=12 stages=2",
+    "128x256x64 warps=8 stages=4"])
+def test_a_tile_whose_sums_find_no_room_is_refused(schedule):
+    schedule = Schedule.parse(f"hopper {schedule} group=8 persistent")
+    plan = SimpleNamespace(dtype=torch.bfloat16, m=300, n=512, k=4096, x_strides=(4096, 1), weight_strides=(4096, 1),
+                           cut=(4, 1024), bias=False, index=0)
+    with pytest.raises(Unsuitable, match="no room|kind hopper"):
+        matmul_plan.bulk_launch(plan, schedule, torch.empty(16, dtype=torch.bfloat16))
+
+
 # gradients
 
 
@@ -668,7 +680,9 @@ CODE = [Job("matmul", shape, dtype, schedule, target) for shape, dtype, schedule
     ("N=4096,K=4096", "bfloat16", "hopper 64x256x64 warps=8 stages=5 group=8 persistent pingpong", 90),
     ("N=4096,K=4096,bias", "float16", "hopper 128x128x64 warps=8 stages=5 group=8 swap persistent store pingpong", 90),
     ("N=4096,K=4096", "bfloat16", "hopper 128x256x64 warps=8 stages=4 group=8 persistent stream", 90),
-    ("N=4096,K=14336", "bfloat16", "hopper 128x256x64 warps=8 stages=4 group=8 persistent", 90),
+    ("N=4096,K=14336", "bfloat16", "hopper 128x256x64 warps=8 stages=3 group=8 persistent store", 90),
+    ("N=4096,K=14336,bias", "float16", "hopper 256x128x64 warps=8 stages=3 group=8 swap persistent", 90),
+    ("N=4096,K=14336", "bfloat16", "hopper 128x192x64 warps=8 stages=4 group=8 persistent", 90),
     ("N=1280,K=8192,bias", "bfloat16", "hopper 128x160x64 warps=8 stages=6 group=8 persistent", 90),
     ("N=4096,K=4096", "bfloat16", "hopper 80x64x64 warps=4 stages=6 group=8 swap persistent store", 90),
     ("N=1280,K=8192", "bfloat16", "hopper 128x128x64 warps=8 stages=6 group=8 split persistent reduce stream", 90),
@@ -708,11 +722,11 @@ def chains(code):
     return {head for head, _ in lengths.values()}, sorted({length for _, length in lengths.values()})
 
 
-def sums_in_memory(job):
-    """Whether a tile's sum of segments waits in memory, because its chains fill the registers."""
+def half_waits(job):
+    """Whether half of a tile's sum of segments waits in shared memory, because its chains fill the registers."""
     s, shape = Schedule.parse(job.schedule), Shape.parse(job.shape)
     cut = order(shape["N"], shape["K"])[0] > 1
-    return s.kind == "hopper" and cut and not s.split and outputs(job) > 80 * (s.warps // 4)
+    return s.kind == "hopper" and cut and not s.split and outputs(job) > 96 * (s.warps // 4)
 
 
 @needs_compiler
@@ -734,22 +748,22 @@ def test_a_blocks_products_are_one_chain_for_each_accumulator(compiled):
         instruction = 1 if job.dtype == "float32" else 4 if "mma.sync" in code.ptx else None
         high = s.block_n if s.swap else s.block_m  # a wgmma holds 64 of its rows for four warps
         hopper = s.kind == "hopper"
-        rows = high // 64 * (1 + s.pingpong + sums_in_memory(job)) if hopper else high // (16 * s.warps)
+        rows = high // 64 * (1 + s.pingpong) if hopper else high // (16 * s.warps)
         rows *= 1 + bool(matmul_plan.wide_side(s.block_m if s.swap else s.block_n)[1])  # two instructions side by side
         assert len(heads) == (outputs(job) // instruction if instruction else rows), (names([code]), len(heads))
 
 
 @needs_compiler
 def test_segments_and_biases_are_separate_additions(compiled):
-    """One for the sum that starts from +0, one more inside the loop where it is cut, one for a bias; in memory the sum
-    is added to in the loop and twice after it; none where another kernel adds."""
+    """One for the sum that starts from +0, one more inside the loop where it is cut, one for a bias; the half of a
+    sum that waits in shared memory begins from +0 after the loop; none where another kernel adds."""
     for code in compiled:
         shape, s = Shape.parse(code.job.shape), Schedule.parse(code.job.schedule)
         if code.job.target == 100:
             continue
         cut = order(shape["N"], shape["K"])[0] > 1
         wanted = 1 + bool(shape.get("bias")) + (cut and not s.split and s.kind != "hopper")
-        wanted = 0 if s.reduce else wanted + 2 * sums_in_memory(code.job)
+        wanted = 0 if s.reduce else wanted + half_waits(code.job) / 2
         assert code.float_adds == wanted * outputs(code.job), names([code])
 
 
@@ -788,7 +802,7 @@ def test_no_split_k_is_refused_where_there_is_no_such_setting():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_no_split_k_puts_the_setting_back(dtype):
+def test_no_split_k_puts_the_setting_back(dtype, monkeypatch):
     switches, name = torch.backends.cuda.matmul, MODULE._SWITCH[dtype]
 
     def settings():
@@ -800,8 +814,13 @@ def test_no_split_k_puts_the_setting_back(dtype):
         y = OP.extras["cublas_no_split_k"](x, weight, b)
         assert settings() == before
         torch.testing.assert_close(y.double(), exact(x, weight, b), rtol=2e-2, atol=2e-1)
-    with pytest.raises(RuntimeError):
-        OP.extras["cublas_no_split_k"](x, weight.t(), bias)
+
+    def fails(*_):
+        raise RuntimeError("the library")
+
+    monkeypatch.setattr(MODULE.F, "linear", fails)
+    with pytest.raises(RuntimeError, match="the library"):
+        OP.extras["cublas_no_split_k"](x, weight, bias)
     assert settings() == before
 
 

@@ -8,9 +8,8 @@ from itertools import product
 import torch
 
 from ..matmul import order
+from ..matmul_plan import SHARED, waiting
 from ..schedules import Schedule
-
-_SHARED = 227 * 1024  # bytes of shared memory a block of sm_90 may use
 
 
 def candidates(n: int, k: int, tokens: int, dtype=torch.bfloat16, tma: bool = True) -> list[Schedule]:
@@ -24,7 +23,7 @@ def candidates(n: int, k: int, tokens: int, dtype=torch.bfloat16, tma: bool = Tr
             found = [replace(s, block_m=32) for s in found]
         found = [s for s in found if tma or s.kind == "pointer"]
     found = _by_order(found, n, k, tokens)
-    return list(dict.fromkeys(s for s in found if s.shared_bytes * dtype.itemsize // 2 <= _SHARED))
+    return list(dict.fromkeys(s for s in found if s.shared_bytes * dtype.itemsize // 2 <= SHARED))
 
 
 def _by_order(found, n, k, tokens):
@@ -37,10 +36,12 @@ def _by_order(found, n, k, tokens):
     parallel = [s for s in found if not (s.persistent or s.store)] if tokens <= 2048 else []
     by_last = [replace(s, split=True) for s in parallel] if tokens <= 128 else []
     by_kernel = [replace(s, split=True, reduce=True) for s in parallel] if tokens > 64 else []
+    sequential = [s if s.shared_bytes + waiting(s) <= SHARED else replace(s, stages=s.stages - 1) for s in found
+                  if s.persistent or tokens > 256 or n >= 2048]
     for s in found if 64 < tokens <= 2048 and k % length == 0 else ():
         if s.kind == "hopper" and not s.store:
             by_kernel.append(replace(s, split=True, reduce=True, stream=_uneven(s, n, tokens, cut)))
-    return [*by_last, *by_kernel, *(s for s in found if s.persistent or tokens > 256 or n >= 2048)]
+    return [*by_last, *by_kernel, *sequential]
 
 
 def _uneven(s, n, tokens, cut=1, sms=132) -> bool:
