@@ -76,8 +76,9 @@ def _edges(grid, panels, tokens):
         axes.minorticks_off()
     for axes in grid[:, 0]:
         axes.set_ylabel("Times cuBLAS' speed")
-    for axes in grid[-1]:
+    for axes in grid.flat[:panels][-COLUMNS:]:  # the lowest panel of each column
         axes.set_xlabel("# Tokens")
+        axes.xaxis.set_tick_params(labelbottom=True)
     for axes in grid.flat[panels:]:
         axes.set_axis_off()
     handles, labels = grid.flat[0].get_legend_handles_labels()

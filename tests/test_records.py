@@ -111,6 +111,18 @@ def test_a_sweep_sees_bits_move():
     assert rows.elements_differ[0] > 0
 
 
+def test_a_shorter_sweep_holds_bits_against_the_largest_recorded(tmp_path):
+    plan = small_plan(implementations=("split",), tokens=(1, 128), shapes=("D=4096",), repeats=1)
+    first = [r for point in sweep.sweep(plan, progress=False) for r in point]
+    records.TOKEN_SWEEP.merge(tmp_path, first)
+    shorter = small_plan(implementations=("split",), tokens=(1,), shapes=("D=4096",), repeats=1, again=True)
+    (again,), = sweep.sweep(shorter, done=records.TOKEN_SWEEP.read(tmp_path), progress=False)
+    assert not again["same_bits"] and [again[k] for k in ("elements_differ", "digest")] == [
+        first[0][k] for k in ("elements_differ", "digest")]
+    assert not list(sweep.sweep(small_plan(implementations=("split",), tokens=(1,), shapes=("D=4096",), repeats=1),
+                                done=records.TOKEN_SWEEP.read(tmp_path), progress=False))
+
+
 def test_a_stopped_sweep_goes_on_where_it_was(tmp_path):
     stop, taken = threading.Event(), []
     for rows in sweep.sweep(small_plan(), stop=stop, progress=False):

@@ -3,7 +3,7 @@
     python -m kernels.lab.sweep rms_norm --tokens 1 8 32 --out data
 
 A point is one (dtype, shape, tokens). All its contenders are timed in one interleaved run, and each is held
-against itself: do the rows at this token count equal, bit for bit, those at the largest?
+against itself: do the rows at this token count equal, bit for bit, those at the largest of the sweep or of its record?
 """
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class Plan:
     clocks: Sequence[str] = ()
     passes: int = 3
     repeats: int = 7
+    again: bool = False
     device: torch.device = field(default_factory=runtime.device)
 
     def __post_init__(self):
@@ -71,12 +72,13 @@ def sweep(plan: Plan, *, done: pd.DataFrame | None = None, stop: threading.Event
           on_error: Callable[[str, Exception], None] | None = None, progress: bool = True) -> Iterator[list[dict]]:
     """Yield the finished rows (dicts of data/'s columns) of each point, pass after pass.
 
-    `done` are rows already recorded: points they cover with this code are skipped. `stop`, once set, ends the
-    sweep after the current point. A contender that fails is told to `on_error(where, exception)`.
+    `done` are rows already recorded: points they cover with this code are skipped, unless the plan says `again`; a
+    contender's bits are held against the largest count it is recorded at. `stop`, once set, ends the sweep after the
+    current point. A contender that fails is told to `on_error(where, exception)`.
     """
     samples: dict[tuple, bench.Timing] = {}
-    checker = _Checker(plan)
-    skip = _recorded(plan, done)
+    checker = _Checker(plan, done)
+    skip = set() if plan.again else _recorded(plan, done)
     todo = [(n, p) for n in range(plan.passes) for p in plan.points() if p not in skip]
     for _, point in tqdm(todo, desc=f"{plan.op.name} sweep", disable=not progress, file=sys.stderr):
         if stop is not None and stop.is_set():
@@ -143,8 +145,11 @@ def _row(plan, key, timing, work, verdict) -> dict:
 class _Checker:
     """Verdicts by (implementation, point), each worked out once; the largest batch's results are kept meanwhile."""
 
-    def __init__(self, plan: Plan):
-        self.plan, self.verdicts, self.largest = plan, {}, (None, {})
+    def __init__(self, plan: Plan, done: pd.DataFrame | None = None):
+        self.plan, self.verdicts, self.kept = plan, {}, (None, {})
+        rows = done[done.op == plan.op.name] if done is not None and len(done) else None
+        key = ["implementation", "dtype", "shape"]
+        self.recorded = {} if rows is None else rows.groupby(key).tokens.max().to_dict()
 
     def __call__(self, name, point) -> Verdict:
         if (name, point) not in self.verdicts:
@@ -153,12 +158,13 @@ class _Checker:
 
     def _verdict(self, name, point) -> Verdict:
         dtype, shape, tokens = point
-        if self.largest[0] != (dtype, shape):
-            self.largest = ((dtype, shape), {})
-        reference = self.largest[1]
+        largest = max((*self.plan.tokens, self.recorded.get((name, dtype, shape), 0)))
+        if self.kept[0] != (dtype, shape):
+            self.kept = ((dtype, shape), {})
+        reference = self.kept[1]
         if name not in reference:
-            reference[name] = self._run(name, dtype, shape, max(self.plan.tokens))
-        here = reference[name] if tokens == max(self.plan.tokens) else self._run(name, dtype, shape, tokens)
+            reference[name] = self._run(name, dtype, shape, largest)
+        here = reference[name] if tokens == largest else self._run(name, dtype, shape, tokens)
         differ = bits.elements_differ(tuple(r[:tokens] for r in reference[name]), here)
         return Verdict(differ == 0, differ, bits.digest(here)[:16])
 
@@ -188,9 +194,10 @@ def _arguments(argv=None) -> argparse.Namespace:
 def main(argv=None) -> int:
     a = _arguments(argv)
     try:
-        plan = Plan(OPS[a.op], a.tokens, a.implementations, a.dtypes, a.shapes, a.clocks, a.passes, a.repeats)
+        plan = Plan(OPS[a.op], a.tokens, a.implementations, a.dtypes, a.shapes, a.clocks, a.passes, a.repeats,
+                    a.again)
         folder = records.open_machine(a.out, a.machine)
-        done = None if a.again else records.TOKEN_SWEEP.read(folder)
+        done = records.TOKEN_SWEEP.read(folder)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
