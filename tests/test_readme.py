@@ -1,9 +1,11 @@
 """The README's numbers are those of data/h200: every table under "Measured" is computed again from its CSV."""
 import re
 
+import pandas as pd
 import pytest
 
 from kernels.lab import records
+from kernels.lab.tune import CERTIFICATES
 from kernels.lab.window_cost import VERIFY_COST
 
 README = (records.ROOT / "README.md").read_text(encoding="utf-8")
@@ -72,6 +74,27 @@ def test_the_limits_of_wide_softmax_are_those_recorded():
     assert len(wide) == 6 and f"reach {min(wide):.0f}-{max(wide):.0f} % of a copy's bandwidth at 4096" in README
     narrow = share["float32", "D=32000"]
     assert {f"rows 32000 wide reach {value:.0f} %" in README for value in narrow} == {True}
+
+
+def test_the_certificates_are_those_recorded():
+    rows = pd.concat([records.load(CERTIFICATES, machine) for machine in records.machines(CERTIFICATES.file)])
+    assert set(rows.machine) == {"h200", "h100"}
+    assert (rows.groupby(["dtype", "shape", "input", "tokens"]).digest.nunique() == 1).all()
+    assert f"{rows.schedule.nunique()} schedules and {len(rows)} comparisons on an H200 and an H100" in README
+
+
+def test_where_products_are_not_ahead_is_as_recorded():
+    us = SWEEP.loc["matmul"].unstack("implementation")
+    speed = us.cuda / us.triton
+    assert f"at {(speed < 0.97).sum()} points it is below 0.97, lowest {speed.min():.2f}" in README
+    call = records.load(machine="h200").query("op == 'matmul' and clock == 'call'").pivot_table(
+        index=["shape", "tokens"], columns="implementation", values="us_p50")
+    later = (call.triton - call.cuda).dropna().reset_index(name="us")
+    few = later[later.tokens <= 64].us
+    assert (f"at most {few.max():.1f} us slower than the default up to 64 tokens, and faster at {(few < 0).sum()} of "
+            f"those {len(few)} points") in README
+    more = later[later.tokens > 64].us
+    assert len(more) == 6 and f"the worst is {more.max():.1f} us slower (1024 x 4096 at 128 tokens" in README
 
 
 def test_no_table_is_left_out():
