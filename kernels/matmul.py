@@ -237,7 +237,7 @@ def cublas_no_split_k(x, weight, bias=None):
     """F.linear with cuBLAS told not to split k; the settings are put back afterwards.
 
     Nothing is guaranteed: cuBLAS still chooses a kernel by the number of tokens. *By test*, its bits are ours wherever
-    our order is one chain; where it is several they are not, and moved at a few recorded points.
+    our order is one chain; where it is several they are not (but at one recorded point), and moved at a few.
     Raises Unavailable on a CPU and for float32, which have no such setting.
     """
     _check(x, weight, bias)
@@ -317,7 +317,7 @@ _SHARDS = ("N=1280,K=8192", "N=7168,K=8192", "N=8192,K=1024", "N=8192,K=3584", "
 matmul = Op(
     name="matmul",
     title="Matrix product",
-    order="a chain over k; small weights: k in segments of fixed length, added in sequence",
+    order="a chain over k; small or deep weights: k in segments of fixed length, added in sequence",
     cuda=_cuda,
     python=_python,
     triton=_triton,

@@ -4,7 +4,7 @@ One warp copies tiles of x and of the weight into shared memory, ahead of one, t
 each walk k in order into one accumulator. So several tensor core instructions are always in flight, and a tile may be
 192 rows high or 160 wide. Two groups may take turns, so that one stores its tile while the other multiplies; and where
 tiles do not divide evenly among the multiprocessors, a program hands a chain it began on to the next. Plain Triton
-cannot write these, and products of 128 to 2048 tokens want them.
+cannot write these, and products of 128 tokens and more want them.
 kernels/matmul_plan.py imports this file when a schedule of kind `hopper` runs, on sm_90.
 """
 from __future__ import annotations
@@ -228,13 +228,12 @@ def _slot(pointer, ROWS: gl.constexpr, WIDE: gl.constexpr):
 def _consume(a_tiles, b_tiles, more_tiles, held, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K,
              segments, length, NUMBER: gl.constexpr, ROWS: gl.constexpr, B_TILE: gl.constexpr, MORE: gl.constexpr,
              BLOCK_K: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-             SWAP: gl.constexpr, CUT: gl.constexpr, BIAS: gl.constexpr, STORE: gl.constexpr, PINGPONG: gl.constexpr,
-             SPLIT: gl.constexpr, STREAM: gl.constexpr):
+             SWAP: gl.constexpr, CUT: gl.constexpr, HALVES: gl.constexpr, BIAS: gl.constexpr, STORE: gl.constexpr,
+             PINGPONG: gl.constexpr, SPLIT: gl.constexpr, STREAM: gl.constexpr):
     """Group NUMBER's rows of each tile, or with PINGPONG all rows of every second tile."""
     FIRST: gl.constexpr = NUMBER if PINGPONG else 0
     TURNS: gl.constexpr = 2 if PINGPONG else 1
     SIZE: gl.constexpr = ROWS * (B_TILE + MORE)
-    HALVES: gl.constexpr = CUT and not SPLIT and SIZE > 64 * 192  # one half of the sums waits in `held`
     sums = held.index(NUMBER)
     steps = gl.cdiv(length if SPLIT else K, BLOCK_K)
     parts = segments if SPLIT else 1
@@ -314,13 +313,15 @@ def _consume(a_tiles, b_tiles, more_tiles, held, full, empty, turn, y_ptr, bias_
 def kernel(a_desc, b_desc, more_desc, y_ptr, bias_ptr, work_ptr, flag_ptr, M, N, K, segments, length,
            ROWS: gl.constexpr, B_TILE: gl.constexpr, MORE: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr,
            CONSUMERS: gl.constexpr, STAGES: gl.constexpr, SWAP: gl.constexpr, CUT: gl.constexpr,
-           BIAS: gl.constexpr, STORE: gl.constexpr, PINGPONG: gl.constexpr, SPLIT: gl.constexpr,
-           STREAM: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr):
+           HALVES: gl.constexpr, BIAS: gl.constexpr, STORE: gl.constexpr, PINGPONG: gl.constexpr,
+           SPLIT: gl.constexpr, STREAM: gl.constexpr, REGISTERS: gl.constexpr, PDL: gl.constexpr):
     """The high side a (rows shared out among the CONSUMERS) is x, or with SWAP the weight; the wide side b is the
     other. Programs walk tiles; launched with 4 warps, which are the first consumer. With PINGPONG a tile has one
-    consumer, and the two take turns: one stores while the other multiplies. With SPLIT the chains of a tile's
-    segments are left for a second kernel to add. The wide side has B_TILE and MORE columns, two powers of 2 (or one,
-    and 0), because a tensor core's instruction may be 160 wide and Triton's tensors may not.
+    consumer, and the two take turns: one stores while the other multiplies. With CUT a tile's segments follow each
+    other; with HALVES half of their sum waits in shared memory, because the registers have no room for a second tile.
+    With SPLIT the chains of a tile's segments are left for a second kernel to add. The wide side has B_TILE and MORE
+    columns, two powers of 2 (or one, and 0), because a tensor core's instruction may be 160 wide and Triton's tensors
+    may not.
 
     work_ptr: with STREAM a tile of float32 for each group of each program; with SPLIT, (segments, M, N) behind them."""
     if PDL:
@@ -336,7 +337,7 @@ def kernel(a_desc, b_desc, more_desc, y_ptr, bias_ptr, work_ptr, flag_ptr, M, N,
         more_tiles = gl.allocate_shared_memory(b_desc.dtype, [STAGES, MORE, BLOCK_K], more_desc.layout)
     else:
         more_tiles = b_tiles
-    if CUT and not SPLIT and ROWS * B_TILE > 64 * 192:  # half of a second tile of sums finds no room in registers
+    if HALVES:
         held = gl.allocate_shared_memory(gl.float32, [CONSUMERS, ROWS, B_TILE // 2],
                                          gl.SwizzledSharedLayout(8, 1, 4, [1, 0]))
     else:
@@ -354,7 +355,7 @@ def kernel(a_desc, b_desc, more_desc, y_ptr, bias_ptr, work_ptr, flag_ptr, M, N,
         gl.warp_specialize([
             (_consume, (a_tiles, b_tiles, more_tiles, held, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A,
                         B, K, segments, length, 0, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT,
-                        BIAS, STORE, PINGPONG, SPLIT, STREAM)),
+                        HALVES, BIAS, STORE, PINGPONG, SPLIT, STREAM)),
             (_produce, (a_desc, b_desc, more_desc, a_tiles, b_tiles, more_tiles, full, empty, A, B, K, segments,
                         length, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SPLIT, STREAM)),
         ], [1], [24])
@@ -362,10 +363,10 @@ def kernel(a_desc, b_desc, more_desc, y_ptr, bias_ptr, work_ptr, flag_ptr, M, N,
         gl.warp_specialize([
             (_consume, (a_tiles, b_tiles, more_tiles, held, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A,
                         B, K, segments, length, 0, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT,
-                        BIAS, STORE, PINGPONG, SPLIT, STREAM)),
+                        HALVES, BIAS, STORE, PINGPONG, SPLIT, STREAM)),
             (_consume, (a_tiles, b_tiles, more_tiles, held, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A,
                         B, K, segments, length, 1, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT,
-                        BIAS, STORE, PINGPONG, SPLIT, STREAM)),
+                        HALVES, BIAS, STORE, PINGPONG, SPLIT, STREAM)),
             (_produce, (a_desc, b_desc, more_desc, a_tiles, b_tiles, more_tiles, full, empty, A, B, K, segments,
                         length, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SPLIT, STREAM)),
         ], [4, 1], [REGISTERS, 24])
@@ -373,13 +374,13 @@ def kernel(a_desc, b_desc, more_desc, y_ptr, bias_ptr, work_ptr, flag_ptr, M, N,
         gl.warp_specialize([
             (_consume, (a_tiles, b_tiles, more_tiles, held, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A,
                         B, K, segments, length, 0, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT,
-                        BIAS, STORE, PINGPONG, SPLIT, STREAM)),
+                        HALVES, BIAS, STORE, PINGPONG, SPLIT, STREAM)),
             (_consume, (a_tiles, b_tiles, more_tiles, held, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A,
                         B, K, segments, length, 1, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT,
-                        BIAS, STORE, PINGPONG, SPLIT, STREAM)),
+                        HALVES, BIAS, STORE, PINGPONG, SPLIT, STREAM)),
             (_consume, (a_tiles, b_tiles, more_tiles, held, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A,
                         B, K, segments, length, 2, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT,
-                        BIAS, STORE, PINGPONG, SPLIT, STREAM)),
+                        HALVES, BIAS, STORE, PINGPONG, SPLIT, STREAM)),
             (_produce, (a_desc, b_desc, more_desc, a_tiles, b_tiles, more_tiles, full, empty, A, B, K, segments,
                         length, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SPLIT, STREAM)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])

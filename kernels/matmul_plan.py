@@ -340,8 +340,8 @@ def _hopper_launch(plan, s, small):
         raise Unsuitable(f"kind hopper splits into segments of one length, which a second kernel adds, got {s}")
     if s.stream and cut and not s.split:
         raise Unsuitable(f"a chain is handed on where segments have programs of their own, got {s}")
-    if cut and not s.split and (waiting(s) and (more or rows * wide > 64 * 256)
-                                or s.shared_bytes + waiting(s) > SHARED):
+    held = waiting(s) if cut and not s.split else 0
+    if held and (more or rows * wide > 64 * 256 or s.shared_bytes + held > SHARED):
         raise Unsuitable(f"there is no room for the sums while the next segment is made, got {s}")
     from .matmul_hopper import kernel, with_layout
 
@@ -352,7 +352,7 @@ def _hopper_launch(plan, s, small):
     given = (*examples, *[None] * (3 - len(examples)), small, small, small.new_empty(4, dtype=torch.float32),
              small.new_empty(4, dtype=torch.int32))
     arguments = (plan.m, plan.n, plan.k, *plan.cut, rows, most, more, s.block_k, s.group, consumers, s.stages, s.swap,
-                 cut, plan.bias, s.store, s.pingpong, s.split, s.stream, 160 if consumers == 3 else 232, True)
+                 cut, held > 0, plan.bias, s.store, s.pingpong, s.split, s.stream, 160 if consumers == 3 else 232, True)
     return kernel, given, arguments, {"num_warps": 4, **OPTIONS}
 
 

@@ -133,16 +133,24 @@ def _launcher(kernel) -> tuple:
     The function is the one in C under Triton's launcher, in the versions whose launchers we know: the Python around it
     takes microseconds. Otherwise it is Triton's launcher.
     """
-    run, version = kernel.run, tuple(triton.__version__.split(".")[:2])
-    if version not in (("3", "6"), ("3", "7")) or run.global_scratch_size or run.profile_scratch_size:
+    run, function, version = kernel.run, _in_c(kernel.run), tuple(triton.__version__.split(".")[:2])
+    if version not in KNOWN_LAUNCHERS or function is None or run.global_scratch_size or run.profile_scratch_size:
         return run, (kernel.function, kernel.packed_metadata, None, None, None), False
     start = (kernel.function, run.launch_cooperative_grid, run.launch_pdl)
-    function = run.launch  # in C, or in Python around it where there are tensor descriptors
-    if inspect.isfunction(function):
-        function = inspect.getclosurevars(function).nonlocals.get("launcher", function)
     if version == ("3", "6"):
         return function, (*start, None, None, kernel.packed_metadata, None, None, None), False
     return function, (*start, kernel.packed_metadata, *5 * (None,), run.arg_annotations, run.kernel_signature), True
+
+
+KNOWN_LAUNCHERS = (("3", "6"), ("3", "7"))
+
+
+def _in_c(run):
+    """What Triton's launcher calls, under the Python around it where there are tensor descriptors; None if unknown."""
+    function = getattr(run, "launch", None)
+    if inspect.isfunction(function):
+        return inspect.getclosurevars(function).nonlocals.get("launcher")
+    return function
 
 
 if HAS_GPU:  # torch.cuda's own wrappers of these cost a microsecond together

@@ -88,6 +88,18 @@ def test_every_recording_command_is_kept(tmp_path, monkeypatch):
     assert machine["command"] == {"token_sweep.csv": ["one", "two"]}
 
 
+def test_ceilings_that_are_noted_stay_and_are_not_measured_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "copy_gbytes_per_s", lambda device: 20.04)
+    monkeypatch.setattr(bench, "matmul_tflops", lambda device: 0.1234)
+    first = bench.ceilings(torch.device("cpu"))
+    assert first == {"copy_gbytes_per_s": 20.0, "matmul_tflops": 0.123}
+    records.note_machine(tmp_path, "a.csv", copy_gbytes_per_s=7.0)
+    again = bench.ceilings(torch.device("cpu"), records.read_machine(tmp_path))
+    assert again == {"copy_gbytes_per_s": 7.0, "matmul_tflops": 0.123}
+    machine = records.note_machine(tmp_path, "b.csv", **first)
+    assert (machine["copy_gbytes_per_s"], machine["matmul_tflops"]) == (7.0, 0.123)
+
+
 def test_unreadable_machine_json_is_named(tmp_path):
     (tmp_path / "machine.json").write_text("{")
     with pytest.raises(ValueError, match="machine.json is not readable"):

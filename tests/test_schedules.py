@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kernels import runtime, schedules
 from kernels.matmul import order
+from kernels.matmul_plan import waiting
 from kernels.op import DTYPES
 from kernels.schedules import KINDS, Schedule, choose, load, rule
 
@@ -174,7 +175,9 @@ def test_shipped_tables_are_sound():
                 segments, length = order(n, k)
                 for schedule in column.values():
                     assert segments == 1 or length % schedule.block_k == 0, (n, k, schedule)
-                    assert schedule.shared_bytes * DTYPES[dtype].itemsize // 2 <= 227 * 1024, (n, k, schedule)
+                    held = waiting(schedule) if segments > 1 and not schedule.split else 0
+                    size = schedule.shared_bytes * DTYPES[dtype].itemsize // 2 + held
+                    assert size <= 227 * 1024, (n, k, schedule)
 
 
 @pytest.mark.gpu

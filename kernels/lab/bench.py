@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -160,6 +161,13 @@ def matmul_tflops(device: torch.device | None = None, dtype=None, repeats: int =
     n, dtype = (8192, dtype or torch.bfloat16) if device.type == "cuda" else (1024, dtype or torch.float32)
     a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
     return 2 * n**3 / _best(lambda: a @ b, device, repeats) / 1e12
+
+
+def ceilings(device: torch.device, known: Mapping = MappingProxyType({})) -> dict[str, float]:
+    """{"copy_gbytes_per_s", "matmul_tflops"} of this device, which takes seconds: those in `known` are not measured."""
+    measured = {"copy_gbytes_per_s": (copy_gbytes_per_s, 1), "matmul_tflops": (matmul_tflops, 3)}
+    return {name: known[name] if name in known else round(measure(device), digits)
+            for name, (measure, digits) in measured.items()}
 
 
 def _best(function, device, repeats) -> float:

@@ -182,5 +182,5 @@ def _worth_timing(tokens) -> list[str]:
 
 def _float32(tokens):
     sizes = ((16, 32), (16, 64), (32, 32)) if tokens <= 64 else ((64, 64), (64, 128), (128, 128), (32, 64))
-    for (m, n), block_k, warps, stages in product(sizes, (16, 32), (4, 8), (2, 3)):
+    for (m, n), block_k, warps, stages in product(sizes, (16, 32), (4, 8), (2, 3) if tokens <= 64 else (3,)):
         yield Schedule("pointer", m, n, block_k, warps, stages)

@@ -181,13 +181,16 @@ def read_machine(folder) -> dict:
 
 
 def note_machine(folder, file: str, **ceilings) -> dict:
-    """Write machine.json: this machine, its measured ceilings, and the command that recorded `file`."""
+    """Write machine.json: this machine, its measured ceilings, and the command that recorded `file`.
+
+    Ceilings that it has already stay: all that is recorded there is seen against the same ones.
+    """
     folder = Path(folder)
     with FileLock(folder / "machine.json.lock"):
         machine = read_machine(folder)
         commands = machine.get("command", {})
         commands[file] = list(dict.fromkeys([*commands.get(file, []), command()]))
-        machine = {**machine, **this_machine(), **ceilings, "date": now(), "command": commands}
+        machine = {**ceilings, **machine, **this_machine(), "date": now(), "command": commands}
         write_atomic(folder / "machine.json", json.dumps(machine, indent=2, sort_keys=True) + "\n")
     return machine
 

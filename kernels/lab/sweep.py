@@ -201,9 +201,8 @@ def main(argv=None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    ceilings = {"copy_gbytes_per_s": round(bench.copy_gbytes_per_s(plan.device), 1),
-                "matmul_tflops": round(bench.matmul_tflops(plan.device), 3)}
-    records.note_machine(folder, records.TOKEN_SWEEP.file, **ceilings)
+    records.note_machine(folder, records.TOKEN_SWEEP.file,
+                         **bench.ceilings(plan.device, records.read_machine(folder)))
     try:
         for rows in sweep(plan, done=done):
             records.TOKEN_SWEEP.merge(folder, rows)

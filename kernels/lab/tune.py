@@ -235,7 +235,7 @@ def _ranked(timings) -> list:
 def best_schedule(ranked: list, tokens: int = FEW + 1) -> tuple[Schedule, float]:
     """The fastest schedule of ours and its time over the default's (above 1: faster than the default).
 
-    For few tokens one with pointers is taken if it is nearly as fast: each launch with bulk copies makes descriptors,
+    For few tokens one with pointers is taken if it is nearly as fast: bulk copies need descriptors at each new address,
     which takes the host some microseconds.
     """
     times = dict(ranked)

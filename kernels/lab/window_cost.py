@@ -16,8 +16,9 @@ import argparse
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -48,8 +49,9 @@ class Ceilings:
     matmul_tflops: float
 
     @classmethod
-    def measured(cls, device: torch.device) -> Ceilings:
-        ceilings = cls(bench.copy_gbytes_per_s(device), bench.matmul_tflops(device))
+    def measured(cls, device: torch.device, known: Mapping = MappingProxyType({})) -> Ceilings:
+        """Those that the machine.json `known` holds, the others measured now."""
+        ceilings = cls(**bench.ceilings(device, known))
         if device.type == "cuda":
             torch.cuda.empty_cache()
         return ceilings
@@ -249,10 +251,9 @@ def record(model: str, folder, windows: Sequence[int] = WINDOWS, curves: Sequenc
     done = None if again else table.read(folder)
     if not _todo(windows, curves, ops, done):
         return done
-    ceilings, llama = Ceilings.measured(device), Llama(model, device=device)
+    ceilings, llama = Ceilings.measured(device, records.read_machine(folder)), Llama(model, device=device)
     first = {"verify_cost_model": model} if table is VERIFY_COST else {}
-    records.note_machine(folder, table.file, copy_gbytes_per_s=round(ceilings.copy_gbytes_per_s, 1),
-                         matmul_tflops=round(ceilings.matmul_tflops, 3), **first)
+    records.note_machine(folder, table.file, **asdict(ceilings), **first)
     window_cost(llama, windows, curves, ops, done=done, ceilings=ceilings,
                 on_point=lambda row: table.merge(folder, [row]), **options)
     return table.read(folder)
