@@ -34,7 +34,7 @@ def test_every_point_has_its_row():
     assert points == [(w, o, c) for w in (1, 8) for o in ("default", "invariant") for c in CURVES]
     assert ((rows.ms_p05 > 0) & (rows.ms_p05 <= rows.ms_p50) & (rows.ms_p50 <= rows.ms_p95)).all()
     assert (rows.ms_per_token_p50 * rows.tokens - rows.ms_p50).abs().max() < 1e-9
-    assert set(rows.prefix) == {0} and set(rows.group) == {1} and set(rows.source) == {records.source()}
+    assert set(rows.prefix) == {0} and set(rows.group) == {1} and set(rows.source) == {window_cost.source()}
 
 
 def test_percentiles_are_those_of_the_timed_runs_after_the_warm_ups(monkeypatch):

@@ -10,14 +10,12 @@ numbers of queries (query), by other numbers of threads (threads), replayed from
 from __future__ import annotations
 
 import argparse
-import hashlib
+import inspect
 import itertools
 import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from functools import cache
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -25,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .. import bits, runtime
 from ..op import DTYPES
-from . import records
+from . import provenance, records
 from .atlas_ops import CASES, Case
 
 PROPERTIES = ("run", "batch", "position", "neighbours", "query", "threads", "graph")
@@ -97,11 +95,9 @@ def _checked(op, dtype, property) -> Case:
     return case
 
 
-@cache
 def source() -> str:
-    """The first 12 hex digits of SHA-256 over the files that decide a row: this one, atlas_ops.py and bits.py."""
-    files = (Path(__file__), Path(__file__).with_name("atlas_ops.py"), Path(bits.__file__))
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()[:12]
+    """The code that decides a row: this file, the cases and what they import."""
+    return provenance.source(__file__, inspect.getfile(Case))
 
 
 # --- one cell
@@ -363,7 +359,7 @@ def _have(done, device, trials) -> set:
     if done is None or not len(done):
         return set()
     sizes = {case.name: case.size(device) for case in CASES}
-    good = done[(done.source == source()) & (done["shape"] == done.op.map(sizes))
+    good = done[(done.source.isin(provenance.known_as(source()))) & (done["shape"] == done.op.map(sizes))
                 & ~done.verdict.str.startswith("error") & ((done.trials >= trials) | (done.trials == 0))]
     return set(good[["op", "dtype", "property"]].itertuples(index=False, name=None))
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from .. import bits, runtime, tensor_core
 from ..op import DTYPES
 from ..runtime import tl, triton
-from . import records
+from . import provenance, records
 
 TENSOR_CORE = records.Table(
     "tensor_core.csv",
@@ -142,7 +142,7 @@ def check(matmuls: Mapping[str, Callable], dtype: str, lengths=LENGTHS, size: in
                 yield {"instruction": name, "dtype": dtype, "k": k, "input": kind, **vars(adders[name]),
                        "outputs": found.outputs, "mismatches": found.mismatches,
                        "not_nearest": bits.elements_differ(expected, nearest), **_counts(expected),
-                       "recorded_at": records.now(), "source": records.source()}
+                       "recorded_at": records.now(), "source": provenance.source(__file__)}
 
 
 def _counts(y) -> dict[str, int]:

@@ -21,7 +21,7 @@ import torch
 
 from .. import OPS, bits, runtime
 from ..op import DTYPES, Op, Shape
-from . import records
+from . import provenance, records
 
 DIGESTS = records.Table(
     "digests.csv",
@@ -96,7 +96,7 @@ def measured(case: Case, device) -> dict:
             count = bits.elements_differ(specification, result)
             raise RuntimeError(f"{case}: triton and python differ on this GPU in {count} elements; nothing is recorded")
     return {**vars(case), "implementation": implementation, "digest": bits.digest(result),
-            "recorded_at": records.now(), "source": records.source()}
+            "recorded_at": records.now(), "source": provenance.of_op(op)}
 
 
 def record(folder, device=None, ops=tuple(OPS)) -> int:

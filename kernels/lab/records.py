@@ -6,7 +6,6 @@ to one kind of machine: nothing here mixes rows silently.
 from __future__ import annotations
 
 import datetime
-import hashlib
 import itertools
 import json
 import os
@@ -16,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -95,15 +93,6 @@ def write_atomic(path: Path, text: str) -> None:
 
 def now() -> str:
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-@cache
-def source() -> str:
-    """The first 12 hex digits of SHA-256 over kernels/**/*.py: which code measured a row."""
-    total = hashlib.sha256()
-    for path in sorted((ROOT / "kernels").rglob("*.py")):
-        total.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    return total.hexdigest()[:12]
 
 
 def device_name() -> str:

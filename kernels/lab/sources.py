@@ -11,11 +11,12 @@ import argparse
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 
 import pandas as pd
 
-from . import atlas, notebook, records
+from . import atlas, notebook, provenance, records
 
 PROPERTIES = {
     "run": "the same call, repeated, gives the same bits",
@@ -180,9 +181,14 @@ def record(out=records.DATA, number: str = "02") -> str:
     seen = json.loads(notebook.execute(nb, path.parent, 600, path.name).cells[-1].outputs[0].text)
     folder = records.open_machine(out)
     OBSERVED.merge(folder, [{"name": name, "question": question, "value": value, "recorded_at": records.now(),
-                             "source": records.source()} for name, question, value in seen])
+                             "source": source()} for name, question, value in seen])
     records.note_machine(folder, OBSERVED.file)
     return folder.name
+
+
+def source() -> str:
+    """The code that decides what is seen: the demos and what they import."""
+    return provenance.source(*map(str, Path(__file__).parent.glob("sources*.py")))
 
 
 def _checked(name: str) -> None:

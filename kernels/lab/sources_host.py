@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import bits, rms_norm
-from . import records
+from . import provenance, records
 
 # PyTorch's CPU defaults whose bits are worth following from machine to machine, and one specification
 DEFAULTS: dict[str, Callable] = {
@@ -123,7 +123,7 @@ def record(out=records.DATA) -> str:
     capability = torch.backends.cpu.get_cpu_capability()
     HOST_DIGESTS.merge(folder, [
         {"op": op, "torch": torch.__version__, "capability": capability, "digest": digest,
-         "recorded_at": records.now(), "source": records.source()} for op, digest in digests().items()])
+         "recorded_at": records.now(), "source": provenance.source(__file__)} for op, digest in digests().items()])
     records.note_machine(folder, HOST_DIGESTS.file)
     return folder.name
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from .. import OPS, bits, runtime
 from ..op import DTYPES, Op, Shape
-from . import bench, records
+from . import bench, provenance, records
 
 TOKENS = (1, 8, 32, 128, 256, 512, 1024, 2048, 4096, 16384)
 KEY = list(records.TOKEN_SWEEP.key)
@@ -94,7 +94,8 @@ def _recorded(plan, done) -> set:
     """Points whose every wanted row is recorded by this very code with as many repeats."""
     if done is None or not len(done):
         return set()
-    enough = (done.source == records.source()) & (done.repeats >= plan.passes * plan.repeats)
+    this_code = provenance.known_as(provenance.of_op(plan.op))
+    enough = done.source.isin(this_code) & (done.repeats >= plan.passes * plan.repeats)
     rows = done[(done.op == plan.op.name) & enough]
     have = set(rows[["implementation", "dtype", "shape", "tokens", "clock"]].itertuples(index=False, name=None))
     return {p for p in plan.points() if all((i, *p, c) in have for i in plan.implementations for c in plan.clocks)}
@@ -138,7 +139,7 @@ def _row(plan, key, timing, work, verdict) -> dict:
         "gbytes_per_s": work.bytes / us / 1e3, "tflops": work.flops / us / 1e6,
         "same_bits": verdict.same, "elements_differ": verdict.differ, "digest": verdict.digest,
         "schedule": plan.op.schedule(tokens, shape, DTYPES[dtype]) if name == "triton" else None,
-        "recorded_at": records.now(), "source": records.source(),
+        "recorded_at": records.now(), "source": provenance.of_op(plan.op),
     }
 
 

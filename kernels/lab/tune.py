@@ -32,7 +32,7 @@ from ..matmul import _inputs, order, run_schedule
 from ..matmul import matmul as op
 from ..op import DTYPES, Shape, dtype_name
 from ..schedules import Schedule
-from . import bench, records
+from . import bench, provenance, records
 from .candidates import candidates
 
 TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -98,7 +98,7 @@ def certificates(schedule: Schedule, n: int, k: int, dtype: torch.dtype, device)
     prove(schedule, n, k, dtype, device)
     (n, k), rows = stand_in(n, k), STREAM_ROWS if schedule.stream else ROWS
     same = {"op": "matmul", "dtype": dtype_name(dtype), "shape": f"N={n},K={k}", "schedule": str(schedule),
-            "tokens": rows, "trusted": str(TRUSTED), "recorded_at": records.now(), "source": records.source()}
+            "tokens": rows, "trusted": str(TRUSTED), "recorded_at": records.now(), "source": provenance.of_op(op)}
     return [{**same, "input": kind, "digest": bits.digest(run_schedule(schedule, *_case(n, k, dtype, kind, device,
                                                                                        rows)[0]))} for kind in KINDS]
 

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from .. import runtime
 from ..inference.cache import free_memory
 from ..inference.llama import PRESETS, Config, Llama, preset
-from . import bench, records
+from . import bench, provenance, records
 
 WINDOWS = (16, 32, 64, 128, 256, 512, 1024)
 WARMUPS, RUNS = 10, 50
@@ -136,11 +136,16 @@ def _checked(config, device, windows, wanted, ops, runs, warmups) -> tuple[str, 
     return wanted
 
 
+def source() -> str:
+    """The code that decides a row: this file, the model and its ops."""
+    return provenance.source(__file__)
+
+
 def _todo(windows, curves, ops, done: pd.DataFrame | None) -> list[tuple[int, list[tuple[str, str]]]]:
     """Each window with the (curve, ops) this code has not measured there yet."""
     skip = set()
     if done is not None and len(done):
-        same_code = done[done.source == records.source()]
+        same_code = done[done.source.isin(provenance.known_as(source()))]
         skip = set(same_code[list(VERIFY_COST.key)].itertuples(index=False, name=None))
     wanted = [(c, o) for o in dict.fromkeys(ops) for c in curves]
     todo = [(w, [(c, o) for c, o in wanted if (c, o, w, 0, 1) not in skip]) for w in sorted(set(windows))]
@@ -230,7 +235,7 @@ def _row(curve, ops, window, ms, floor) -> dict:
     p05, p50, p95 = (float(v) for v in np.percentile(ms, (5, 50, 95)))
     return {"curve": curve, "ops": ops, "tokens": window, "prefix": 0, "group": 1, "ms_p05": p05, "ms_p50": p50,
             "ms_p95": p95, "ms_per_token_p50": p50 / window, "floor_ms": floor, "recorded_at": records.now(),
-            "source": records.source()}
+            "source": source()}
 
 
 def table_for(model: str, folder) -> records.Table:
