@@ -30,10 +30,10 @@ figures: $(READY) ## redraw every figure from data/
 	$(BIN)/python -m figures $(ARGS)
 
 notebooks: $(READY) ## execute every notebook and keep its outputs
-	$(BIN)/python -m kernels.lab.notebook run all $(ARGS)
+	$(BIN)/python -m kernels notebooks run all $(ARGS)
 
 record: $(READY) ## measure this machine into data/
-	set -e; for op in $(RECORDERS); do $(BIN)/python -m kernels.lab.sweep $$op --out data $(ARGS); done
+	set -e; for op in $(RECORDERS); do $(BIN)/python -m kernels sweep $$op --out data $(ARGS); done
 
 # A PYTHON named by the caller counts also when .venv is up to date but was made with another version.
 ifneq ($(origin PYTHON),file)

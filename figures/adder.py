@@ -3,8 +3,9 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from kernels.lab import adder_chart, records
-from kernels.tensor_core import HOPPER, explain
+from kernels.arithmetic.tensor_core import HOPPER, explain
+from kernels.lab import records
+from kernels.lab.adder import chart as adder_chart
 
 EXPONENTS, ACCUMULATOR = (3, -6, -14, -27), -2
 ALT = adder_chart.in_words(explain(*adder_chart.example(EXPONENTS, ACCUMULATOR), HOPPER), HOPPER)

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from kernels.lab import atlas, atlas_chart, records
+from kernels.lab import records
+from kernels.lab.atlas import chart as atlas_chart
+from kernels.lab.atlas import measure as atlas
 
 
 def _machines(data) -> list[str]:
@@ -29,7 +31,7 @@ def _shown(rows):
 def draw(data=records.DATA) -> Figure:
     tables = _tables(data)
     if not tables:
-        raise FileNotFoundError(f"no {atlas.ATLAS.file} is recorded in {data}: run python -m kernels.lab.atlas")
+        raise FileNotFoundError(f"no {atlas.ATLAS.file} is recorded in {data}: run python -m kernels atlas")
     moved = [atlas_chart.counts(atlas_chart.steady(rows), "batch") for rows in tables.values()]
     claim = " and ".join(f"{some} of {of} on {'a CPU' if name.startswith('cpu') else name.upper()}"
                          for name, (some, of) in zip(_machines(data), moved, strict=True))

@@ -22,7 +22,7 @@ def draw(data=records.DATA) -> Figure:
     rows = rows[(rows.op == "matmul") & (rows.dtype == "bfloat16") & (rows.clock == "cold")
                 & rows["shape"].isin(SHAPES) & rows.implementation.isin(NAMES)]
     if not len(rows):
-        raise ValueError("no matmul rows on the clock cold are recorded: python -m kernels.lab.sweep matmul")
+        raise ValueError("no matmul rows on the clock cold are recorded: python -m kernels sweep matmul")
     machine = records.read_machine(records.Path(data) / rows.machine.iloc[0])
     tokens = sorted(rows.tokens.unique())
     figure = Figure(figsize=(13, 5), layout="constrained")

@@ -50,7 +50,7 @@ def recorded(data) -> pd.DataFrame:
     rows = records.load(out=data)
     rows = rows[(rows.op == "matmul") & (rows.dtype == "bfloat16") & (rows.clock == "cold")]
     if not len(rows):
-        raise ValueError("no matmul rows on the clock cold are recorded: python -m kernels.lab.sweep matmul")
+        raise ValueError("no matmul rows on the clock cold are recorded: python -m kernels sweep matmul")
     return rows
 
 

@@ -5,7 +5,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from kernels.lab import chart, records, style
+from kernels.lab import records, style
+from kernels.lab.sweep import chart
 
 ALT = ("Two panels. Left, the published chart's axes: execution time in milliseconds over 1 to 4096 tokens. Our "
        "medians: the default (CUDA) and the Triton kernel stay near 0.02 ms up to 1024 tokens and reach about "

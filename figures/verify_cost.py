@@ -5,8 +5,9 @@ import textwrap
 
 from matplotlib.figure import Figure
 
-from kernels.lab import records, style, window_chart
-from kernels.lab.window_cost import VERIFY_COST
+from kernels.lab import records, style
+from kernels.lab.window import chart as window_chart
+from kernels.lab.window.measure import VERIFY_COST
 
 ALT = ("Two panels over the tokens in a window. Left, the published chart's axes: latency per token in milliseconds "
        "over 16 to 512 tokens, our eager passes as a blue line with round markers and the area beneath in green. It "

@@ -1,12 +1,14 @@
 """Same Bits: batch-invariant kernels. Each op has three names: `.cuda`, `.python`, `.triton`."""
-from . import runtime  # first: without a GPU it chooses Triton's interpreter before Triton is imported
-from .matmul import matmul
-from .mean import mean, sum
+from . import bits, runtime  # runtime chooses Triton's interpreter where there is no GPU, before Triton is imported
+from .arithmetic import elementary, sums, tensor_core
 from .op import Op
-from .rms_norm import rms_norm
-from .softmax import log_softmax, softmax
+from .ops.matmul.op import matmul
+from .ops.mean import mean, sum
+from .ops.rms_norm import rms_norm
+from .ops.softmax import log_softmax, softmax
 
 OPS: dict[str, Op] = {op.name: op for op in (rms_norm, softmax, log_softmax, sum, mean, matmul)}
 
 # without `sum`: import * must not hide Python's own
-__all__ = ["OPS", "Op", "log_softmax", "matmul", "mean", "rms_norm", "runtime", "softmax"]
+__all__ = ["OPS", "Op", "bits", "elementary", "log_softmax", "matmul", "mean", "rms_norm", "runtime", "softmax", "sums",
+           "tensor_core"]

@@ -17,7 +17,12 @@ import nbformat
 import pytest
 import torch
 
-from kernels.lab import adder_chart, atlas, orders, orders_chart, records, widget_parts
+from kernels.lab import records
+from kernels.lab.adder import chart as adder_chart
+from kernels.lab.atlas import measure as atlas
+from kernels.lab.orders import chart as orders_chart
+from kernels.lab.orders import measure as orders
+from kernels.lab.widgets import parts as widget_parts
 
 pytestmark = pytest.mark.browser
 
@@ -25,11 +30,11 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
 NOTEBOOKS = {
-    "sweep": "from kernels.lab.widgets import TokenSweep\nTokenSweep('rms_norm', out='data', passes=1)",
-    "orders": "from kernels.lab.orders_widget import SumOrders\nSumOrders()",
-    "atlas": "from kernels.lab.atlas_widget import Atlas\nAtlas()",
-    "adder": "from kernels.lab.adder_widget import AdderSteps\nAdderSteps()",
-    "matmul": "from kernels.lab.widgets import TokenSweep\nTokenSweep('matmul', out='data', passes=1)",
+    "sweep": "from kernels.lab.sweep import TokenSweep\nTokenSweep('rms_norm', out='data', passes=1)",
+    "orders": "from kernels.lab.orders import SumOrders\nSumOrders()",
+    "atlas": "from kernels.lab.atlas import Atlas\nAtlas()",
+    "adder": "from kernels.lab.adder import AdderSteps\nAdderSteps()",
+    "matmul": "from kernels.lab.sweep import TokenSweep\nTokenSweep('matmul', out='data', passes=1)",
 }
 IMAGE = ".jp-OutputArea img.widget-image"
 DIGEST_OF_IMAGE = """async selector => {

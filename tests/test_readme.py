@@ -4,11 +4,11 @@ import re
 import pandas as pd
 import pytest
 
-from kernels import schedules
 from kernels.lab import records
-from kernels.lab.tune import CERTIFICATES, stand_in
-from kernels.lab.window_cost import VERIFY_COST
+from kernels.lab.tuning.tune import CERTIFICATES, stand_in
+from kernels.lab.window.measure import VERIFY_COST
 from kernels.op import Shape
+from kernels.ops.matmul import schedule as schedules
 
 README = (records.ROOT / "README.md").read_text(encoding="utf-8")
 SECTION = README.partition("## Measured on an H200")[2].partition("\n## ")[0]

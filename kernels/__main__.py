@@ -1,0 +1,51 @@
+"""The table of ops, or one of the suite's commands.
+
+    python -m kernels                    the ops, their orders and files
+    python -m kernels VERB --help        what a command does and takes
+"""
+from __future__ import annotations
+
+import inspect
+import sys
+from importlib import import_module
+from pathlib import Path
+
+VERBS = {
+    "sweep": ("sweep.measure", "time and bits of an op over token counts"),
+    "tune": ("tuning.tune", "find this GPU's fastest schedules of the matrix product"),
+    "digests": ("proofs.digests", "record what bits ops have, or redo what is recorded (--check)"),
+    "tensor-core": ("proofs.tensor_core", "compare this GPU's tensor cores with their model"),
+    "code": ("proofs.generated_code", "compile an op's schedules ahead of time and count instructions"),
+    "atlas": ("atlas.measure", "test PyTorch's own ops for what moves their bits"),
+    "window": ("window.measure", "time one forward of a model over a window of tokens"),
+    "sources": ("sources.claims", "run notebook 02 and record what it saw"),
+    "host": ("sources.host", "digests of PyTorch's CPU defaults"),
+    "notebooks": ("notebook.run", "run, clean or check the notebooks"),
+}
+
+
+def table() -> str:
+    """Each op with its order and the file where it is written."""
+    from . import OPS
+
+    root = Path(__file__).resolve().parents[1]
+    rows = [(op.name, op.order, Path(inspect.getfile(op.python)).relative_to(root).as_posix()) for op in OPS.values()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    ops = "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    verbs = "\n".join(f"  {verb:12} {what}" for verb, (_, what) in VERBS.items())
+    return f"{ops}\n\npython -m kernels VERB ...\n{verbs}"
+
+
+def main(argv=None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(table())
+        return 0
+    if argv[0] not in VERBS:
+        print(f"error: the command must be one of {', '.join(VERBS)}, got {argv[0]!r}", file=sys.stderr)
+        return 2
+    return import_module(f".lab.{VERBS[argv[0]][0]}", __package__).main(argv[1:]) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""How numbers are added, in PyTorch and in Triton."""

@@ -1,0 +1,7 @@
+"""What a notebook's cells use, and how notebooks are run and checked."""
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
+    "run": ["begin", "check", "observe", "show", "show_source"],
+    "exercises": ["exercise", "grade"],
+})

@@ -1,0 +1,393 @@
+"""What the notebooks' cells call, and what executes and normalises the notebooks themselves.
+
+    python -m kernels notebooks run 00 03     execute, normalise and save (`run all` for every notebook)
+    python -m kernels notebooks clean 03      normalise what JupyterLab saved, without executing
+    python -m kernels notebooks check all     say what is wrong with the files as they are
+
+A notebook is named by its number, or by a path. One that fails, or breaks a rule of `faults`, is not written.
+"""
+from __future__ import annotations
+
+import argparse
+import ast
+import base64
+import hashlib
+import html
+import inspect
+import io
+import json
+import re
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from ... import bits, runtime
+from .. import records, style
+
+NOTEBOOKS = records.ROOT / "notebooks"
+
+
+def begin() -> None:
+    """Say in one line where this runs, set the figures' and the page's theme and seed torch."""
+    style.theme()
+    torch.manual_seed(0)
+    print(_where())
+    _theme_page()
+
+
+# Long lines of shown code scroll (JupyterLab would break them inside words); a folded solution has room below it.
+_PAGE = """<style>
+.jp-RenderedMarkdown.jp-RenderedMarkdown pre, .jp-RenderedMarkdown.jp-RenderedMarkdown pre code {
+  white-space: pre; word-break: normal; overflow-wrap: normal; overflow-x: auto }
+.jp-RenderedMarkdown details { margin-bottom: 1.5em }
+</style>"""
+
+
+def _theme_page() -> None:
+    from IPython import get_ipython
+    from IPython.display import display
+
+    if get_ipython() is not None:
+        display({"text/html": _PAGE, "text/plain": ""}, raw=True)
+
+
+def _where() -> str:
+    recorded = _recorded_machine()
+    if runtime.where() == "LIVE":
+        return f"LIVE {records.device_name()}"
+    if runtime.where() == "INTERPRETER":
+        return "INTERPRETER on CPU" + (f" + recorded {recorded}" if recorded else "")
+    return f"RECORDED {recorded}".strip() + f" ({runtime.WHY_NOT})"
+
+
+def _recorded_machine() -> str:
+    """The machine whose records charts open on, such as H200; '' where data/ has none."""
+    for name in records.machines()[:1]:
+        return records.read_machine(records.DATA / name).get("device", name).removeprefix("NVIDIA ")
+    return ""
+
+
+def show(figure, alt: str) -> None:
+    """Display a matplotlib figure once, as PNG with `alt` as its text alternative, and close it.
+
+    JupyterLab drops an image's alternative text, so the words also stand folded below the figure.
+    Raises ValueError where `alt` is empty.
+    """
+    import matplotlib.pyplot as plt
+    from IPython.display import display
+
+    if not isinstance(alt, str) or not alt.strip():
+        raise ValueError(f"alt must say in words what the figure shows, got {alt!r}")
+    alt = " ".join(alt.split())
+    png = io.BytesIO()
+    figure.savefig(png, format="png", metadata={"Software": None})
+    plt.close(figure)
+    width = round(figure.get_figwidth() * figure.get_dpi())  # savefig.dpi is finer, for sharp screens
+    display({"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": alt}, raw=True,
+            metadata={"image/png": {"alt": alt, "width": width}})
+    words = f"<details><summary>This figure in words</summary>{html.escape(alt)}</details>"
+    display({"text/html": words}, raw=True)
+
+
+def check(claim: str, condition) -> None:
+    """Print a tick and the claim, or raise AssertionError that says what differs.
+
+    `condition` is a bool, a tensor or NumPy value of one element, or a Report of bits.check_invariance.
+    """
+    evidence = f": {condition}" if isinstance(condition, bits.Report) else ""
+    if not _truth(condition):
+        raise AssertionError(f"✗ {claim}{evidence or ': that is not so here'}")
+    print(f"✓ {claim}{evidence}")
+
+
+def _truth(condition) -> bool:
+    if isinstance(condition, (bool, bits.Report)):
+        return bool(condition)
+    if getattr(condition, "dtype", None) in (torch.bool, bool) and getattr(condition, "ndim", 0) == 0:
+        return bool(condition)
+    raise TypeError(f"a check needs one yes or no, got {type(condition).__name__} {condition!r}")
+
+
+def observe(what: str, value, recorded=None, cpu: bool = False) -> None:
+    """Print what this machine happens to do, beside what the recorded machines did.
+
+    `recorded` is that machine's value, or a mapping from machine names to values. `cpu`: its CPU did it, though it may
+    have a GPU.
+    """
+    if recorded is not None and not isinstance(recorded, Mapping):
+        recorded = {_recorded_machine() or "the recorded machine": recorded}
+    here = records.device_name() if runtime.HAS_GPU and not cpu else "this CPU"
+    both = [(here, value), *(recorded or {}).items()]
+    print(f"• {what}: " + "; ".join(f"{_text(v)} on {machine}" for machine, v in both))
+
+
+def _text(value) -> str:
+    value = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def show_source(thing, without_docstring: bool = False) -> None:
+    """Display the source of a function, an op's implementation or a Triton kernel, highlighted.
+
+    Works for compiled and interpreted kernels alike, and for a stand-in where there is no Triton.
+    """
+    from IPython.display import display
+
+    function = _function(thing)
+    source = textwrap.dedent(inspect.getsource(function)).rstrip()
+    source = _drop_docstring(source) if without_docstring else source
+    file = Path(inspect.getsourcefile(function))
+    title = f"*{file.relative_to(records.ROOT).as_posix()}*\n\n" if file.is_relative_to(records.ROOT) else ""
+    display({"text/markdown": f"{title}```python\n{source}\n```", "text/plain": source}, raw=True)
+
+
+def _function(thing):
+    """The plain Python function inside a Triton kernel, a partial or a decorated function."""
+    while not inspect.isfunction(thing):
+        inner = getattr(thing, "fn", None) or getattr(thing, "func", None) or getattr(thing, "_init_fn", None)
+        if inner is None:
+            raise TypeError(f"show_source needs a function or a kernel, got {type(thing).__name__} {thing!r}")
+        thing = inner
+    return inspect.unwrap(thing)
+
+
+def _drop_docstring(source: str) -> str:
+    body = ast.parse(source).body[0].body
+    if len(body) < 2 or ast.get_docstring(ast.parse(source).body[0]) is None:
+        return source
+    lines = source.splitlines()
+    return "\n".join(lines[: body[0].lineno - 1] + lines[body[0].end_lineno :])
+
+
+# The runner.
+
+class NotebookError(RuntimeError):
+    """A notebook that cannot be read, fails, or breaks a rule; the message names it and the cell."""
+
+
+_KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+_CELL_METADATA = ("jupyter", "tags")
+_WIDGET = "application/vnd.jupyter.widget-view+json"
+_WIDGET_NOTE = "(a widget: run the notebook to use it)"
+_SAVED_WITH_WIDGET = ("image/", "text/html", "text/markdown")
+_REST = r"[^\s'\"<>)]*"
+_MACHINE_PATH = re.compile(
+    r"(?<![\w.:/])(?:/(?:root|home|tmp|Users|usr|opt|mnt|var/folders)/|[A-Za-z]:\\Users\\)" + _REST)
+_ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}")
+_NO_ALT = re.compile(r"!\[\s*\]\(|<img(?![^>]*\balt=\"[^\"]+\")[^>]*>")
+_LARGEST_IMAGE = 1_000_000
+
+
+def read(path) -> dict:
+    """The notebook as plain dicts. Raises NotebookError for anything that is not one."""
+    import nbformat
+    from nbformat.v4.rwbase import rejoin_lines
+
+    try:
+        nb = json.loads(Path(path).read_text(encoding="utf-8"))
+        if nb.get("nbformat") != 4:
+            raise ValueError(f"nbformat is {nb.get('nbformat')}, and must be 4")
+        return rejoin_lines(nbformat.from_dict({**nb, "nbformat_minor": 5}))
+    except (OSError, ValueError, AttributeError) as error:
+        raise NotebookError(f"{Path(path).name} is not a readable notebook: {error}") from None
+
+
+def as_text(nb) -> str:
+    """The one way a notebook is written to disk."""
+    import nbformat
+
+    return nbformat.writes(nb).rstrip("\n") + "\n"
+
+
+def execute(nb, cwd, timeout: float = 120, name: str = "notebook"):
+    """Run every cell in a fresh kernel that starts in `cwd`; `timeout` seconds in all. Returns the same notebook.
+
+    Raises NotebookError that names the cell and its error.
+    """
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+    at = [0]
+    deadline = time.monotonic() + timeout
+    client = NotebookClient(
+        nb, kernel_name="python3", resources={"metadata": {"path": str(cwd)}}, record_timing=False,
+        store_widget_state=False, coalesce_streams=True, force_raise_errors=True,
+        timeout_func=lambda cell: max(1, int(deadline - time.monotonic())),
+        on_cell_start=lambda cell, cell_index: at.__setitem__(0, cell_index))
+    try:
+        return client.execute()
+    except CellExecutionError as error:
+        why = f"{error.ename}: {error.evalue}"
+    except CellTimeoutError:
+        why = f"the notebook took longer than {timeout:g} s"
+    except DeadKernelError:
+        why = "the kernel died"
+    raise NotebookError(f"{name}, {_cell(nb, at[0])}: {why}")
+
+
+def normalise(nb):
+    """Leave out what differs from run to run or from machine to machine: the same outputs give the same file."""
+    import nbformat
+
+    nb.metadata = {"kernelspec": _KERNELSPEC, "language_info": {"name": "python"}}
+    nb.nbformat_minor = 5
+    ids: set[str] = set()
+    for cell in nb.cells:
+        cell.source = "\n".join(line.rstrip() for line in cell.source.strip("\n").split("\n"))
+        cell.metadata = {k: v for k, v in cell.metadata.items() if k in _CELL_METADATA and v}
+        cell.id = _unused(cell, ids)
+        ids.add(cell.id)
+        if cell.cell_type == "code":
+            cell.outputs = [kept for output in cell.outputs if (kept := _normal_output(output)) is not None]
+    return nbformat.from_dict(nb)
+
+
+def _unused(cell, ids) -> str:
+    """The cell's own id; if it has none or shares one, an id from its source."""
+    candidate, n = cell.get("id"), 0
+    while not candidate or candidate in ids:
+        candidate, n = hashlib.sha256(f"{cell.source}{n}".encode()).hexdigest()[:8], n + 1
+    return candidate
+
+
+def _normal_output(output):
+    if output.output_type == "stream":
+        output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)  # what a progress bar overwrote
+        return output if output.text.strip() else None
+    data = output.get("data", {})
+    if data.pop(_WIDGET, None) and not any(kind.startswith(_SAVED_WITH_WIDGET) for kind in data):
+        if re.search(r"\d+%\|", data.get("text/plain", "")):  # a progress bar
+            return None
+        data["text/plain"] = _WIDGET_NOTE
+    return output
+
+
+def faults(nb) -> list[str]:
+    """What keeps these outputs from being committed, each with its cell; [] for a good notebook."""
+    found = []
+    code = [c for c in nb.cells if c.cell_type == "code" and c.source.strip()]
+    if [c.execution_count for c in code] != list(range(1, len(code) + 1)):
+        found.append("not executed top to bottom in one run")
+    for index, cell in enumerate(nb.cells):
+        found += [f"{_cell(nb, index)}: {what}" for what in _cell_faults(cell)]
+    return found
+
+
+def _cell_faults(cell):
+    if cell.cell_type == "markdown" and _NO_ALT.search(cell.source):
+        yield "an image without alt text"
+    for output in cell.get("outputs", []):
+        if output.output_type == "error":
+            yield f"an error output, {output.ename}"
+        for kind, value in output.get("data", {"text/plain": output.get("text", "")}).items():
+            if kind.startswith("image/"):
+                yield from _image_faults(kind, value, output.metadata)
+            if kind.startswith("text/") or kind == "image/svg+xml":
+                yield from _text_faults(value)
+
+
+def _image_faults(kind, value, metadata):
+    if not metadata.get(kind, {}).get("alt", "").strip():
+        yield f"an image without alt text ({kind}); use show(figure, alt)"
+    size = len(value) if kind == "image/svg+xml" else len(value) * 3 // 4
+    if size > _LARGEST_IMAGE:
+        yield f"an image of {size / 1e6:.1f} MB; 1 MB is the most"
+
+
+def _text_faults(text):
+    own = "|".join(re.escape(str(p)) for p in (records.ROOT, sys.prefix, tempfile.gettempdir()))
+    found = _MACHINE_PATH.search(text) or re.search(f"(?<![\\w.])(?:{own})[/\\\\]{_REST}", text)
+    if found:
+        yield f"a path of this machine in the output: {found[0]}"
+    if _ADDRESS.search(text):
+        yield f"a memory address in the output:{_ADDRESS.search(text)[0]}"
+    if _NO_ALT.search(text):
+        yield "an image without alt text"
+
+
+def _cell(nb, index: int) -> str:
+    return f"cell {index + 1} ({(nb.cells[index].source.strip().splitlines() or ['empty'])[0][:60]!r})"
+
+
+def run(path, timeout: float = 120) -> None:
+    """Execute one notebook in its own folder, normalise it and replace the file. Raises NotebookError."""
+    path = Path(path)
+    _save(path, normalise(execute(read(path), path.parent, timeout, path.name)))
+
+
+def clean(path) -> None:
+    """Normalise one notebook as it is. Raises NotebookError."""
+    _save(Path(path), normalise(read(path)))
+
+
+def check_file(path) -> None:
+    """Raise NotebookError unless the file is as `run` would leave it."""
+    path = Path(path)
+    nb = normalise(read(path))
+    _refuse(path, faults(nb) + ["not in normal form; `python -m kernels notebooks clean` mends that"]
+            * (as_text(nb) != path.read_text(encoding="utf-8")))
+
+
+def _save(path, nb):
+    _refuse(path, faults(nb))
+    records.write_atomic(path, as_text(nb))
+
+
+def _refuse(path, found):
+    if found:
+        raise NotebookError("\n".join(f"{path.name}: {fault}" for fault in found))
+
+
+def find(names: Sequence[str], folder=NOTEBOOKS) -> list[Path]:
+    """Paths from numbers, file names or 'all'. Raises NotebookError where a name fits no notebook."""
+    every = sorted(Path(folder).glob("[0-9][0-9]_*.ipynb"))
+    if list(names) == ["all"]:
+        return every
+    chosen = []
+    for name in names:
+        fits = [p for p in every if p.name.startswith(f"{name}_") or p.stem == name]
+        fits = fits or [p for p in [Path(name)] if p.suffix == ".ipynb" and p.exists()]
+        if not fits:
+            raise NotebookError(f"no notebook {name!r}; there are {', '.join(p.stem for p in every) or 'none'}")
+        chosen += fits
+    return chosen
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kernels notebooks", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["run", "clean", "check"])
+    parser.add_argument("names", nargs="+", help="numbers, paths, or all")
+    parser.add_argument("--timeout", type=float, default=120, help="seconds a notebook may take")
+    a = parser.parse_args(argv)
+    action = {"run": lambda path: run(path, a.timeout), "clean": clean, "check": check_file}[a.action]
+    failed = False
+    try:
+        for path in find(a.names):
+            failed |= not _report(action, path)
+    except NotebookError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return int(failed)
+
+
+def _report(action, path) -> bool:
+    start = time.monotonic()
+    try:
+        action(path)
+    except (NotebookError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return False
+    print(f"{path.name}: {time.monotonic() - start:.0f} s")
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What shows that bits are kept: digests, generated code, a tensor core's sums."""

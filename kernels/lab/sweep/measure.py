@@ -1,0 +1,220 @@
+"""Token sweeps: time and bits of an op's contenders over token counts.
+
+    python -m kernels sweep rms_norm --tokens 1 8 32 --out data
+
+A point is one (dtype, shape, tokens). All its contenders are timed in one interleaved run, and each is held
+against itself: do the rows at this token count equal, bit for bit, those at the largest of the sweep or of its record?
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from ... import OPS, bits, runtime
+from ...op import DTYPES, Op, Shape
+from .. import bench, provenance, records
+
+TOKENS = (1, 8, 32, 128, 256, 512, 1024, 2048, 4096, 16384)
+KEY = list(records.TOKEN_SWEEP.key)
+
+
+@dataclass
+class Plan:
+    """What to sweep. `passes` repeats the whole list, so that slow drift shows in the percentiles."""
+
+    op: Op
+    tokens: Sequence[int] = TOKENS
+    implementations: Sequence[str] = ("cuda", "python", "triton")
+    dtypes: Sequence[str] = ("bfloat16",)
+    shapes: Sequence[str] = ()
+    clocks: Sequence[str] = ()
+    passes: int = 3
+    repeats: int = 7
+    again: bool = False
+    device: torch.device = field(default_factory=runtime.device)
+
+    def __post_init__(self):
+        self.shapes = tuple(str(Shape.parse(s)) for s in self.shapes or self.op.shapes)
+        self.clocks = tuple(self.clocks) or bench.clocks(self.device)
+        self.tokens = tuple(sorted(set(self.tokens)))
+        for name in self.implementations:
+            self.op.implementation(name)
+        unknown = [d for d in self.dtypes if d not in DTYPES]
+        if unknown:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {unknown[0]!r}")
+        for clock in self.clocks:
+            if clock not in bench.clocks(self.device):
+                raise ValueError(f"clock must be one of {', '.join(bench.clocks(self.device))} here, got {clock!r}")
+        if not self.tokens or self.tokens[0] < 1:
+            raise ValueError(f"tokens must be whole numbers of at least 1, got {self.tokens}")
+
+    def points(self) -> list[tuple[str, str, int]]:
+        return [(d, s, t) for d in self.dtypes for s in self.shapes for t in self.tokens]
+
+
+@dataclass
+class Verdict:
+    """Bits of one contender at one point: rows equal to those at the largest count, how many differ, a digest."""
+
+    same: bool
+    differ: int
+    digest: str
+
+
+def sweep(plan: Plan, *, done: pd.DataFrame | None = None, stop: threading.Event | None = None,
+          on_error: Callable[[str, Exception], None] | None = None, progress: bool = True) -> Iterator[list[dict]]:
+    """Yield the finished rows (dicts of data/'s columns) of each point, pass after pass.
+
+    `done` are rows already recorded: points they cover with this code are skipped, unless the plan says `again`; a
+    contender's bits are held against the largest count it is recorded at. `stop`, once set, ends the sweep after the
+    current point. A contender that fails is told to `on_error(where, exception)`.
+    """
+    samples: dict[tuple, bench.Timing] = {}
+    checker = _Checker(plan, done)
+    skip = set() if plan.again else _recorded(plan, done)
+    todo = [(n, p) for n in range(plan.passes) for p in plan.points() if p not in skip]
+    for _, point in tqdm(todo, desc=f"{plan.op.name} sweep", disable=not progress, file=sys.stderr):
+        if stop is not None and stop.is_set():
+            return
+        yield _measure_point(plan, point, samples, checker, on_error or _tell)
+
+
+def _tell(where, error):
+    tqdm.write(f"{where}: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
+
+
+def _recorded(plan, done) -> set:
+    """Points whose every wanted row is recorded by this very code with as many repeats."""
+    if done is None or not len(done):
+        return set()
+    this_code = provenance.known_as(provenance.of_op(plan.op))
+    enough = done.source.isin(this_code) & (done.repeats >= plan.passes * plan.repeats)
+    rows = done[(done.op == plan.op.name) & enough]
+    have = set(rows[["implementation", "dtype", "shape", "tokens", "clock"]].itertuples(index=False, name=None))
+    return {p for p in plan.points() if all((i, *p, c) in have for i in plan.implementations for c in plan.clocks)}
+
+
+def _measure_point(plan, point, samples, checker, on_error) -> list[dict]:
+    dtype, shape, tokens = point
+    work = plan.op.work(tokens, shape, DTYPES[dtype])
+    contenders = {}
+    for name in plan.implementations:
+        where = f"{name} at {tokens} tokens, {shape}, {dtype}"
+        try:
+            checker(name, point)
+            contenders[name] = plan.op.implementation(name)
+        except Exception as error:  # noqa: BLE001 - a failed point shows its error and the sweep goes on
+            on_error(where, error)
+    rows = []
+    for clock in plan.clocks:
+        timings = bench.measure(
+            contenders, lambda i: plan.op.inputs(tokens, shape, DTYPES[dtype], plan.device, i), clock,
+            device=plan.device, set_bytes=work.bytes, repeats=plan.repeats)
+        for name, timing in timings.items():
+            if isinstance(timing, Exception):
+                on_error(f"{name} at {tokens} tokens, {shape}, {dtype}, {clock}", timing)
+                continue
+            key = (name, *point, clock)
+            samples[key] = samples[key] + timing if key in samples else timing
+            rows.append(_row(plan, key, samples[key], work, checker(name, point)))
+    if plan.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return rows
+
+
+def _row(plan, key, timing, work, verdict) -> dict:
+    name, dtype, shape, tokens, clock = key
+    percentiles = timing.percentiles()
+    us = percentiles["us_p50"]
+    return {
+        "op": plan.op.name, "implementation": name, "dtype": dtype, "shape": shape, "tokens": tokens, "clock": clock,
+        **percentiles, "repeats": len(timing.us),
+        "gbytes_per_s": work.bytes / us / 1e3, "tflops": work.flops / us / 1e6,
+        "same_bits": verdict.same, "elements_differ": verdict.differ, "digest": verdict.digest,
+        "schedule": plan.op.schedule(tokens, shape, DTYPES[dtype]) if name == "triton" else None,
+        "recorded_at": records.now(), "source": provenance.of_op(plan.op),
+    }
+
+
+class _Checker:
+    """Verdicts by (implementation, point), each worked out once; the largest batch's results are kept meanwhile."""
+
+    def __init__(self, plan: Plan, done: pd.DataFrame | None = None):
+        self.plan, self.verdicts, self.kept = plan, {}, (None, {})
+        rows = done[done.op == plan.op.name] if done is not None and len(done) else None
+        key = ["implementation", "dtype", "shape"]
+        self.recorded = {} if rows is None else rows.groupby(key).tokens.max().to_dict()
+
+    def __call__(self, name, point) -> Verdict:
+        if (name, point) not in self.verdicts:
+            self.verdicts[name, point] = self._verdict(name, point)
+        return self.verdicts[name, point]
+
+    def _verdict(self, name, point) -> Verdict:
+        dtype, shape, tokens = point
+        largest = max((*self.plan.tokens, self.recorded.get((name, dtype, shape), 0)))
+        if self.kept[0] != (dtype, shape):
+            self.kept = ((dtype, shape), {})
+        reference = self.kept[1]
+        if name not in reference:
+            reference[name] = self._run(name, dtype, shape, largest)
+        here = reference[name] if tokens == largest else self._run(name, dtype, shape, tokens)
+        differ = bits.elements_differ(tuple(r[:tokens] for r in reference[name]), here)
+        return Verdict(differ == 0, differ, bits.digest(here)[:16])
+
+    def _run(self, name, dtype, shape, tokens) -> tuple:
+        arguments = self.plan.op.inputs(tokens, shape, DTYPES[dtype], self.plan.device, 0)
+        result = self.plan.op.implementation(name)(*arguments)
+        return result if isinstance(result, tuple) else (result,)
+
+
+def _arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m kernels sweep", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("op", choices=list(OPS))
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
+    parser.add_argument("--implementations", nargs="+", default=["cuda", "python", "triton"])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=list(DTYPES))
+    parser.add_argument("--shapes", nargs="+", default=[], help="such as D=8192,residual (default: the op's own)")
+    parser.add_argument("--clocks", nargs="+", default=[], choices=bench.CLOCKS)
+    parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=7, help="rounds a pass")
+    parser.add_argument("--out", default=records.DATA, help="the data folder")
+    parser.add_argument("--machine", help="the folder's name under it (default: from the device)")
+    parser.add_argument("--again", action="store_true", help="measure points that are recorded already")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    a = _arguments(argv)
+    try:
+        plan = Plan(OPS[a.op], a.tokens, a.implementations, a.dtypes, a.shapes, a.clocks, a.passes, a.repeats,
+                    a.again)
+        folder = records.open_machine(a.out, a.machine)
+        done = records.TOKEN_SWEEP.read(folder)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    records.note_machine(folder, records.TOKEN_SWEEP.file,
+                         **bench.ceilings(plan.device, records.read_machine(folder)))
+    try:
+        for rows in sweep(plan, done=done):
+            records.TOKEN_SWEEP.merge(folder, rows)
+    except KeyboardInterrupt:
+        print(f"stopped; what was measured is in {folder}, and the same command goes on from there", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

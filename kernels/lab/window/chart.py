@@ -1,0 +1,157 @@
+"""Window charts: plain functions from rows with verify_cost.csv's columns to axes, for figures and widgets.
+
+`per_token` is the published chart's form: a pass divided by its tokens, windows evenly spaced, time from zero.
+`whole_pass` shows the same passes undivided on log axes, above the least time their matrix products could take.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from .. import records, style
+from ..sweep.chart import _positions, _time_ticks
+
+# curve -> colour, marker, words
+CURVES = {
+    "paper": (style.BLUE, "o", "paper: eager"),
+    "graph": (style.VERMILION, "D", "graph: one CUDA graph"),
+}
+_PUBLISHED = {"linestyle": "none", "marker": "o", "markersize": 9.5, "markerfacecolor": "none",
+              "markeredgewidth": 1.5, "color": style.GREY, "label": "LLM-42 (H100 PCIe)"}
+_FAINT = {"linewidth": 1.1, "alpha": 0.6, "markersize": 4}
+
+
+def published(out=records.DATA) -> pd.DataFrame:
+    """The points of LLM-42's chart: as read off it, and as its authors logged them. Raises OSError or ValueError."""
+    path = Path(out) / "llm42" / "verify_cost.csv"
+    points = pd.read_csv(path, comment="#")
+    missing = {"tokens", "read_off_ms_per_token", "logged_total_ms"} - set(points.columns)
+    if missing:
+        raise ValueError(f"{path} lacks the columns {', '.join(sorted(missing))}")
+    return points
+
+
+def window_chart(rows: pd.DataFrame, *, windows: Sequence[int] = (), points: pd.DataFrame | None = None,
+                 recorded: pd.DataFrame | None = None, title: str = "", caption: str = "") -> Figure:
+    """Both forms side by side. `rows` may be empty; what else is drawn is as in `per_token` and `whole_pass`.
+
+    windows: those to leave room for, though no row has them yet.
+    """
+    tables = [table for table in (rows, points, recorded) if table is not None]
+    windows = sorted({*windows, *(int(t) for table in tables for t in table.tokens)})
+    with mpl.rc_context():
+        style.theme()
+        figure = Figure(figsize=(11, 4.8), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        per_token(left, rows, windows, points=points, recorded=recorded)
+        whole_pass(right, rows, windows, points=points, recorded=recorded)
+        left.set_title("Time a token: the pass, divided")
+        right.set_title("Time a pass: undivided, on log axes")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
+        style.caption(figure, caption)
+    return figure
+
+
+def per_token(axes: Axes, rows: pd.DataFrame, windows: Sequence[int], *, points: pd.DataFrame | None = None,
+              recorded: pd.DataFrame | None = None) -> None:
+    """Milliseconds a token over `windows`, evenly spaced; the area under the first curve filled, as published.
+
+    points: the published ones, as hollow marks; recorded: another machine's rows, thin, named in column `machine`.
+    """
+    drawn = _lines(axes, rows, windows, divided=True)
+    if drawn:
+        axes.fill_between(*drawn[0].get_data(), color=style.GREEN, alpha=0.3, linewidth=0, zorder=1)
+    _add_others(axes, windows, points, recorded, divided=True)
+    style.token_axis(axes, windows)
+    axes.set(xlabel="Number of Tokens", ylabel="Latency per Token (ms)")
+    _finish(axes, log=False)
+
+
+def whole_pass(axes: Axes, rows: pd.DataFrame, windows: Sequence[int], *, points: pd.DataFrame | None = None,
+               recorded: pd.DataFrame | None = None) -> None:
+    """Milliseconds a pass over `windows`, both axes logarithmic, and the floor of `rows`. Others as in `per_token`."""
+    _lines(axes, rows, windows)
+    floor = rows.drop_duplicates("tokens").sort_values("tokens")
+    if len(floor):
+        axes.plot(floor.tokens, floor.floor_ms, color="#404040", linestyle=(0, (1, 1.5)), linewidth=1.8, zorder=2,
+                  label="floor: the matrix products")
+    _add_others(axes, windows, points, recorded)
+    style.token_axis(axes, windows, log=True)
+    axes.set(xlabel="Number of Tokens", ylabel="Time a pass (ms)", yscale="log")
+    _finish(axes, log=True)
+
+
+def in_order(rows: pd.DataFrame) -> list[tuple[str, str]]:
+    """The (curve, ops) in these rows: paper before graph, default before invariant."""
+    found = set(rows[["curve", "ops"]].itertuples(index=False, name=None))
+    return [(curve, ops) for curve in CURVES for ops in ("default", "invariant") if (curve, ops) in found]
+
+
+def claim(rows: pd.DataFrame) -> str:
+    """What the first curve in these rows says, in one sentence."""
+    if not len(rows):
+        return "Nothing measured yet"
+    curve, ops = in_order(rows)[0]
+    ms = rows[(rows.curve == curve) & (rows.ops == ops)].sort_values("tokens").set_index("tokens").ms_p50
+    first, last = ms.index[0], ms.index[-1]
+    level = max(window for window in ms.index if (ms.loc[:window] <= 1.25 * ms[first]).all())
+    said = [f"{window} tokens take {ms[window] / ms[first]:.3g} times as long"
+            for window in dict.fromkeys((level, last)) if window != first]
+    return f"{curve}: beside {first}, {', '.join(said)}" if said else f"{curve}: measure another window to compare"
+
+
+def caption(model: str, where: str) -> str:
+    """What was measured, where, and by which clock."""
+    return (f"{model}, one request, empty prefix · {where} · clock: host wall time of a pass, medians, band 5-95 %\n"
+            "paper: prepare the batch, eager forward, token back on the host · graph: forward and argmax in one graph "
+            "· invariant ops: this suite's, where it has the op")
+
+
+def _lines(axes, rows, windows, *, divided=False, faint=False) -> list[Line2D]:
+    """A median line with its 5-95 % band for each curve and ops; invariant ops dashed."""
+    lines = []
+    for curve, ops in in_order(rows):
+        mine = rows[(rows.curve == curve) & (rows.ops == ops)].sort_values("tokens")
+        color, marker, words = CURVES[curve]
+        x, share = _positions(mine.tokens, windows, log=not divided), mine.tokens if divided else 1
+        low, middle, high = (mine[column] / share for column in ("ms_p05", "ms_p50", "ms_p95"))
+        if not faint:
+            axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+        look = {"color": color, "marker": marker, "linestyle": "-" if ops == "default" else (0, (4, 2)),
+                "label": words if ops == "default" else f"{curve}, invariant ops", "zorder": 3}
+        lines += axes.plot(x, middle, **look | (_FAINT | {"label": "_"} if faint else {}))
+    return lines
+
+
+def _add_others(axes, windows, points, recorded, divided=False):
+    if recorded is not None and len(recorded):
+        _lines(axes, recorded, windows, divided=divided, faint=True)
+        axes.plot([], [], color=style.GREY, **_FAINT, label=f"recorded, {recorded.machine.iloc[0]}")
+    if points is not None:
+        column = "read_off_ms_per_token" if divided else "logged_total_ms"
+        axes.plot(_positions(points.tokens, windows, log=not divided), points[column], **_PUBLISHED, zorder=4)
+
+
+def _finish(axes, log):
+    """The time axis fits the lines, not the bands: one slow run must not flatten a chart."""
+    axes.minorticks_off()
+    times = np.concatenate([line.get_ydata() for line in axes.lines] or [[]]).astype(float)
+    if not len(times):
+        axes.text(0.5, 0.5, "no points yet", transform=axes.transAxes, ha="center", color=style.GREY)
+        axes.set_yticks([])
+    elif log:
+        low, high = times.min() / 1.25, times.max() * 1.15
+        axes.set_ylim(low, high * (high / low) ** 0.3)  # room for the legend above the lines
+        _time_ticks(axes, log)
+        axes.legend(loc="upper left", ncols=2, handlelength=3).set_in_layout(False)
+    else:
+        axes.set_ylim(0, 1.15 * times.max())
+        _time_ticks(axes, log)
+        axes.legend(loc="upper right", handlelength=3)

@@ -1,0 +1,306 @@
+"""What a window of tokens costs: one request, an empty prefix, one forward over the window, one token chosen.
+
+    python -m kernels window --model llama-3.1-8b --windows 16 32 64 128 --curves paper graph --out data
+
+paper  eager, host wall clock: the token and position tensors built from Python lists and copied to the device,
+       the forward, argmax, and the chosen token back on the host
+graph  the same, with forward and argmax replayed as one CUDA graph
+floor  what the matrix products alone must take: for each the longer of its bytes at the measured copy
+       bandwidth and its FLOPs at the measured rate, summed
+
+Curves are timed turn by turn in one run. Method of `paper`: LLM-42's chart of its verifier's cost.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from ... import runtime
+from ...model.cache import free_memory
+from ...model.llama import PRESETS, Config, Llama, preset
+from .. import bench, provenance, records
+
+WINDOWS = (16, 32, 64, 128, 256, 512, 1024)
+WARMUPS, RUNS = 10, 50
+NO_GRAPH = "curve graph replays a CUDA graph and needs a CUDA GPU; on a CPU there is paper alone"
+VERIFY_COST = records.Table(
+    "verify_cost.csv",
+    ("curve", "ops", "tokens", "prefix", "group", "ms_p05", "ms_p50", "ms_p95", "ms_per_token_p50", "floor_ms",
+     "recorded_at", "source"),
+    ("curve", "ops", "tokens", "prefix", "group"),
+)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine reaches at best: GB/s of a copy (read plus written), TFLOP/s of a large product."""
+
+    copy_gbytes_per_s: float
+    matmul_tflops: float
+
+    @classmethod
+    def measured(cls, device: torch.device, known: Mapping = MappingProxyType({})) -> Ceilings:
+        """Those that the machine.json `known` holds, the others measured now."""
+        ceilings = cls(**bench.ceilings(device, known))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return ceilings
+
+
+def products(config: Config, tokens: int, logits: int = 1) -> list[tuple[int, int, int]]:
+    """The (M, N, K) of every matrix product of a forward over `tokens` tokens that gives `logits` rows of logits."""
+    layer = [(tokens, *shape) for shape in config.layer_shapes.values() if len(shape) == 2]
+    return config.layers * layer + [(logits, config.vocab_size, config.hidden_size)]
+
+
+def floor_ms(config: Config, tokens: int, dtype: torch.dtype, ceilings: Ceilings) -> float:
+    """The least time the matrix products of one forward can take, in milliseconds. Attention is not in it."""
+    total = 0.0
+    for m, n, k in products(config, tokens):
+        moved = (m * k + n * k + m * n) * dtype.itemsize
+        total += max(moved / (ceilings.copy_gbytes_per_s * 1e9), 2 * m * n * k / (ceilings.matmul_tflops * 1e12))
+    return total * 1e3
+
+
+def curves_on(device: torch.device) -> tuple[str, ...]:
+    """The curves that can be measured on this device."""
+    return ("paper", "graph") if device.type == "cuda" else ("paper",)
+
+
+def window_cost(model: Llama | str, windows: Sequence[int] = WINDOWS, curves: Sequence[str] | None = None,
+                ops: Sequence[str] = ("default",), *, runs: int = RUNS, warmups: int = WARMUPS,
+                done: pd.DataFrame | None = None, ceilings: Ceilings | None = None,
+                on_point: Callable[[dict], None] | None = None, on_run: Callable[[int, int], None] | None = None,
+                stop: threading.Event | None = None, progress: bool = False) -> pd.DataFrame:
+    """Measure windows of tokens; returns VERIFY_COST's columns, one row a (curve, ops, window), times in ms.
+
+    model     a Llama, or a preset's name for one with random weights on runtime.device()
+    curves    default: every one this device has
+    done      rows recorded before: those measured by this very code are not measured again
+    ceilings  default: measured now
+    on_point  is given each row as soon as it is there; on_run the timed rounds done and all there are
+    stop      once set, ends the run after the current round; the unfinished window is dropped
+
+    Raises ValueError for windows, curves, ops or counts that cannot be, MemoryError that names the sizes.
+    """
+    device = runtime.device() if isinstance(model, str) else model.device
+    config = preset(model) if isinstance(model, str) else model.config
+    curves = _checked(config, device, windows, curves, ops, runs, warmups)
+    todo = _todo(windows, curves, ops, done)
+    rows: list[dict] = []
+    if not todo:
+        return pd.DataFrame(rows, columns=list(VERIFY_COST.columns))
+    ceilings = ceilings or Ceilings.measured(device)
+    model = Llama(model, device=device) if isinstance(model, str) else model
+    rounds = _Rounds(len(todo), warmups, runs, on_run, stop, progress)
+    with rounds.bar:
+        for window, keys in todo:
+            floor = floor_ms(config, window, model.dtype, ceilings)
+            for (curve, name), ms in _measure(model, window, keys, rounds).items():
+                rows.append(_row(curve, name, window, ms, floor))
+                if on_point:
+                    on_point(rows[-1])
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # a graph's own memory
+            if rounds.stopped():
+                break
+    return pd.DataFrame(rows, columns=list(VERIFY_COST.columns))
+
+
+def _checked(config, device, windows, wanted, ops, runs, warmups) -> tuple[str, ...]:
+    for window in windows:
+        if not isinstance(window, int) or not 1 <= window <= config.context:
+            raise ValueError(f"windows must be whole numbers in 1..{config.context}, the context of {config.name}, "
+                             f"got {window!r}")
+    wanted = tuple(dict.fromkeys(curves_on(device) if wanted is None else wanted))
+    for curve in wanted:
+        if curve not in ("paper", "graph"):
+            raise ValueError(f"curve must be paper or graph, got {curve!r}")
+        if curve not in curves_on(device):
+            raise ValueError(NO_GRAPH)
+    for name in ops:
+        if name not in ("default", "invariant"):
+            raise ValueError(f"ops must be default or invariant, got {name!r}")
+    if runs < 1 or warmups < 0:
+        raise ValueError(f"runs must be at least 1 and warmups at least 0, got {runs} and {warmups}")
+    return wanted
+
+
+def source() -> str:
+    """The code that decides a row: this file, the model and its ops."""
+    return provenance.source(__file__)
+
+
+def _todo(windows, curves, ops, done: pd.DataFrame | None) -> list[tuple[int, list[tuple[str, str]]]]:
+    """Each window with the (curve, ops) this code has not measured there yet."""
+    skip = set()
+    if done is not None and len(done):
+        same_code = done[done.source.isin(provenance.known_as(source()))]
+        skip = set(same_code[list(VERIFY_COST.key)].itertuples(index=False, name=None))
+    wanted = [(c, o) for o in dict.fromkeys(ops) for c in curves]
+    todo = [(w, [(c, o) for c, o in wanted if (c, o, w, 0, 1) not in skip]) for w in sorted(set(windows))]
+    return [(w, keys) for w, keys in todo if keys]
+
+
+class _Rounds:
+    """Counts timed rounds for whoever watches, and says when to stop."""
+
+    def __init__(self, points, warmups, runs, on_run, stop, progress):
+        self.warmups, self.runs, self.on_run, self.stop, self.finished = warmups, runs, on_run, stop, 0
+        self.total = points * (warmups + runs)
+        self.bar = tqdm(total=self.total, desc="windows", unit="round", disable=not progress, file=sys.stderr)
+
+    def stopped(self) -> bool:
+        return self.stop is not None and self.stop.is_set()
+
+    def tick(self):
+        self.finished += 1
+        self.bar.update()
+        if self.on_run:
+            self.on_run(self.finished, self.total)
+
+
+def _measure(model, window, keys, rounds) -> dict[tuple[str, str], list[float]]:
+    """{(curve, ops): milliseconds, one a run}, taken turn by turn; {} if stopped before the last round."""
+    try:
+        steps = {(c, o): {"paper": _paper, "graph": _graph}[c](model.using(o), window) for c, o in keys}
+        samples = {key: [] for key in steps}
+        for _ in range(rounds.warmups + rounds.runs):
+            if rounds.stopped():
+                return {}
+            for key, step in steps.items():
+                start = time.perf_counter()
+                step()
+                samples[key].append(1e3 * (time.perf_counter() - start))
+            rounds.tick()
+    except torch.OutOfMemoryError:
+        free = (free_memory(model.device) or 0) / 1e9
+        raise MemoryError(f"a window of {window} tokens does not fit beside {model.config.name}, whose weights take "
+                          f"{model.nbytes / 1e9:.1f} GB: {model.device} has {free:.1f} GB free") from None
+    return {key: ms[rounds.warmups:] for key, ms in samples.items()}
+
+
+def _paper(model: Llama, window: int) -> Callable[[], int]:
+    """A function that prepares a prompt on the host, runs it and returns the token chosen."""
+    cache, ids, places = model.cache(1, window), _prompt(model, window), list(range(window))
+
+    def step():
+        tokens = torch.tensor([ids], device=model.device)
+        positions = torch.tensor([places], device=model.device)
+        return model(tokens, positions, cache, prefix=0).argmax(-1).item()
+    return step
+
+
+def _graph(model: Llama, window: int) -> Callable[[], int]:
+    """The same, with everything on the device captured once and replayed."""
+    cache, ids, places = model.cache(1, window), _prompt(model, window), list(range(window))
+    tokens, positions = torch.tensor([[ids], [places]], device=model.device)
+
+    def chosen():
+        return model(tokens, positions, cache, prefix=0).argmax(-1)
+
+    side = torch.cuda.Stream(model.device)
+    side.wait_stream(torch.cuda.current_stream(model.device))
+    with torch.cuda.stream(side):
+        for _ in range(3):  # whatever compiles, loads or picks an algorithm does so before the capture
+            chosen()
+    torch.cuda.current_stream(model.device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        token = chosen()
+
+    def step():
+        tokens.copy_(torch.tensor([ids]))
+        positions.copy_(torch.tensor([places]))
+        graph.replay()
+        return token.item()
+    return step
+
+
+def _prompt(model: Llama, window: int) -> list[int]:
+    return [(7919 * i + 13) % model.config.vocab_size for i in range(window)]
+
+
+def _row(curve, ops, window, ms, floor) -> dict:
+    p05, p50, p95 = (float(v) for v in np.percentile(ms, (5, 50, 95)))
+    return {"curve": curve, "ops": ops, "tokens": window, "prefix": 0, "group": 1, "ms_p05": p05, "ms_p50": p50,
+            "ms_p95": p95, "ms_per_token_p50": p50 / window, "floor_ms": floor, "recorded_at": records.now(),
+            "source": source()}
+
+
+def table_for(model: str, folder) -> records.Table:
+    """verify_cost.csv for the first model recorded in this folder, verify_cost.<model>.csv for any other."""
+    if records.read_machine(folder).get("verify_cost_model", model) == model:
+        return VERIFY_COST
+    return replace(VERIFY_COST, file=f"verify_cost.{model}.csv")
+
+
+def record(model: str, folder, windows: Sequence[int] = WINDOWS, curves: Sequence[str] | None = None,
+           ops: Sequence[str] = ("default",), *, again: bool = False, **options) -> pd.DataFrame:
+    """window_cost of a preset, each point written into `folder` as it is measured; returns the whole table.
+
+    Points that this very code has recorded there are skipped, unless `again`. Raises as window_cost does.
+    """
+    device, table = runtime.device(), table_for(model, folder)
+    curves = _checked(preset(model), device, windows, curves, ops, 1, 0)
+    done = None if again else table.read(folder)
+    if not _todo(windows, curves, ops, done):
+        return done
+    ceilings, llama = Ceilings.measured(device, records.read_machine(folder)), Llama(model, device=device)
+    first = {"verify_cost_model": model} if table is VERIFY_COST else {}
+    records.note_machine(folder, table.file, **asdict(ceilings), **first)
+    window_cost(llama, windows, curves, ops, done=done, ceilings=ceilings,
+                on_point=lambda row: table.merge(folder, [row]), **options)
+    return table.read(folder)
+
+
+def _arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m kernels window", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(PRESETS), default="llama-3.1-8b" if runtime.HAS_GPU else "small")
+    parser.add_argument("--windows", type=int, nargs="+", default=list(WINDOWS))
+    parser.add_argument("--curves", nargs="+", choices=("paper", "graph"), help="default: all this machine can measure")
+    parser.add_argument("--ops", nargs="+", default=["default"], choices=("default", "invariant"))
+    parser.add_argument("--runs", type=int, default=RUNS, help=f"timed runs a point, at least {RUNS}")
+    parser.add_argument("--out", default=records.DATA, help="the data folder")
+    parser.add_argument("--machine", help="the folder's name under it (default: from the device)")
+    parser.add_argument("--again", action="store_true", help="measure points that are recorded already")
+    arguments = parser.parse_args(argv)
+    if arguments.runs < RUNS:
+        parser.error(f"--runs must be at least {RUNS} for a recorded point, got {arguments.runs}")
+    return arguments
+
+
+def main(argv=None) -> int:
+    a = _arguments(argv)
+    if a.curves is None and not runtime.HAS_GPU:
+        print(f"note: {NO_GRAPH}", file=sys.stderr)
+    folder = None
+    try:
+        _checked(preset(a.model), runtime.device(), a.windows, a.curves, a.ops, a.runs, WARMUPS)
+        folder = records.open_machine(a.out, a.machine)
+        record(a.model, folder, a.windows, a.curves, a.ops, again=a.again, runs=a.runs, progress=True)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, OSError, runtime.Unavailable, torch.OutOfMemoryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"stopped; what was measured is in {folder}, and the same command goes on from there", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+"""WindowCost: what a window of tokens costs, measured and looked at in a notebook; a thin shell over window_cost.
+
+A worker thread only measures: it puts rows in a queue, and the thread that made the widget draws them.
+"""
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import ipywidgets as w
+import pandas as pd
+import torch
+
+from ... import runtime
+from ...model.llama import PRESETS, preset
+from .. import records
+from ..widgets import parts as parts
+from ..widgets.base import Measuring
+from . import chart as window_chart
+from . import measure as window_cost
+from .measure import VERIFY_COST, Ceilings
+
+NO_ROWS = pd.DataFrame(columns=list(VERIFY_COST.columns))
+_BETWEEN_TOLD = 0.3  # seconds: how often the worker says how far it is
+
+
+class WindowCost(Measuring):
+    """The time of a pass over windows of tokens: controls, a live chart, a table, downloads.
+
+    model   the name of a preset
+    out     the data folder that holds recorded machines
+    runs, warmups   rounds at each window (few, so that a run stays interactive)
+
+    It opens on recorded rows. `rows` are those of the last live run, `shown` those in the chart; `run()`,
+    `stop()` and `join()` do from code what the buttons do. ValueError for a model there is not.
+    """
+
+    COLUMNS = VERIFY_COST.columns
+
+    def __init__(self, model: str = "small", *, out=records.DATA, runs: int = 10, warmups: int = 2):
+        super().__init__()
+        self._out, self._runs, self._warmups = Path(out), runs, warmups
+        self._asked, self._ceilings, self._clock = [], None, None
+        self._recordings = self._find_recordings()
+        self._build(preset(model).name)
+        self._load()
+        self._draw()
+        w.VBox.__init__(self, self._laid_out(), layout=w.Layout(max_width="980px"))
+        self._connect()
+
+    # --- what it holds
+
+    @property
+    def recorded(self) -> pd.DataFrame:
+        """The chosen recorded rows, with verify_cost.csv's columns; empty if there are none."""
+        return self._recorded
+
+    @property
+    def shown(self) -> pd.DataFrame:
+        """The rows that chart, table and downloads show: the live ones, else the recorded ones."""
+        return self.rows if self._live else self.recorded
+
+    @property
+    def _live(self) -> bool:
+        return bool(self._rows)  # until the first point is there, the chart stays as it was
+
+    def __repr__(self):  # what a saved notebook keeps of the widget
+        return f"WindowCost({self.model.value!r}): run this cell in JupyterLab to use it"
+
+    # --- the controls
+
+    def _build(self, model):
+        labelled, gpu = parts.LABELLED, runtime.HAS_GPU
+        windows = window_cost.WINDOWS if gpu else (1, 2, 4, 8, 16, 32, 64, 128, 256)
+        self.model = w.Dropdown(description="Model", options=list(PRESETS), value=model, **labelled)
+        self.windows = w.Text(description="Windows", value=" ".join(map(str, windows)), continuous_update=False,
+                              **labelled)
+        self.curves = {name: w.Checkbox(description=name, value=True, indent=False) for name in ("paper", "graph")}
+        if not gpu:
+            self.curves["graph"].value, self.curves["graph"].disabled = False, True
+            self.curves["graph"].description = "graph (needs a CUDA GPU)"
+        self.ops = {name: w.Checkbox(description=f"{name} ops", value=name == "default", indent=False)
+                    for name in ("default", "invariant")}
+        self.recording = w.Dropdown(description="Recorded on", options=[*self._recordings, "none"], **labelled)
+        self.overlay = w.Checkbox(description="recorded beside live", value=gpu, indent=False)
+        self.published = w.Checkbox(description="LLM-42's published points", indent=False)
+        self.chart = w.Image(format="png", layout=w.Layout(width="100%", max_width="960px"))
+        self.table, self.downloads = w.HTML(), w.HTML()
+
+    def _laid_out(self):
+        boxes = (*self.curves.values(), *self.ops.values(), self.overlay, self.published)
+        parts.widths({self.model: "200px", self.recording: "290px"} | dict.fromkeys((self.windows, *boxes), "auto"))
+        self.windows.layout.flex = "1 1 auto"
+        measure = parts.panel(parts.line(self.model, self.windows), parts.line(
+            w.Label("Curves"), *self.curves.values(), *self.ops.values()), self._run_line)
+        compare = parts.panel(parts.line(self.recording, self.overlay, self.published))
+        return [measure, compare, self.errors, self.chart, self.downloads, self.table]
+
+    def _connect(self):
+        self.recording.observe(lambda change: self._at_home(self._change_recording), "value")
+        self._redraw_on(self.overlay, self.published)
+
+    def _change_recording(self):
+        self._load()
+        self.overlay.value = True  # whoever picks a recording wants to see it
+        self._draw()
+
+    # --- recorded data
+
+    def _find_recordings(self) -> dict[str, tuple[str, str, records.Table]]:
+        """What is recorded: 'machine · model' -> machine's name, its device, the table of that model."""
+        found = {}
+        for name in records.machines(VERIFY_COST.file, self._out):
+            folder = self._out / name
+            try:
+                device = str(records.read_machine(folder).get("device", name))
+                tables = {model: window_cost.table_for(model, folder) for model in PRESETS}
+            except (ValueError, AttributeError) as error:
+                self._problems[name] = f"recorded data of {name}: {error}"
+                continue
+            found |= {f"{name} · {model}": (name, device, table) for model, table in tables.items()
+                      if (folder / table.file).exists()}
+        return found
+
+    def _load(self):
+        """Read the chosen recording; what is wrong with it is shown, not raised."""
+        self._problems.pop("recording", None)
+        self._recorded, self._device = NO_ROWS, ""
+        if self.recording.value not in self._recordings:
+            return
+        name, self._device, table = self._recordings[self.recording.value]
+        try:
+            numbers = dict.fromkeys(("ms_p05", "ms_p50", "ms_p95", "ms_per_token_p50", "floor_ms"), float)
+            self._recorded = table.read(self._out / name).astype({**numbers, "tokens": int})
+        except (OSError, ValueError) as error:
+            self._problems["recording"] = f"recorded data of {name}: {error}"
+
+    # --- measuring
+
+    def asked(self) -> dict:
+        """The arguments for window_cost that the controls ask for. Raises ValueError that says what is wrong."""
+        wanted = {"windows": parts.token_counts(self.windows.value), "runs": self._runs, "warmups": self._warmups}
+        for name, boxes in (("curves", self.curves), ("ops", self.ops)):
+            wanted[name] = [key for key, box in boxes.items() if box.value]
+            if not wanted[name]:
+                raise ValueError(f"choose at least one of {' and '.join(boxes)}")
+        window_cost._checked(preset(self.model.value), runtime.device(), wanted["windows"], wanted["curves"],
+                             wanted["ops"], self._runs, self._warmups)
+        return wanted
+
+    def _prepare(self):
+        wanted = self.asked()
+        self._asked, self._measured = sorted(set(wanted["windows"])), self.model.value
+        steps = len(self._asked) * (self._runs + self._warmups)
+        return steps, "measuring what a copy and a large product reach here", (self._measured, wanted)
+
+    def _measure(self, model, wanted):
+        """The worker."""
+        told = time.monotonic()
+
+        def on_run(done, total):
+            nonlocal told
+            if time.monotonic() - told > _BETWEEN_TOLD:
+                self._tell("round", done)
+                told = time.monotonic()
+
+        ceilings = self._ceilings or Ceilings.measured(runtime.device())
+        self._tell("ceilings", ceilings)
+        window_cost.window_cost(model, **wanted, ceilings=ceilings, stop=self._stop, on_run=on_run,
+                                on_point=lambda row: self._tell("rows", [row]))
+
+    def _on_ceilings(self, ceilings):
+        self._ceilings, config = ceilings, preset(self._measured)
+        floors = [window_cost.floor_ms(config, window, _dtype(), ceilings) for window in self._asked]
+        self._clock = _Clock([floor for floor in floors for _ in range(self._runs + self._warmups)])
+        self._say("making the model")
+
+    def _on_round(self, done):
+        self.progress.value = done
+        if not self._stop.is_set():
+            at = min(done // (self._runs + self._warmups), len(self._asked) - 1)
+            self._say(f"window {self._asked[at]} ({at + 1} of {len(self._asked)}), {self._clock.text(done)}")
+
+    def _on_rows(self, rows):
+        for row in rows:
+            self._rows[row["curve"], row["ops"], row["tokens"]] = row
+        self.progress.value = self._finished() * (self._runs + self._warmups)
+
+    def _finished(self) -> int:
+        return len({tokens for _, _, tokens in self._rows})
+
+    def _so_far(self):
+        return self._finished(), len(self._asked), "windows"
+
+    # --- drawing
+
+    def _draw(self):
+        """Replace the chart, the table and, when nothing is being measured, the downloads."""
+        rows, points = self.shown, self._published_points()
+        self._show_errors()
+        beside = self.recorded.assign(machine=self.recording.value) if self._live and self.overlay.value else None
+        model = self._measured if self._live else self.recording.value.partition(" · ")[2]
+        where = records.device_name() if self._live else self._device and f"Recorded on {self._device}"
+        png = parts.png(window_chart.window_chart(
+            rows, windows=self._asked if self._live else (), points=points, recorded=beside,
+            title=window_chart.claim(rows), caption=window_chart.caption(model, where) if len(rows) else ""))
+        self.chart.value, self.table.value = png, table_html(rows)
+        if not self.running:
+            slug = records.slug() if self._live else self.recording.value.partition(" · ")[0]
+            self.downloads.value = parts.downloads_html(rows, png, f"window-cost-{model}-{slug}") if len(rows) else ""
+
+    def _published_points(self):
+        self._problems.pop("published", None)
+        try:
+            return window_chart.published(self._out) if self.published.value else None
+        except (OSError, ValueError) as error:
+            self._problems["published"] = f"published points: {error}"
+
+
+class _Clock:
+    """How long the rest takes: what the rounds so far took, scaled by what each round should cost."""
+
+    def __init__(self, costs):
+        self._costs, self._first = costs, None
+
+    def text(self, done: int) -> str:
+        now = time.monotonic()
+        if self._first is None:  # the rounds before this one began while the model was made
+            self._first = done, now
+        earlier, then = self._first
+        known = sum(self._costs[earlier:done])
+        if not known:
+            return "measuring"
+        return f"about {parts.seconds((now - then) / known * sum(self._costs[done:]))} left"
+
+
+def table_html(rows: pd.DataFrame) -> str:
+    """A small table: a line for each window, and for each curve the median time of a pass and of a token."""
+    if not len(rows):
+        return ""
+    lines = window_chart.in_order(rows)
+    cells = {(r.curve, r.ops, r.tokens): f"{r.ms_p50:,.4g}</td><td style='{parts.CELL}'>{r.ms_per_token_p50:,.3g}"
+             for r in rows.itertuples()}
+    head = "".join(f'<th style="{parts.CELL};color:{window_chart.CURVES[curve][0]}">{curve}, {ops}</th>'
+                   f'<th style="{parts.CELL}">a token</th>' for curve, ops in lines)
+    empty = f"-</td><td style='{parts.CELL}'>-"
+    body = "".join(f'<tr><td style="{parts.CELL}">{t:,}</td>' + "".join(
+        f'<td style="{parts.CELL}">{cells.get((*line, t), empty)}</td>' for line in lines) + "</tr>"
+        for t in sorted(rows.tokens.unique()))
+    return (f'<table style="border-collapse:collapse;font-size:12px;line-height:1.5">'
+            f'<tr style="border-bottom:1px solid #bbb"><th style="{parts.CELL}">tokens</th>{head}</tr>{body}</table>'
+            '<div style="font-size:11px;color:#666;margin-top:2px">Medians in ms: a pass, and a pass divided by its '
+            'tokens.</div>')
+
+
+def _dtype() -> torch.dtype:
+    return torch.bfloat16 if runtime.HAS_GPU else torch.float32

@@ -1,0 +1,1 @@
+"""The model that a sampler and a trainer share."""

@@ -1,0 +1,222 @@
+"""Which schedule for which shape and token count. A schedule decides speed, never a bit.
+
+A schedule is data: a kernel's kind, its tile and how it is walked, written as one line of text such as
+``pointer 16x32x256 warps=4 stages=5 group=1 swap split``. Tables of measured choices are shipped in
+data/schedules/<gpu>.json:
+
+    {"machine": "NVIDIA H200", "triton": "3.6.0", "torch": "2.11.0",
+     "matmul": {"bfloat16": {"N=4096,K=4096": {"16": "pointer ...", "64": "tma ..."}}}}
+
+A number beside a schedule is the largest token count it was measured best for. What no table covers follows a
+rule. A table that cannot be used costs speed and is warned about; the bits stay those of the order.
+"""
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from ...op import Shape, dtype_name
+
+FOLDER = Path(__file__).resolve().parents[3] / "data" / "schedules"
+_SWITCHES = {"pointer": ("swap", "split", "reduce"),
+             "tma": ("swap", "split", "reduce", "persistent", "flatten", "store", "specialize"),
+             "hopper": ("swap", "split", "reduce", "persistent", "store", "pingpong", "stream")}
+KINDS = tuple(_SWITCHES)
+_SHARED = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}  # KiB a block may use
+_NEAR = 1.0  # how many doublings of N and K together a table's shape may be away
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One way to carry out a matrix product's order.
+
+    kind        pointer: any strides; tma: bulk copies, sm_90 and up; hopper: tma with loads in a warp of their own
+    block_m/n/k tokens, weight rows and k of one tile
+    warps, stages, group   warps a program, tiles of k in flight, token tiles that share a column of weights in L2
+    swap        weight rows are the first side of the tensor core's product, so that few tokens pad little
+    split       segments of k in programs of their own (in sequence in one program otherwise); the last to end adds
+    reduce      a second kernel adds the segments of a split, on all multiprocessors
+    persistent  programs walk tiles; flatten: the walk and the loop over k are one pipeline
+    store       the result leaves by bulk copies as well (hopper: in whole lines, turned in shared memory)
+    specialize  the compiler gives loads and products to different warps
+    pingpong    hopper: each group of four warps has tiles of its own, and stores one while the other multiplies
+    stream      hopper: the last tiles are shared out evenly; a program hands the chain it began on to the next
+    """
+
+    kind: str = "pointer"
+    block_m: int = 64
+    block_n: int = 64
+    block_k: int = 64
+    warps: int = 4
+    stages: int = 3
+    group: int = 8
+    swap: bool = False
+    split: bool = False
+    persistent: bool = False
+    flatten: bool = False
+    store: bool = False
+    specialize: bool = False
+    pingpong: bool = False
+    reduce: bool = False
+    stream: bool = False
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        for name, least in (("block_m", 1), ("block_n", 1), ("block_k", 16), ("warps", 1), ("stages", 1), ("group", 1)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+        ignored = [f.name for f in fields(self) if f.type == "bool" and getattr(self, f.name)
+                   and f.name not in _SWITCHES[self.kind]]
+        if ignored:
+            raise ValueError(f"kind {self.kind} has no {', '.join(ignored)}; it has {', '.join(_SWITCHES[self.kind])}")
+
+    def __str__(self):
+        switches = [f.name for f in fields(self) if f.type == "bool" and getattr(self, f.name)]
+        return " ".join([f"{self.kind} {self.block_m}x{self.block_n}x{self.block_k} warps={self.warps} "
+                         f"stages={self.stages} group={self.group}", *switches])
+
+    @classmethod
+    def parse(cls, text: str) -> Schedule:
+        """The schedule that prints as `text`. Raises ValueError for any other text."""
+        found = re.fullmatch(r"(\w+) (\d+)x(\d+)x(\d+) warps=(\d+) stages=(\d+) group=(\d+)((?: \w+)*)", str(text))
+        switches = found[8].split() if found else []
+        known = {f.name for f in fields(cls) if f.type == "bool"}
+        if not found or not set(switches) <= known:
+            raise ValueError("a schedule must read like 'pointer 16x32x256 warps=4 stages=5 group=1 swap', with "
+                             f"switches among {', '.join(sorted(known))}; got {text!r}")
+        return cls(found[1], *(int(n) for n in found.groups()[1:7]), **dict.fromkeys(switches, True))
+
+    @property
+    def shared_bytes(self) -> int:
+        """What the tiles in flight take of a block's shared memory, for numbers of two bytes."""
+        return 2 * self.stages * self.block_k * (self.block_m + self.block_n)
+
+
+@cache
+def slug(index: int) -> str:
+    """GPU `index` as the name of its table: h200, h100, b200 and so on."""
+    name = torch.cuda.get_device_name(index)
+    known = re.search(r"\b([HABL]\d{2,3}|GH200|GB200|RTX.*)\b", name)
+    return re.sub(r"[^a-z0-9]+", "-", (known[1] if known else name.removeprefix("NVIDIA ")).lower()).strip("-")
+
+
+_KIN = {"h100": ("h200",), "h200": ("h100",), "gh200": ("h200", "h100")}  # whose table serves where there is none
+
+
+def load(name: str, folder=None) -> dict:
+    """The table of one GPU: {op: {dtype: {(N, K): {tokens: Schedule}}}}; {} and a warning if it cannot be used."""
+    path = Path(folder or FOLDER) / f"{name}.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        return {op: {dtype: {_sizes(shape): _column(choices) for shape, choices in shapes.items()}
+                     for dtype, shapes in dtypes.items()}
+                for op, dtypes in raw.items() if isinstance(dtypes, dict)}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        warnings.warn(f"{path} cannot be used ({error}): products take schedules of a general rule, which may be "
+                      "slower. Their bits do not change. Run `python -m kernels tune` to measure new ones.",
+                      RuntimeWarning, stacklevel=2)
+        return {}
+
+
+def _sizes(shape: str) -> tuple[int, int]:
+    sizes = Shape.parse(shape)
+    if set(sizes) != {"N", "K"} or not all(type(v) is int and v > 0 for v in sizes.values()):
+        raise ValueError(f"a shape must read like 'N=4096,K=4096', got {shape!r}")
+    return sizes["N"], sizes["K"]
+
+
+def _column(choices) -> dict[int, Schedule]:
+    if not isinstance(choices, dict) or not choices:
+        raise ValueError(f"a shape needs at least one schedule, got {choices!r}")
+    column = dict(sorted((int(tokens), Schedule.parse(text)) for tokens, text in choices.items()))
+    if min(column) < 1:
+        raise ValueError(f"a token count must be at least 1, got {min(column)}")
+    return column
+
+
+@cache
+def _tables(index: int) -> dict:
+    """The table for GPU `index`: its own, or a near relative's; {} if there is none."""
+    if index < 0:
+        return {}
+    name = slug(index)
+    return next((table for table in map(load, (name, *_KIN.get(name, ()))) if table), {})
+
+
+def forget() -> None:
+    """Read the tables again at the next choice; the tuner calls it after writing one."""
+    _tables.cache_clear()
+
+
+def choose(op: str, shape, dtype: torch.dtype, tokens: int, index: int = -1) -> Iterator[Schedule]:
+    """Schedules for `tokens` rows on GPU `index` (-1: none), best first. Every one gives the same bits.
+
+    The table's own shape, then the nearest within a doubling, then the rule, from fast to modest. A caller takes
+    the first that runs.
+    """
+    n, k = Shape.parse(shape)["N"], Shape.parse(shape)["K"]
+    seen = set()
+    for schedule in (*_measured(op, n, k, dtype, tokens, index), *rule(n, k, dtype, tokens, index)):
+        if schedule not in seen:
+            seen.add(schedule)
+            yield schedule
+
+
+def _measured(op, n, k, dtype, tokens, index) -> Iterator[Schedule]:
+    shapes = _tables(index).get(op, {})
+    shapes = shapes.get(dtype_name(dtype)) or (shapes.get("bfloat16", {}) if dtype == torch.float16 else {})
+    def distance(sizes):
+        return abs(math.log2(sizes[0] / n)) + abs(math.log2(sizes[1] / k))
+    for sizes in sorted((s for s in shapes if distance(s) <= _NEAR), key=distance)[:2]:
+        column = shapes[sizes]
+        yield column[next((bound for bound in column if tokens <= bound), max(column))]
+
+
+@cache
+def _gpu(index: int) -> tuple[tuple[int, int], int]:
+    if index < 0:
+        return (0, 0), 1
+    return torch.cuda.get_device_capability(index), torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def rule(n: int, k: int, dtype: torch.dtype, tokens: int, index: int = -1) -> Iterator[Schedule]:
+    """Schedules for a shape that was not measured, from the one we expect to be fastest to one that runs anywhere."""
+    capability, sms = _gpu(index)
+    shared = 1024 * _SHARED.get(capability, 99)
+    for schedule in _guesses(n, dtype, tokens, capability >= (9, 0), sms):
+        if schedule.shared_bytes * dtype.itemsize // 2 <= shared:
+            yield schedule
+    yield Schedule("pointer", 32, 32, 32, warps=4, stages=2)
+
+
+def _guesses(n, dtype, tokens, tma, sms):
+    if dtype == torch.float32:  # no tensor core: a product of small tiles, one fused multiply-add after the other
+        if tokens > 64:
+            yield Schedule("pointer", 64, 64, 16, warps=4, stages=3)
+        yield Schedule("pointer", 16 if tokens <= 16 else 32, 32, 32, warps=4, stages=3, split=tokens <= 64)
+        return
+    width = max(16, 1 << max(tokens - 1, 0).bit_length())
+    if width <= 64:
+        rows = 16 if n < 4096 and width == 16 else 32 if n < 16384 else 64
+        yield Schedule("pointer", width, rows, 256, warps=4, stages=4, group=1, swap=True, split=True)
+        yield Schedule("pointer", width, rows, 128, warps=4, stages=4, group=1, swap=True, split=True)
+        return
+    tiles = -(-tokens // 128) * -(-n // 128)
+    if tma and tiles >= 4 * sms:
+        yield Schedule("tma", 128, 256, 64, warps=8, stages=4, persistent=True, flatten=True)
+    if tma and tiles >= sms // 2:
+        yield Schedule("tma", 128, 128, 64, warps=8, stages=4, split=tiles < sms, reduce=tiles < sms)
+    yield Schedule("pointer", 64, 64, 64, warps=4, stages=4, split=tiles < sms, reduce=tiles < sms)

@@ -1,0 +1,531 @@
+"""softmax and log_softmax over one dimension.
+
+    softmax      y = exp(x - m) * (exp(m - M) / S)
+    log_softmax  y = (x - M) - log(S)
+
+The order, for a row of D numbers. Lay it out in chunks of 1024, so that column j holds x[j], x[1024+j], ... and
+pad the last chunk with -inf; a row narrower than 1024 has the power of two that holds it as its columns. Each
+column keeps two numbers: m, the largest so far (at least -3.4e38, the lowest float32), and s, a sum of exponentials
+relative to m. Up to 32 chunks are one segment; a wider row is cut into segments of 8 chunks. For each segment in
+sequence
+
+    1. m becomes the largest of m and the column's numbers in the segment
+    2. s is multiplied by exp(old m - m)
+    3. exp(x - m) is added to s, chunk by chunk in sequence
+
+Then M is the largest m, and S is the sum over the columns of s * exp(m - M), neighbours added in pairs (as
+arithmetic/sums.py says). A result of softmax takes its column's m and one factor exp(m - M) * (1 / S). Every step is
+one float32 operation, exp and log are those of arithmetic/elementary.py, and the result is rounded once to x's dtype.
+
+Why a batch cannot change it: every step names numbers of one row and the row's own length. The number of
+rows, the neighbours, the GPU and the launch appear nowhere. A maximum has no order, so it may be taken in any.
+
+Accuracy, tested against float64 for numbers up to 16 in rows of 1 to 33000: softmax errs by at most 2**-19 |y| in
+float32, 2**-11 |y| and 1 % more in float16, 2**-8 |y| and 0.1 % more in bfloat16; log_softmax by at most
+2**-22 (1 + |y|), 2**-11 (1 + |y|) and 2**-8 (1 + |y|), the last two and 0.1 % more.
+
+A row with a NaN or +inf, or of -inf alone, gives NaN throughout, as PyTorch's does.
+
+Method: Milakov and Gimelshein, Online normalizer calculation for softmax, arXiv 1805.02867.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from .. import bits, runtime
+from ..arithmetic.elementary import exp, log, tl_exp, tl_log
+from ..arithmetic.sums import add_neighbours, ordered_sum, tree, tree_width
+from ..launch import Launch, Plans, check_tensors, compiled, no_backward
+from ..op import Op, Shape, Work
+from ..runtime import require_triton, tl, triton
+
+WHOLE, SEGMENT = 32, 8  # chunks: rows of up to WHOLE are one segment, wider ones are cut into segments of SEGMENT
+LOWEST = torch.finfo(torch.float32).min
+
+
+def _specify(x, dim, logarithm):
+    dim = _check(x, dim)
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    rows = x.float().reshape(x.shape or (1,)).movedim(dim, -1)
+    width = tree_width(rows.shape[-1])
+    padded = F.pad(rows, (0, -rows.shape[-1] % width), value=float("-inf"))
+    chunks = padded.unflatten(-1, (-1, width)).unbind(-2)
+    m, s = _columns(chunks)
+    top = m.amax(-1, keepdim=True)
+    total = add_neighbours(s * exp(m - top))
+    if logarithm:
+        rest = log(total)
+        y = [(chunk - top) - rest for chunk in chunks]
+    else:
+        factor = exp(m - top) * (1.0 / total)
+        y = [exp(chunk - m) * factor for chunk in chunks]
+    y = torch.cat([chunk.to(x.dtype) for chunk in y], -1)[..., :rows.shape[-1]]
+    return y.movedim(-1, dim).contiguous().view(x.shape)
+
+
+class _Differentiable(torch.autograd.Function):
+    """The specification with a gradient, whose one sum a row has the order of arithmetic/sums.py."""
+
+    @staticmethod
+    def forward(ctx, x, dim, logarithm):
+        y = _specify(x, dim, logarithm)
+        ctx.save_for_backward(y)
+        ctx.dim, ctx.logarithm = dim, logarithm
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        result, = ctx.saved_tensors
+        if result.numel() == 0:
+            return dy, None, None
+        y, dy = (t.float().reshape(t.shape or (1,)) for t in (result, dy))
+        total = ordered_sum((dy if ctx.logarithm else dy * y).movedim(ctx.dim, -1)).movedim(-1, ctx.dim)
+        dx = dy - exp(y) * total if ctx.logarithm else y * (dy - total)
+        return dx.to(result.dtype).view(result.shape), None, None
+
+
+def _columns(chunks) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each column's largest number and its sum of exponentials relative to that."""
+    segment = len(chunks) if len(chunks) <= WHOLE else SEGMENT
+    m, s = torch.full_like(chunks[0], LOWEST), torch.zeros_like(chunks[0])
+    for start in range(0, len(chunks), segment):
+        old = m
+        for chunk in chunks[start:start + segment]:
+            m = torch.maximum(m, chunk)
+        s = s * exp(old - m)
+        for chunk in chunks[start:start + segment]:
+            s = s + exp(chunk - m)
+    return m, s
+
+
+_INTERPRETED = tl.constexpr(runtime.where() == "INTERPRETER") if runtime.HAS_TRITON else None
+
+
+@triton.jit
+def _opaque(x):
+    """x, hidden from LLVM, whose vectoriser otherwise takes minutes over long chains of maxima and exponentials."""
+    if _INTERPRETED:
+        return x
+    else:  # noqa: RET505 - a branch that is not taken must not be compiled
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _load(x_ptr, start, column, length, WIDTH: tl.constexpr, COUNT: tl.constexpr, KEEP: tl.constexpr):
+    """COUNT chunks of a row from `start` on, all loads issued at once. KEEP: they will be read again soon."""
+    xs = ()
+    for c in tl.static_range(COUNT):
+        j = start + c * WIDTH + column
+        xs = xs + (tl.load(x_ptr + j, mask=j < length, other=float("-inf"),
+                           eviction_policy="evict_last" if KEEP else "evict_first"),)
+    return xs
+
+
+@triton.jit
+def _largest(m, xs, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    for c in tl.static_range(COUNT):
+        m = tl.maximum(m, xs[FIRST + c].to(tl.float32))
+    return m
+
+
+@triton.jit
+def _add_exponentials(s, m, xs, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    for c in tl.static_range(COUNT):
+        s += tl_exp(xs[FIRST + c].to(tl.float32) - m, NONPOSITIVE=True)
+    return s
+
+
+@triton.jit
+def _walk(x_ptr, column, length, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, SEGMENT: tl.constexpr,
+          SEGMENTS: tl.constexpr):
+    """m and s of these columns of one row, SEGMENTS times SEGMENT chunks in flight. CHUNKS: the row's if it is one
+    segment, else 0."""
+    m = tl.full(column.shape, -3.4028234663852886e38, tl.float32)
+    s = tl.zeros(column.shape, tl.float32)
+    FLIGHT: tl.constexpr = SEGMENT * SEGMENTS
+    if CHUNKS > FLIGHT:
+        for start in range(0, length, WIDTH * FLIGHT):
+            m = _largest(m, _load(x_ptr, start, column, length, WIDTH, FLIGHT, True), 0, FLIGHT)
+        for start in range(0, length, WIDTH * FLIGHT):
+            s = _add_exponentials(s, m, _load(x_ptr, start, column, length, WIDTH, FLIGHT, True), 0, FLIGHT)
+    elif CHUNKS > 0:
+        xs = _load(x_ptr, 0, column, length, WIDTH, CHUNKS, True)
+        m = _opaque(_largest(m, xs, 0, CHUNKS))
+        s = _add_exponentials(s, m, xs, 0, CHUNKS)
+    else:
+        for start in range(0, length, WIDTH * FLIGHT):
+            xs = _load(x_ptr, start, column, length, WIDTH, FLIGHT, True)
+            for i in tl.static_range(SEGMENTS):
+                old = m
+                m = _largest(m, xs, i * SEGMENT, SEGMENT)
+                if SEGMENTS > 1:
+                    m = _opaque(m)
+                s = _add_exponentials(s * tl_exp(old - m, NONPOSITIVE=True), m, xs, i * SEGMENT, SEGMENT)
+    return m, s
+
+
+@triton.jit
+def _close(m, s, LOG: tl.constexpr):
+    """[rows, columns] of m and s -> M, and what a result takes from the whole row: log(S), or its column's factor."""
+    top = tl.max(m, axis=1, keep_dims=True)
+    share = tl_exp(m - top, NONPOSITIVE=True)
+    total = tree(s * share)
+    if LOG:
+        rest = tl_log(total)
+    else:
+        rest = _opaque(share * tl.div_rn(1.0, total))
+    return top, rest
+
+
+@triton.jit
+def _store_results(x_ptr, y_ptr, start, column, length, m, top, rest, WIDTH: tl.constexpr, COUNT: tl.constexpr,
+                   LOG: tl.constexpr):
+    """The results of COUNT chunks from `start` on. Called in a loop: in one long block, LLVM takes minutes."""
+    xs = _load(x_ptr, start, column, length, WIDTH, COUNT, False)
+    for c in tl.static_range(COUNT):
+        j = start + c * WIDTH + column
+        x = xs[c].to(tl.float32)
+        y = (x - top) - rest if LOG else tl_exp(x - m, NONPOSITIVE=True) * rest
+        tl.store(y_ptr + j, y.to(y_ptr.dtype.element_ty), mask=j < length, eviction_policy="evict_first")
+
+
+@triton.jit
+def _resident_kernel(x_ptr, y_ptr, rows, length, x_stride, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
+                     ROWS: tl.constexpr, LOG: tl.constexpr, PDL: tl.constexpr):
+    """ROWS rows of one segment a program, held in registers: memory is read once, each exponential taken once."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    xs = ()
+    for c in tl.static_range(CHUNKS):
+        j = c * WIDTH + column
+        xs = xs + (tl.load(x_ptr + row * x_stride + j, mask=(row < rows) & (j < length), other=float("-inf")),)
+    m = _opaque(_largest(tl.full([ROWS, WIDTH], -3.4028234663852886e38, tl.float32), xs, 0, CHUNKS))
+    s = tl.zeros([ROWS, WIDTH], tl.float32)
+    exponentials = ()
+    for c in tl.static_range(CHUNKS):
+        e = tl_exp(xs[c].to(tl.float32) - m, NONPOSITIVE=True)
+        exponentials = exponentials + (e,)
+        s += e
+    if PDL:  # the next kernel's blocks may come now; they wait for this one's end before touching memory
+        tl.extra.cuda.gdc_launch_dependents()
+    top, rest = _close(m, s, LOG)
+    for c in tl.static_range(CHUNKS):
+        j = c * WIDTH + column
+        y = (xs[c].to(tl.float32) - top) - rest if LOG else exponentials[c] * rest
+        tl.store(y_ptr + row * length + j, y.to(y_ptr.dtype.element_ty), mask=(row < rows) & (j < length))
+
+
+@triton.jit
+def _stream_kernel(x_ptr, y_ptr, length, x_stride, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
+                   SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, LOG: tl.constexpr, PDL: tl.constexpr):
+    """One row of any length a program; results are made from its end, which the cache has seen last."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)[None, :]
+    x_ptr += row * x_stride
+    y_ptr += row * length
+    m, s = _walk(x_ptr, column, length, WIDTH, CHUNKS, SEGMENT, SEGMENTS)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    top, rest = _close(m, s, LOG)
+    blocks = tl.cdiv(length, WIDTH * SEGMENT)
+    for i in range(blocks):
+        start = (blocks - 1 - i) * WIDTH * SEGMENT
+        _store_results(x_ptr, y_ptr, start, column, length, m, top, rest, WIDTH, SEGMENT, LOG)
+
+
+@triton.jit
+def _columns_kernel(x_ptr, columns_ptr, length, x_stride, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
+                    SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr):
+    """COLUMNS columns of one row a program: m and s, left for a second launch."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    row = (tl.program_id(0) // (WIDTH // COLUMNS)).to(tl.int64)
+    column = tl.program_id(0) % (WIDTH // COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    m, s = _walk(x_ptr + row * x_stride, column, length, WIDTH, CHUNKS, SEGMENT, SEGMENTS)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    columns_ptr += row * 2 * WIDTH
+    tl.store(columns_ptr + column, m)
+    tl.store(columns_ptr + WIDTH + column, s)
+
+
+@triton.jit
+def _finish_kernel(x_ptr, columns_ptr, y_ptr, length, x_stride, programs, WIDTH: tl.constexpr, CHUNKS: tl.constexpr,
+                   LOG: tl.constexpr, PDL: tl.constexpr):
+    """Results of one row from the m and s of all its columns, CHUNKS chunks at a time, by `programs` programs."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row = (tl.program_id(0) // programs).to(tl.int64)
+    column = tl.arange(0, WIDTH)[None, :]
+    x_ptr += row * x_stride
+    y_ptr += row * length
+    columns_ptr += row * 2 * WIDTH
+    m = tl.load(columns_ptr + column)
+    top, rest = _close(m, tl.load(columns_ptr + WIDTH + column), LOG)
+    for block in range(tl.program_id(0) % programs, tl.cdiv(length, WIDTH * CHUNKS), programs):
+        _store_results(x_ptr, y_ptr, block * WIDTH * CHUNKS, column, length, m, top, rest, WIDTH, CHUNKS, LOG)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the order is carried out. `kind` is the kernel:
+
+    resident  `rows` whole rows of up to 32 chunks a program
+    stream    one row of any length a program, `flight` segments of 8 chunks in flight, read a second time at the end
+    columns   `columns` of a row's columns a program, `flight` segments in flight; a second launch of `chunks`
+              chunks and 4 warps a program makes the results
+    """
+
+    kind: str
+    warps: int
+    rows: int = 1
+    flight: int = 1
+    columns: int = 32
+    chunks: int = 4
+
+    def __str__(self):
+        named = {"resident": f"rows={self.rows}", "stream": f"stream={self.flight}",
+                 "columns": f"columns={self.columns} flight={self.flight} chunks={self.chunks}"}
+        return f"{named[self.kind]} warps={self.warps}"
+
+
+def _schedule(rows: int, length: int, itemsize: int = 2, logarithm: bool = False) -> Schedule:
+    """The fastest schedule we know for so many rows of this length and of numbers this many bytes long."""
+    chunks = -(-length // tree_width(length))
+    short = itemsize == 2
+    if chunks <= 8:
+        together = max(1, min(16, 1024 // tree_width(length), rows // 264))
+        return Schedule("resident", 4, rows=1 << (together.bit_length() - 1))
+    if chunks <= WHOLE:
+        if logarithm and short and rows > 192:
+            return Schedule("stream", 8, flight=2)
+        return Schedule("resident", 8 if short or rows < 1024 else 16)
+    if rows <= 16:
+        return Schedule("columns", 1, flight=4, columns=32, chunks=2)
+    if rows <= 64:
+        return Schedule("columns", 2, flight=4, columns=64)
+    if rows <= 192 or short and rows <= 384:
+        return Schedule("stream", 16, flight=4)
+    if not short:
+        return Schedule("stream", 16, flight=2)
+    return Schedule("stream", 8, flight=2 if logarithm or rows <= 1024 else 1)
+
+
+def _schedules(shape, dtype=torch.bfloat16, logarithm: bool = False) -> list[Schedule]:
+    """Every schedule worth testing for rows of this length; the chosen ones are among them."""
+    length = Shape.parse(shape, "D")["D"]
+    width = tree_width(length)
+    flights = (1, 4) if length > SEGMENT * width else (1,)
+    found = [Schedule("stream", warps, flight=flight) for warps in (4, 8, 16) for flight in flights]
+    found += [Schedule("columns", 1, flight=flights[-1], columns=min(columns, width), chunks=chunks)
+              for columns in (16, 64) for chunks in (2, 8)]
+    if length <= WHOLE * width:
+        found += [Schedule("resident", warps, rows) for rows in (1, 2, 4) for warps in (1, 4, 8, 16)
+                  if rows * length <= 4096 * warps]
+    found += [_schedule(1 << i, length, dtype.itemsize, logarithm) for i in range(21)]
+    return list(dict.fromkeys(found))
+
+
+def run_schedule(schedule: Schedule, x, dim=-1, logarithm=False):
+    """Run one given schedule; the tests and the tuner use it. Same arguments and bits as the rest.
+
+    Raises ValueError if the schedule is `resident` and a row has more than 32 chunks.
+    """
+    _check(x, dim)
+    x = x.resolve_neg()
+    return _Plan(x, dim, logarithm, schedule)(x)
+
+
+class _Plan:
+    """Everything about a call that its shapes decide, kept so that the next such call only launches."""
+
+    def __init__(self, x, dim, logarithm, schedule=None):
+        self.dim, itemsize = _check(x, dim), x.itemsize
+        require_triton("log_softmax" if logarithm else "softmax")
+        self.length = x.shape[self.dim] if x.dim() else 1
+        self.rows = x.numel() // max(self.length, 1)
+        self.index, self.width = x.get_device(), tree_width(self.length)
+        if x.numel() == 0:
+            return
+        x = x.float() if self.index < 0 else x  # what the interpreter is given, whose strides may be others
+        self.last = self.dim == max(x.dim(), 1) - 1
+        self.in_place = self.last and (x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1))
+        schedule = schedule or _schedule(self.rows, self.length, itemsize, logarithm)
+        stride = x.stride(0) if self.in_place and x.dim() == 2 else self.length
+        self.launch, self.second = self._launches(schedule, x, stride, logarithm)
+
+    def _launches(self, s, x, stride, logarithm):
+        """The launch of a schedule, and the second one of a `columns` schedule."""
+        whole = self.length <= WHOLE * self.width
+        chunks = -(-self.length // self.width)
+        walk = (self.width, chunks if whole else 0, SEGMENT, s.flight)
+        if s.kind == "resident":
+            if not whole:
+                raise ValueError(f"schedule {s} holds rows of up to {WHOLE * self.width}, got {self.length}")
+            return Launch(_resident_kernel, -(-self.rows // s.rows), (x.dtype, x.dtype),
+                          (self.rows, self.length, stride), (self.width, chunks, s.rows, logarithm), self.index,
+                          num_warps=s.warps), None
+        if s.kind == "stream":
+            return Launch(_stream_kernel, self.rows, (x.dtype, x.dtype), (self.length, stride), (*walk, logarithm),
+                          self.index, num_warps=s.warps), None
+        columns = min(s.columns, self.width)
+        first = Launch(_columns_kernel, self.rows * (self.width // columns), (x.dtype, torch.float32),
+                       (self.length, stride), (*walk, columns), self.index, num_warps=s.warps)
+        blocks = -(-self.length // (self.width * s.chunks))
+        second = Launch(_finish_kernel, self.rows * blocks, (x.dtype, torch.float32, x.dtype),
+                        (self.length, stride, blocks), (self.width, s.chunks, logarithm), self.index, num_warps=4)
+        return first, second
+
+    def __call__(self, x):
+        if x.numel() == 0:
+            return torch.empty_like(x, memory_format=torch.contiguous_format)
+        if not self.last:  # rows that are not contiguous are copied
+            return self._run(x.movedim(self.dim, -1).contiguous()).movedim(-1, self.dim).contiguous()
+        return self._run(x if self.in_place else x.contiguous())
+
+    def _run(self, x):
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        if self.index < 0:
+            return self._interpret(x, y)
+        px, py = x.data_ptr(), y.data_ptr()
+        if self.second is None:
+            self.launch(px, px, py)
+        else:
+            columns = torch.empty(self.rows * 2 * self.width, dtype=torch.float32, device=x.device)
+            self.launch(px, px, columns.data_ptr())
+            self.second(px, px, columns.data_ptr(), py)
+        return y
+
+    def _interpret(self, x, y):
+        """Triton's interpreter is wrong for bf16: it gets float32 copies, and torch rounds."""
+        x, out = x.float(), torch.empty(y.shape, dtype=torch.float32)
+        if self.second is None:
+            self.launch.interpret(x, out)
+        else:
+            columns = torch.empty(self.rows * 2 * self.width)
+            self.launch.interpret(x, columns)
+            self.second.interpret(x, columns, out)
+        return y.copy_(out)
+
+
+_PLANS = Plans()
+
+
+def _eager(x, dim, logarithm):
+    try:
+        if x.is_neg():  # lazily negated: the memory holds the opposite
+            x = x.resolve_neg()
+        key = (logarithm, x.shape, x.stride(), x.dtype, x.get_device(), dim, dim.__class__)
+        plan = _PLANS.get(key)
+    except (AttributeError, RuntimeError, TypeError):  # not a tensor, without strides, no hash: say so by name
+        _check(x, dim)
+        raise
+    if plan is None:
+        plan = _PLANS.keep(key, _Plan(x, dim, logarithm))
+    if x.requires_grad and torch.is_grad_enabled():
+        raise no_backward("log_softmax" if logarithm else "softmax")
+    return plan(x)
+
+
+def _check(x, dim) -> int:
+    """The dimension counted from 0."""
+    check_tensors(x=x)
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        raise TypeError(f"dim must be an int, got {dim!r}")
+    dims = max(x.dim(), 1)
+    if not -dims <= dim < dims:
+        raise ValueError(f"dim must name a dimension of x, which has {x.dim()}, got {dim}")
+    return dim % dims
+
+
+@torch.library.custom_op("same_bits::softmax", mutates_args=())
+def _softmax_op(x: torch.Tensor, dim: int) -> torch.Tensor:
+    return _eager(x, dim, False)
+
+
+@torch.library.custom_op("same_bits::log_softmax", mutates_args=())
+def _log_softmax_op(x: torch.Tensor, dim: int) -> torch.Tensor:
+    return _eager(x, dim, True)
+
+
+@_softmax_op.register_fake
+@_log_softmax_op.register_fake
+def _(x, dim):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _python(x, dim, logarithm):
+    gradient = getattr(x, "requires_grad", False) and torch.is_grad_enabled()
+    return _Differentiable.apply(x, dim, logarithm) if gradient else _specify(x, dim, logarithm)
+
+
+def _softmax_cuda(x, dim=-1):
+    """The default: F.softmax."""
+    return F.softmax(x, dim)
+
+
+def _softmax_python(x, dim=-1):
+    """The specification: x of any shape, float32, float16 or bfloat16 -> its softmax over `dim`, in x's dtype.
+
+    Raises TypeError or ValueError for anything else. Differentiable, once.
+    """
+    return _python(x, dim, logarithm=False)
+
+
+def _softmax_triton(x, dim=-1):
+    """A schedule of choice: the arguments, results and bits of the specification, as fast as we can make it."""
+    return _softmax_op(x, dim) if torch.compiler.is_compiling() else _eager(x, dim, False)
+
+
+def _log_softmax_cuda(x, dim=-1):
+    """The default: F.log_softmax."""
+    return F.log_softmax(x, dim)
+
+
+def _log_softmax_python(x, dim=-1):
+    """The specification: x of any shape, float32, float16 or bfloat16 -> its log_softmax over `dim`, in x's dtype.
+
+    Raises TypeError or ValueError for anything else. Differentiable, once.
+    """
+    return _python(x, dim, logarithm=True)
+
+
+def _log_softmax_triton(x, dim=-1):
+    """A schedule of choice: the arguments, results and bits of the specification, as fast as we can make it."""
+    return _log_softmax_op(x, dim) if torch.compiler.is_compiling() else _eager(x, dim, True)
+
+
+def _inputs(tokens: int, shape, dtype=torch.bfloat16, device="cpu", seed: int = 0) -> tuple:
+    return bits.portable(tokens, Shape.parse(shape, "D")["D"], dtype, device, seed, scale=4), -1
+
+
+def _op(name, title, cuda, python, triton, logarithm) -> Op:
+    def work(tokens: int, shape, dtype=torch.bfloat16) -> Work:
+        elements = tokens * Shape.parse(shape, "D")["D"]
+        return Work(bytes=2 * elements * dtype.itemsize, flops=(4 if logarithm else 5) * elements)
+
+    def schedules(shape, dtype=torch.bfloat16) -> list[Schedule]:
+        return _schedules(shape, dtype, logarithm)
+
+    def schedule(tokens: int, shape, dtype) -> str:
+        return str(_schedule(tokens, Shape.parse(shape, "D")["D"], dtype.itemsize, logarithm))
+
+    return Op(name=name, title=title, order="chunks of 1024 in sequence, segment by segment, then neighbours in pairs",
+              cuda=cuda, python=python, triton=triton, inputs=_inputs, work=work, per_token=(0,),
+              shapes=("D=32000", "D=128256"), schedules=schedules, schedule=schedule,
+              extras={"compile": compiled(cuda)})
+
+
+softmax = _op("softmax", "Softmax", _softmax_cuda, _softmax_python, _softmax_triton, False)
+log_softmax = _op("log_softmax", "Log-softmax", _log_softmax_cuda, _log_softmax_python, _log_softmax_triton, True)

@@ -1,0 +1,170 @@
+"""Every notebook runs top to bottom, is committed in normal form, and is built alike."""
+from __future__ import annotations
+
+import ast
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+from kernels.lab.notebook import exercises
+from kernels.lab.notebook import run as notebook
+
+ROOT = Path(__file__).resolve().parents[3]
+EVERY = notebook.find(["all"])
+SECONDS = 120
+LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)")
+NAVIGATION = re.compile(r"(?i)\b(previous|contents|next)\b(?:\W{0,4}\[)?[^\]\n]*\]\(([^)\s]+)\)")
+TARGET = re.compile(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
+SOLUTION = re.compile(r"```python\n# solution (\S+)\n(.*?)```", re.S)
+
+each = pytest.mark.parametrize("path", EVERY, ids=lambda path: path.stem)
+
+
+def code_cells(nb):
+    return [cell for cell in nb.cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+def prose(cells) -> str:
+    return "\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+
+
+def opening(nb) -> str:
+    """The prose before the first code cell."""
+    first = next((i for i, cell in enumerate(nb.cells) if cell.cell_type == "code"), len(nb.cells))
+    return prose(nb.cells[:first])
+
+
+# The rules; each yields what is wrong.
+
+def opening_faults(nb, path, every):
+    text = opening(nb)
+    if not text.startswith("# "):
+        yield "does not open with a title"
+    links = {word.lower(): target for word, target in NAVIGATION.findall(text)}
+    at = every.index(path)
+    wanted = {"contents": "../README.md#the-notebooks"}
+    wanted |= {"previous": every[at - 1].name} if at else {}
+    wanted |= {"next": every[at + 1].name} if at + 1 < len(every) else {}
+    for word, target in wanted.items():
+        if links.get(word) != target:
+            yield f"the opening's link '{word}' goes to {links.get(word)}, not {target}"
+    for phrase in ("What you will do", "What you will see", "What you need"):
+        if phrase.lower() not in text.lower():
+            yield f"the opening lacks '{phrase}'"
+    if not (re.search(r"\d\s*(min|s\b|sec)", text) and "CPU" in text and re.search(r"GPU|H100|H200", text)):
+        yield "the opening lacks minutes on a CPU and on a GPU"
+    setup = code_cells(nb)[0].source if code_cells(nb) else ""
+    if "begin()" not in setup or len(setup.splitlines()) > 4:
+        yield "the first code cell must call begin() and have at most four lines"
+
+
+def size_faults(nb):
+    lines = [len(cell.source.strip().splitlines()) for cell in code_cells(nb)] or [0]
+    words = len(" ".join(cell.source for cell in nb.cells if cell.cell_type == "markdown").split())
+    if max(lines) > 25:
+        yield f"a cell of {max(lines)} lines; 25 at most"
+    if statistics.median(lines) > 8:
+        yield f"the median cell has {statistics.median(lines):g} lines; 8 at most"
+    if not 5 <= words / max(sum(lines), 1) <= 14:
+        yield f"{words / max(sum(lines), 1):.1f} words of prose a line of code; 5 to 14"
+
+
+def ending_faults(nb, path, every):
+    text = prose(nb.cells).lower()
+    parts = ["what you saw", "exercise", "further reading"]
+    places = [text.rfind(part) for part in parts]
+    if -1 in places:
+        yield f"lacks '{parts[places.index(-1)]}'"
+    if path != every[-1]:
+        last = [target for _, target in LINK.findall(prose(nb.cells[-2:]))]
+        if every[every.index(path) + 1].name not in last:
+            yield "does not end with a link to the next notebook"
+    if "check(" not in "".join(cell.source for cell in code_cells(nb)):
+        yield "checks no claim"
+
+
+def link_faults(nb, path):
+    for target in (a or b for a, b in TARGET.findall(prose(nb.cells))):
+        file = target.partition("#")[0]
+        if file and not re.match(r"[a-z]+:", file) and not (path.parent / file).exists():
+            yield f"a link to {target}, which does not exist"
+    for cell in code_cells(nb):
+        if re.search(r"[\"'](\.\./|notebooks/)", cell.source):
+            yield f"a path that depends on where Jupyter was started: {cell.source.splitlines()[0]}"
+
+
+def solutions(nb) -> dict[str, str]:
+    """Folded solutions by exercise: the code that sets `answer`."""
+    folded = re.findall(r"<details.*?</details>", prose(nb.cells), re.S)
+    return {name: code for block in folded for name, code in SOLUTION.findall(block)}
+
+
+def graded(nb) -> set[str]:
+    """Exercises whose stub is in the notebook: the names in its calls of grade."""
+    calls = [node for cell in code_cells(nb) for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Call)]
+    return {call.args[0].value for call in calls if getattr(call.func, "id", getattr(call.func, "attr", "")) == "grade"}
+
+
+def exercise_faults(nb, path):
+    number = path.name[:2]
+    registered = {name for name in exercises.CHECKERS if name.startswith(f"{number}.")}
+    if not 2 <= len(graded(nb)) <= 4:
+        yield f"{len(graded(nb))} exercises; two to four"
+    if not graded(nb) == set(solutions(nb)) == registered:
+        yield f"stubs {sorted(graded(nb))}, folded solutions {sorted(solutions(nb))}, checkers {sorted(registered)}"
+
+
+def solution_faults(nb):
+    for name, code in solutions(nb).items():
+        space: dict = {}
+        exec(code_cells(nb)[0].source, space)
+        exec(code, space)
+        if exercises.passes(name, space.get("answer", ...)) is not True:
+            yield f"the solution of {name} does not pass"
+
+
+# The notebooks.
+
+def test_the_walk_starts_at_00_and_numbers_are_given_once():
+    assert [path.name for path in EVERY[:1]] == ["00_start_here.ipynb"]
+    numbers = [path.name[:2] for path in EVERY]
+    assert len(set(numbers)) == len(numbers)
+
+
+@each
+def test_runs_top_to_bottom(path):
+    nb = notebook.normalise(notebook.execute(notebook.read(path), path.parent, SECONDS, path.name))
+    assert notebook.faults(nb) == []
+
+
+@each
+def test_sets_up_from_the_root(path):
+    nb = notebook.read(path)
+    nb.cells = code_cells(nb)[:1]
+    notebook.execute(nb, ROOT, SECONDS, path.name)
+    assert nb.cells[0].outputs[0].text.startswith(("LIVE", "INTERPRETER", "RECORDED"))
+
+
+@each
+def test_is_committed_in_normal_form_with_its_outputs(path):
+    notebook.check_file(path)
+    assert any(cell.outputs for cell in code_cells(notebook.read(path)))
+
+
+@each
+def test_is_built_like_the_others(path):
+    nb = notebook.read(path)
+    assert [*opening_faults(nb, path, EVERY), *size_faults(nb), *ending_faults(nb, path, EVERY)] == []
+
+
+@each
+def test_links_resolve(path):
+    assert list(link_faults(notebook.read(path), path)) == []
+
+
+@each
+def test_exercises_are_graded_and_their_solutions_pass(path):
+    nb = notebook.read(path)
+    assert [*exercise_faults(nb, path), *solution_faults(nb)] == []
