@@ -22,9 +22,11 @@ lab: $(READY) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab $(ROOT_USER) --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" \
 		--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(ARGS)
 
-test: $(READY) ## check the style and run all tests
+test: $(READY) ## check style and types, run all tests
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2 -m "not serial" $(ARGS) || test $$? = 5  # 5: ARGS chose none of these
+	$(BIN)/python -m pytest -m serial $(ARGS) || test $$? = 5
 
 figures: $(READY) ## redraw every figure from data/
 	$(BIN)/python -m figures $(ARGS)

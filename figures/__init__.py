@@ -19,7 +19,7 @@ def names() -> list[str]:
 
 
 def render(name: str) -> dict[str, bytes]:
-    """Draw one figure; returns {"svg": bytes, "png": bytes}. Raises ValueError for a name there is none of."""
+    """Draw one figure; returns {"svg": bytes, "png": bytes}. Raises ValueError for an unknown name."""
     if name not in names():
         raise ValueError(f"figure must be one of {', '.join(names())}, got {name!r}")
     style.theme()

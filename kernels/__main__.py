@@ -29,7 +29,8 @@ def table() -> str:
     from . import OPS
 
     root = Path(__file__).resolve().parents[1]
-    rows = [(op.name, op.order, Path(inspect.getfile(op.python)).relative_to(root).as_posix()) for op in OPS.values()]
+    files = [Path(inspect.getfile(inspect.unwrap(op.python))).relative_to(root).as_posix() for op in OPS.values()]
+    rows = [(op.name, op.order, file) for op, file in zip(OPS.values(), files, strict=True)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     ops = "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
     verbs = "\n".join(f"  {verb:12} {what}" for verb, (_, what) in VERBS.items())

@@ -1,76 +1,115 @@
-"""What every op's call shares: checked tensors, plans kept by shape, and a launch with nothing in between.
+"""A kernel bound to its arguments, and a launch with nothing in between.
 
-An eager call looks up a plan under everything that its shapes decide, and the plan launches:
-
-    plan = PLANS.get(key) or PLANS.keep(key, Plan(...))     checks, schedule and grid: once a key
-    launch(px, px, py)                                      alignment, stream and the launch: every call
+A `Step` is a launch written down as data; a `Launch` is a step made ready for one GPU, or for Triton's interpreter.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import wraps
+from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
 
-from .op import DTYPES
 from .runtime import Compiled, current_device, current_stream, has_pdl
 
 
-def check_tensors(**tensors) -> None:
-    """Each is a strided tensor of the first one's dtype and device, which the kernels can work on.
+@dataclass(frozen=True)
+class Tiles:
+    """A tensor that a kernel reads or writes by bulk copies, in tiles of the shape `block`.
 
-    Raises TypeError or ValueError that names the argument, what it was and what it may be.
+    shape, strides  of the tensor, in elements
+    layout          given a Triton descriptor, the same with what Gluon must know of shared memory
     """
-    first, x = next(iter(tensors.items()))
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name} must be a strided tensor, got layout {tensor.layout}")
-        if tensor.dtype not in DTYPES.values():
-            raise TypeError(f"{name} must be one of {', '.join(DTYPES)}, got {tensor.dtype}")
-        if tensor.dtype != x.dtype:
-            raise TypeError(f"{name} must have {first}'s dtype {x.dtype}, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on {first}'s device {x.device}, got {tensor.device}")
-    if x.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"{first} must be on a CPU or a CUDA GPU, got {x.device}")
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+    layout: Callable[[Any], Any] = lambda descriptor: descriptor
+
+    def descriptor(self, base: torch.Tensor):
+        """A descriptor of such a tensor that begins where `base` does."""
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return self.layout(TensorDescriptor(base, list(self.shape), list(self.strides), list(self.block)))
 
 
-def no_backward(name: str) -> RuntimeError:
-    """What `name`.triton raises where autograd would record a call, rather than drop its gradient."""
-    return RuntimeError(f"{name}.triton has no backward yet: call it under torch.no_grad()")
+@dataclass(frozen=True)
+class Step:
+    """One launch as data: the kernel, how many programs, and its arguments by name, in the kernel's order.
+
+    pointers   name -> dtype of the numbers there, Tiles for bulk copies, None for what this launch has not
+    scalars    run-time numbers
+    constants  what the code is compiled for; the kernel's last argument, PDL, is not among them
+    options    num_warps and the like
+    named      pointer -> the name of the memory it points to, where that is another
+    leaves     how many float32 numbers it leaves for the next launch
+    """
+
+    kernel: Any
+    programs: int
+    pointers: Mapping[str, torch.dtype | Tiles | None]
+    scalars: Mapping[str, int | float]
+    constants: Mapping[str, Any]
+    options: Mapping[str, Any]
+    named: Mapping[str, str] = field(default_factory=dict)
+    leaves: int = 0
+
+    def __post_init__(self):
+        named = (*self.pointers, *self.scalars, *self.constants, "PDL")
+        if named != tuple(wanted := getattr(self.kernel, "arg_names", named)):
+            raise TypeError(f"{self.kernel} takes {', '.join(wanted)}, got {', '.join(named)}")
+
+    def examples(self, device, aligned: tuple[bool, ...] | None = None) -> tuple:
+        """Arguments to compile for: pointers that are multiples of 16 or not (by default, all are)."""
+        dtypes = {p.dtype if isinstance(p, Tiles) else p for p in self.pointers.values() if p is not None}
+        memory = {dtype: torch.empty(16, dtype=dtype, device=device) for dtype in dtypes}
+        fits = aligned or (True,) * len(self.pointers)
+        return tuple(pointer.descriptor(memory[pointer.dtype]) if isinstance(pointer, Tiles)
+                     else None if pointer is None else memory[pointer][0 if fit else 1:]
+                     for pointer, fit in zip(self.pointers.values(), fits, strict=True))
+
+    def arguments(self, pdl: bool) -> tuple:
+        """The kernel's arguments behind its pointers; `pdl`: may its programs start while the launch before ends?"""
+        return *self.scalars.values(), *self.constants.values(), pdl
+
+    def compile_options(self, pdl: bool) -> dict[str, Any]:
+        """Triton's options: nothing is fused that is not written so."""
+        return {"enable_fp_fusion": False, "launch_pdl": pdl, **self.options}
+
+    def compiled(self, index: int, aligned: tuple[bool, ...] | None = None) -> Compiled:
+        """The step's code for GPU `index`, ready to launch."""
+        pdl = has_pdl(index)
+        return Compiled(self.kernel, self.programs, self.examples(f"cuda:{index}", aligned), self.arguments(pdl),
+                        **self.compile_options(pdl))
+
+    def interpret(self, memory: Mapping[str, torch.Tensor]) -> None:
+        """Run in Triton's interpreter on tensors by the pointers' names.
+
+        Raises TypeError for bfloat16, for which the interpreter is silently wrong.
+        """
+        tensors = [memory[self.named.get(name, name)] for name in self.pointers]
+        for tensor in tensors:
+            if tensor.dtype == torch.bfloat16:
+                raise TypeError("Triton's interpreter is wrong for bfloat16: give it float32")
+        # overflow and 0 / 0 give inf and NaN, as on a GPU; the interpreter patches triton.language while it runs
+        with np.errstate(all="ignore"), _INTERPRETER:
+            self.kernel[(self.programs,)](*tensors, *self.arguments(False))
 
 
-class Plans(dict):
-    """key -> plan. Emptied when full, so that ever new shapes cannot fill the memory."""
-
-    LARGEST = 4096
-
-    def keep(self, key, plan):
-        """Put a plan under its key and return it."""
-        if len(self) >= self.LARGEST:
-            self.clear()
-        self[key] = plan
-        return plan
+_INTERPRETER = Lock()  # one thread at a time
 
 
 class Launch:
-    """A kernel bound to all but its pointers; it is compiled once for each alignment of theirs.
+    """A step on GPU `index`; it is compiled once for each alignment of its pointers."""
 
-    `fn` is a @triton.jit function whose parameters are pointers (to numbers of these `dtypes`), then `scalars`,
-    then `constants`, and last the constant PDL. `index` is the GPU, or -1 for Triton's interpreter. `options` are
-    num_warps and the like.
-    """
+    __slots__ = ("step", "_index", "_compiled", "_aligned")
 
-    __slots__ = ("_fn", "_grid", "_dtypes", "_arguments", "_index", "_options", "_compiled", "_aligned")
-
-    def __init__(self, fn, grid: int, dtypes: tuple, scalars: tuple, constants: tuple, index: int, **options):
-        pdl = index >= 0 and has_pdl(index)
-        self._fn, self._grid, self._dtypes, self._index = fn, grid, dtypes, index
-        self._arguments = (*scalars, *constants, pdl)
-        self._options = {"enable_fp_fusion": False, "launch_pdl": pdl, **options}
+    def __init__(self, step: Step, index: int):
+        self.step, self._index = step, index
         self._compiled: dict[tuple, Compiled] = {}
         self._aligned: Compiled | None = None
 
@@ -89,28 +128,16 @@ class Launch:
         return compiled(current_stream(self._index), *pointers)
 
     def _compile(self, aligned: tuple) -> Compiled:
-        """Compile for pointers that are multiples of 16 or not; examples stand for the tensors."""
         if aligned not in self._compiled:
-            examples = tuple(torch.empty(2, dtype=dtype, device=f"cuda:{self._index}")[0 if fits else 1:]
-                             for dtype, fits in zip(self._dtypes, aligned, strict=True))
-            self._compiled[aligned] = Compiled(self._fn, self._grid, examples, (), self._arguments, **self._options)
+            self._compiled[aligned] = self.step.compiled(self._index, aligned)
         if all(aligned):
             self._aligned = self._compiled[aligned]
         return self._compiled[aligned]
 
-    def interpret(self, *tensors):
-        """Run in Triton's interpreter, which is silently wrong for bfloat16: TypeError for that."""
-        if not tensors[0].is_cpu:  # a plan's key need not tell a CPU from other devices without an index
-            raise ValueError(f"x must be on a CPU or a CUDA GPU, got {tensors[0].device}")
-        if any(t.dtype == torch.bfloat16 for t in tensors):
-            raise TypeError("Triton's interpreter is wrong for bfloat16: give it float32")
-        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):  # 1 / 0 is inf, and no mishap
-            self._fn[(self._grid,)](*tensors, *self._arguments)
-
 
 def compiled(function: Callable) -> Callable:
     """torch.compile of a default, one specialised kernel a shape; nothing is compiled before the first call."""
-    made = []
+    made: list[Callable] = []
 
     @wraps(function)
     def call(*arguments, **options):

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -81,6 +83,7 @@ class Op:
     schedule  (tokens, shape, dtype) -> the name of the one ``triton`` picks
     extras    further contenders by name, such as ``compile`` or ``flashinfer``
     mutates   extras that overwrite their arguments, so a bits check hands them copies
+    call      how the schedules are called and what they launch: a kernels.call.Call
     """
 
     name: str
@@ -97,6 +100,7 @@ class Op:
     schedule: Callable[..., str]
     extras: Mapping[str, Callable] = field(default_factory=lambda: MappingProxyType({}))
     mutates: frozenset[str] = frozenset()
+    call: Any = None
 
     @property
     def implementations(self) -> dict[str, Callable]:
@@ -111,9 +115,25 @@ class Op:
             names = ", ".join(self.implementations)
             raise ValueError(f"{self.name} has no implementation {name!r}; it has {names}") from None
 
+    def run_schedule(self, schedule, *arguments, **named):
+        """One given schedule, with the arguments, results and bits of the rest. TypeError for another op's."""
+        return self.call.run_schedule(schedule, *arguments, **named)
+
     def take(self, arguments: tuple, rows) -> tuple:
         """The same arguments with only these rows (an index tensor or a slice) of every per-token one."""
         return tuple(a[rows] if i in self.per_token and a is not None else a for i, a in enumerate(arguments))
 
+    def __call__(self, *_, **__):
+        name = self.name
+        raise TypeError(f"{name} is an op with three names: call {name}.cuda (the default), {name}.python (the "
+                        f"specification) or {name}.triton (a schedule)")
+
+    def __reduce__(self):  # pickled and copied by name: what closures hold cannot travel
+        return _named, (self.python.__module__, self.name)
+
     def __repr__(self):
         return f"<Op {self.name}: {self.title}>"
+
+
+def _named(module: str, name: str) -> Op:
+    return getattr(import_module(module), name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 import platform
+import re
 from functools import cache
 
 import torch
@@ -76,6 +77,16 @@ def require_triton(name: str) -> None:
         raise Unavailable(f"{name}.triton: {WHY_NOT}")
 
 
+_SMALLEST, _ONE = 5e-324, 1.0
+
+
+def require_subnormals() -> None:
+    """Raise RuntimeError if this thread of the CPU flushes subnormal numbers to zero: then no order keeps its bits."""
+    if _SMALLEST * _ONE == 0.0:
+        raise RuntimeError("this process flushes subnormal numbers to zero, which changes bits: call "
+                           "torch.set_flush_denormal(False), or find the library that set it at import")
+
+
 def device() -> torch.device:
     """Where examples run: the current CUDA device, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if HAS_GPU else torch.device("cpu")
@@ -87,6 +98,14 @@ def has_pdl(index: int) -> bool:
     return torch.cuda.get_device_capability(index) >= (9, 0)
 
 
+@cache
+def slug(index: int) -> str:
+    """GPU `index` as a name for its folder and its table: h200, h100, b200 and so on."""
+    name = torch.cuda.get_device_name(index)
+    known = re.search(r"\b([HABL]\d{2,3}|GH200|GB200|RTX.*)\b", name)
+    return re.sub(r"[^a-z0-9]+", "-", (known[1] if known else name.removeprefix("NVIDIA ")).lower()).strip("-")
+
+
 def where() -> str:
     """One of LIVE, INTERPRETER, RECORDED: how `.triton` runs here."""
     if WHY_NOT:
@@ -95,26 +114,26 @@ def where() -> str:
 
 
 class Compiled:
-    """One compiled kernel bound to its grid and constants: a call launches it with no binder in between.
+    """One compiled kernel bound to its grid and arguments: a call launches it with no binder in between.
 
-    `fn` is a @triton.jit function, `tensors` an example of its pointer arguments, `scalars` the rest of its
-    run-time arguments. What Triton specialises on (pointer alignment, divisibility, values of 1, integer
-    width) must be part of the key under which the caller keeps this object.
+    `fn` is a @triton.jit function, `examples` stand for its pointers, `arguments` are all others. What Triton
+    specialises on (pointer alignment, divisibility, values of 1, integer width) must be part of the key under which
+    the caller keeps this object.
     """
 
-    __slots__ = ("_run", "_fixed", "_nested", "_constants", "_grid", "kernel")
+    __slots__ = ("_run", "_fixed", "_nested", "_rest", "_grid", "kernel")
 
-    def __init__(self, fn, grid: int, tensors: tuple, scalars: tuple, constants: tuple, **options):
-        self.kernel = fn.warmup(*tensors, *scalars, *constants, grid=(1,), **options)
+    def __init__(self, fn, grid: int, examples: tuple, arguments: tuple, **options):
+        self.kernel = fn.warmup(*examples, *arguments, grid=(1,), **options)
         self.kernel._init_handles()  # loads the module now: it must not happen inside a graph capture
-        self._constants, self._grid = constants, grid
+        self._rest, self._grid = arguments, grid
         self._run, self._fixed, self._nested = _launcher(self.kernel)
 
-    def __call__(self, stream: int, *arguments):
+    def __call__(self, stream: int, *pointers):
         if self._nested:
-            self._run(self._grid, 1, 1, stream, *self._fixed, (*arguments, *self._constants))
+            self._run(self._grid, 1, 1, stream, *self._fixed, (*pointers, *self._rest))
         else:
-            self._run(self._grid, 1, 1, stream, *self._fixed, *arguments, *self._constants)
+            self._run(self._grid, 1, 1, stream, *self._fixed, *pointers, *self._rest)
 
     def described(self, descriptors) -> tuple:
         """What a launch takes for its tensor descriptors: made once, if Triton lets us, and not at each launch."""

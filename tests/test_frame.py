@@ -16,8 +16,8 @@ import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-TOP_LEVEL = {".ci", ".gitignore", "CITATION.cff", "LICENSE", "Makefile", "README.md", "data", "figures", "kernels",
-             "notebooks", "pyproject.toml", "requirements.txt", "tests"}
+TOP_LEVEL = {".ci", ".gitignore", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "data",
+             "figures", "kernels", "notebooks", "pyproject.toml", "requirements.txt", "tests"}
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
 HAS_GPU = torch.cuda.is_available()
@@ -161,8 +161,24 @@ def upward(name: str, path: Path) -> list[str]:
     return [f"{name} imports {other}" for other in sorted(imports(path, name)) if floor(other) > floor(name)]
 
 
+def private(path: Path) -> list[str]:
+    """Names with a leading underscore that a file takes from another one of this project."""
+    tree = ast.parse(path.read_text())
+    taken = [alias for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
+             if node.level or (node.module or "").split(".")[0] in ("kernels", "figures") for alias in node.names]
+    held = {alias.asname or alias.name for alias in taken}
+    reached = [f"{node.value.id}.{node.attr}" for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+               and isinstance(node.value, ast.Name) and node.value.id in held]
+    return [name for name in (*(alias.name for alias in taken), *reached)
+            if re.search(r"(^|\.)_(?!_)", name)]
+
+
 def test_imports_point_one_way():
     assert [fault for name, path in modules().items() for fault in upward(name, path)] == []
+
+
+def test_no_private_name_crosses_a_file():
+    assert {name: found for name, path in modules().items() if (found := private(path))} == {}
 
 
 @pytest.mark.parametrize("line", [
@@ -171,6 +187,14 @@ def test_imports_point_one_way():
 def test_an_import_upward_is_found(line, tmp_path):
     (tmp_path / "softmax.py").write_text(line)
     assert len(upward("kernels.ops.softmax", tmp_path / "softmax.py")) == 1
+
+
+@pytest.mark.parametrize("line", [
+    "from .rms_norm import _inputs", "from kernels.ops.mean import _view as view", "from . import mean\nmean._view",
+    "def f():\n    from .. import bits\n    bits._hash"])
+def test_a_private_name_that_crosses_is_found(line, tmp_path):
+    (tmp_path / "softmax.py").write_text(line)
+    assert len(private(tmp_path / "softmax.py")) == 1
 
 
 def test_no_file_imports_in_a_circle():

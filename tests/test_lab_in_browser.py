@@ -24,7 +24,7 @@ from kernels.lab.orders import chart as orders_chart
 from kernels.lab.orders import measure as orders
 from kernels.lab.widgets import parts as widget_parts
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.serial]
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",

@@ -6,7 +6,8 @@ import torch
 
 from kernels import launch, runtime
 from kernels.bits import same_bits
-from kernels.launch import Launch, Plans, check_tensors, compiled, no_backward
+from kernels.call import Plans, check_tensors
+from kernels.launch import Launch, Step, compiled
 from kernels.op import DTYPES
 from kernels.runtime import tl, triton
 
@@ -49,10 +50,6 @@ def test_good_tensors_pass(dtype):
     check_tensors(x=ONE.to(dtype), weight=torch.zeros(2, 2, dtype=dtype).t())
 
 
-def test_no_backward_says_what_to_do():
-    assert "softmax.triton has no backward yet: call it under torch.no_grad()" in str(no_backward("softmax"))
-
-
 # the launch
 
 
@@ -62,9 +59,9 @@ def notes(monkeypatch):
     taken = {"compiled": [], "launched": [], "device": 0}
 
     class Noted:
-        def __init__(self, fn, grid, tensors, scalars, constants, **options):
-            aligned = tuple(t.data_ptr() % 16 == 0 for t in tensors)
-            self.what = (fn, grid, aligned, tuple(t.dtype for t in tensors), (*scalars, *constants))
+        def __init__(self, fn, grid, examples, arguments, **options):
+            aligned = tuple(t.data_ptr() % 16 == 0 for t in examples)
+            self.what = (fn, grid, aligned, tuple(t.dtype for t in examples), arguments)
             taken["compiled"].append((self.what, options))
 
         def __call__(self, stream, *pointers):
@@ -91,7 +88,8 @@ def notes(monkeypatch):
 
 
 def launch_of(index=0, **options):
-    return Launch("fn", 7, (torch.bfloat16, torch.float32), (5, 0.5), (1024, True), index, **options)
+    return Launch(Step("fn", 7, {"x_ptr": torch.bfloat16, "y_ptr": torch.float32}, {"n": 5, "factor": 0.5},
+                       {"BLOCK": 1024, "EVEN": True}, options), index)
 
 
 def test_a_kernel_is_compiled_once_and_launched_with_its_pointers(notes):
@@ -149,7 +147,7 @@ def compiled_by(run, version, monkeypatch):
                              metadata=SimpleNamespace(tensordesc_meta=["a", "b"]))
     monkeypatch.setattr(runtime.triton, "__version__", version)
     fn = SimpleNamespace(warmup=lambda *_, **__: kernel)
-    return runtime.Compiled(fn, 7, (), (), (64, True))
+    return runtime.Compiled(fn, 7, (), (64, True))
 
 
 DESCRIBED = {0: "tensordesc<bf16[16,64]>", 1: "constexpr", 2: "tensordesc<bf16[32,64]>", 3: "*bf16"}
@@ -211,11 +209,12 @@ def _scale_kernel(x_ptr, y_ptr, n, factor, BLOCK: tl.constexpr, PDL: tl.constexp
 
 def scaled(x):
     y = torch.empty_like(x)
-    run = Launch(_scale_kernel, 2, (x.dtype, x.dtype), (x.numel(), 0.5), (16,), x.get_device(), num_warps=1)
+    step = Step(_scale_kernel, 2, {"x_ptr": x.dtype, "y_ptr": x.dtype}, {"n": x.numel(), "factor": 0.5}, {"BLOCK": 16},
+                {"num_warps": 1})
     if x.is_cuda:
-        run(x.data_ptr(), x.data_ptr(), y.data_ptr())
+        Launch(step, x.get_device())(x.data_ptr(), x.data_ptr(), y.data_ptr())
     else:
-        run.interpret(x, y)
+        step.interpret({"x_ptr": x, "y_ptr": y})
     return y
 
 
@@ -233,11 +232,8 @@ def test_a_launch_serves_any_alignment_on_a_gpu():
 
 
 def test_the_interpreter_refuses_what_it_gets_wrong():
-    run = launch_of(-1)
     with pytest.raises(TypeError, match="wrong for bfloat16"):
-        run.interpret(ONE.bfloat16(), ONE)
-    with pytest.raises(ValueError, match="x must be on a CPU or a CUDA GPU, got meta"):
-        run.interpret(ONE.to("meta"), ONE.to("meta"))
+        launch_of(-1).step.interpret({"x_ptr": ONE.bfloat16(), "y_ptr": ONE})
 
 
 # torch.compile of a default

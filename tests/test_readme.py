@@ -4,11 +4,12 @@ import re
 import pandas as pd
 import pytest
 
+from kernels import tables
 from kernels.lab import records
-from kernels.lab.tuning.tune import CERTIFICATES, stand_in
+from kernels.lab.proofs.certificates import CERTIFICATES, stand_in
 from kernels.lab.window.measure import VERIFY_COST
 from kernels.op import Shape
-from kernels.ops.matmul import schedule as schedules
+from kernels.ops.matmul.schedule import Schedule
 
 README = (records.ROOT / "README.md").read_text(encoding="utf-8")
 SECTION = README.partition("## Measured on an H200")[2].partition("\n## ")[0]
@@ -85,7 +86,7 @@ def test_the_certificates_are_those_recorded():
     assert f"{rows.schedule.nunique()} schedules and {len(rows)} comparisons on an H200 and an H100" in README
     proved = set(rows[["machine", "dtype", "shape", "schedule"]].itertuples(index=False, name=None))
     stored = [(machine, dtype, *stand_in(n, k), str(schedule)) for machine in ("h200", "h100")
-              for dtype, columns in schedules.load(machine)["matmul"].items()
+              for dtype, columns in tables.load(machine, Schedule.parse)["matmul"].items()
               for (n, k), column in columns.items() for schedule in column.values()]
     assert len(stored) > 200 and {(m, d, f"N={n},K={k}", s) for m, d, n, k, s in stored} <= proved
 

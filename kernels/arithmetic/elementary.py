@@ -32,6 +32,7 @@ import torch
 
 from ..runtime import HAS_TRITON, tl, triton, where
 
+LOWEST_FLOAT = torch.finfo(torch.float32).min  # -3.4e38
 LOWEST, HIGHEST = -104.0, 89.0  # e**-104 rounds to 0, e**89 to infinity
 LOG2_E = float.fromhex("0x1.715476p+0")
 LN2, LN2_REST = float.fromhex("0x1.62e430p-1"), float.fromhex("-0x1.05c610p-29")
@@ -147,7 +148,7 @@ def _by_slices(function, *operands):
         whole = not isinstance(value, torch.Tensor) or value.dim() < len(shape) or value.shape[0] == 1
         return value if whole else value[start:stop]
 
-    result = torch.empty(shape, dtype=torch.float32)
+    result = torch.empty(shape, dtype=torch.float32, device="cpu")
     step = max(1, SLICE * shape[0] // shape.numel())
     for start in range(0, shape[0], step):
         result[start : start + step] = function(*(rows(v, start, start + step) for v in operands))
@@ -176,14 +177,14 @@ def _check(name, tensor) -> None:
                            "call it under torch.no_grad()")
 
 
-def _for_kernels(value):
+def for_kernels(value):
     """A constant as a kernel may read it."""
     return tl.constexpr(value) if HAS_TRITON else value
 
 
-_INTERPRETED, _EXP, _LOG, _SQRT_HALF, _SMALLEST_NORMAL, _UP, _DOWN = map(_for_kernels, (
+_INTERPRETED, _EXP, _LOG, _SQRT_HALF, _SMALLEST_NORMAL, _UP, _DOWN = map(for_kernels, (
     where() == "INTERPRETER", EXP, LOG, SQRT_HALF, SMALLEST_NORMAL, 2.0**SHIFT, 2.0**-SHIFT))
-_LOWEST, _HIGHEST, _LOG2_E, _LN2, _LN2_REST, _MAGIC, _TWICE_SHIFT = map(_for_kernels, (
+_LOWEST, _HIGHEST, _LOG2_E, _LN2, _LN2_REST, _MAGIC, _TWICE_SHIFT = map(for_kernels, (
     LOWEST, HIGHEST, LOG2_E, LN2, LN2_REST, MAGIC, 2 * SHIFT))
 
 
@@ -202,6 +203,15 @@ def tl_fma(a, b, c):
         return tl.where(tl.abs(error) > 0, odd, total).to(tl.float32)
     else:  # noqa: RET505 - only a branch that is not taken is not compiled
         return tl.fma(a, b, c)
+
+
+@triton.jit
+def opaque(x):
+    """x, hidden from LLVM, whose vectoriser otherwise takes minutes over long chains of maxima and exponentials."""
+    if _INTERPRETED:
+        return x
+    else:  # noqa: RET505 - a branch that is not taken must not be compiled
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

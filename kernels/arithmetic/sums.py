@@ -55,3 +55,32 @@ def tree(x):
         if x.shape[1] > 1:
             x = tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]), axis=2)
     return x
+
+
+@triton.jit
+def tree_down(x):
+    """[a power of two, columns] -> [1, columns]: neighbours in a column added in pairs."""
+    for _ in tl.static_range(20):
+        if x.shape[0] > 1:
+            x = tl.sum(tl.reshape(x, [x.shape[0] // 2, 2, x.shape[1]]), axis=1)
+    return x
+
+
+@triton.jit
+def add_in_sequence(x_ptr, at, column, inside, length, step, WIDTH: tl.constexpr, FLIGHT: tl.constexpr):
+    """A chunk's columns, its numbers at the offsets `at`, each added up over the chunks, which are `step` apart.
+
+    FLIGHT chunks are loaded at a time. What lies beyond the row, or not `inside`, is +0.
+    """
+    total = tl.zeros(at.shape, tl.float32)
+    left = length
+    for _ in range((length - 1) // (WIDTH * FLIGHT) + 1):
+        xs = ()
+        for c in tl.static_range(FLIGHT):
+            mask = inside & (column < left - c * WIDTH)
+            xs = xs + (tl.load(x_ptr + c * step + at, mask=mask, other=0.0),)
+        for c in tl.static_range(FLIGHT):
+            total += xs[c].to(tl.float32)
+        x_ptr += FLIGHT * step
+        left -= FLIGHT * WIDTH
+    return total

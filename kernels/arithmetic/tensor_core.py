@@ -28,6 +28,7 @@ from fractions import Fraction
 import torch
 
 from .. import bits, runtime
+from ..runtime import tl, triton
 
 _SMALLEST_EXPONENT = {torch.bfloat16: -126, torch.float16: -14}  # of a normal number
 _SIGNIFICAND_BITS = {torch.bfloat16: 7, torch.float16: 10}  # stored ones
@@ -74,7 +75,7 @@ def chain(x, weight, adder: Adder = HOPPER, start=None) -> torch.Tensor:
     _check(x, weight, adder, start)
     x, weight = x.detach(), weight.detach()
     rows, columns = x.shape[0], weight.shape[0]
-    out = torch.zeros(rows, columns, device=x.device) if start is None else start.detach().clone()
+    out = torch.zeros(rows, columns, dtype=torch.float32, device=x.device) if start is None else start.detach().clone()
     limit = _GPU_PRODUCTS if x.is_cuda else _CPU_PRODUCTS
     high, wide = _tile(rows, columns, limit // adder.block)
     length = adder.block * max(1, limit // (adder.block * max(_PATCH * high, wide)))  # of k, unpacked at once
@@ -138,6 +139,43 @@ def _power(total, adder: Adder) -> torch.Tensor:
     power = (total.view(torch.int64) & 2047 << 52).view(torch.float64)
     power.clamp_(2.0 ** (_UNIT - 126), 2.0 ** (_UNIT + 127))
     return power.masked_fill_(total == 0, 2.0 ** (_UNIT + adder.zero_exponent))
+
+
+@triton.jit
+def tl_chain(x, weight, total, SMALLEST: tl.constexpr):
+    """`chain` on Hopper in Triton's interpreter, which holds 16-bit numbers as float32.
+
+    x [A, K], weight [B, K], total [A, B] float32; SMALLEST is the dtype's smallest normal number. In float64, where
+    every step but the cuts is exact, so that no sum here has an order.
+    """
+    BLOCKS: tl.constexpr = x.shape[1] // 16
+    xs = tl.reshape(x, [x.shape[0], BLOCKS, 16])
+    weights = tl.reshape(weight, [weight.shape[0], BLOCKS, 16])
+    for block in range(BLOCKS):
+        here = tl.arange(0, BLOCKS)[None, :, None] == block
+        a = tl.sum(tl.where(here, xs, 0.0), axis=1)
+        b = tl.sum(tl.where(here, weights, 0.0), axis=1)
+        products = a.to(tl.float64)[:, None, :] * b.to(tl.float64)[None, :, :]
+        powers = _tl_power(a, SMALLEST, 0.0)[:, None, :] * _tl_power(b, SMALLEST, 0.0)[None, :, :]
+        grid = tl.maximum(tl.max(powers, axis=2), _tl_power(total, 2.0**-126, 2.0**-133)) * 2.0**-25
+        cut = tl.sum(_tl_trunc(products / grid[:, :, None]), axis=2) + _tl_trunc(total.to(tl.float64) / grid)
+        exact = _tl_trunc(cut * grid * 2.0**149) * 2.0**-149  # whole units of the smallest float32
+        kept = (exact.to(tl.int64, bitcast=True) & -536870912).to(tl.float64, bitcast=True)  # 24 bits of float64's 53
+        total = kept.to(tl.float32) + 0.0
+    return total
+
+
+@triton.jit
+def _tl_power(x, SMALLEST: tl.constexpr, ZERO: tl.constexpr):
+    """The power of two that a float32's exponent stands for, as float64: at least SMALLEST, but ZERO for a zero."""
+    power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    power = tl.minimum(tl.maximum(power.to(tl.float64), SMALLEST), 2.0**127)
+    return tl.where(x == 0.0, ZERO, power)
+
+
+@triton.jit
+def _tl_trunc(x):
+    return tl.where(x < 0.0, tl.ceil(x), tl.floor(x))
 
 
 def _check(x, weight, adder, start) -> None:
@@ -214,7 +252,7 @@ def probe(matmul: Callable, dtype=torch.bfloat16, device=None) -> Adder:
     """
     device = device or runtime.device()
     blocks, fractions = range(2, 66), range(1, 37)
-    x = torch.zeros(len(blocks) + len(fractions), 128)
+    x = torch.zeros(len(blocks) + len(fractions), 128, dtype=torch.float32, device="cpu")
     x[:, 0], x[:, 1] = 2.0**12, -(2.0**12)
     for row, place in enumerate(blocks):
         x[row, place] = 2.0**-24
@@ -253,7 +291,8 @@ def explain(a, b, accumulator: float = 0.0, adder: Adder = HOPPER) -> dict:
             raise ValueError(f"{name} must be finite, got {factors.tolist()}")
     if b.dtype != a.dtype:
         raise TypeError(f"b must have a's dtype {a.dtype}, got {b.dtype}")
-    if not math.isfinite(accumulator) or torch.tensor(accumulator, dtype=torch.float32).item() != accumulator:
+    start = torch.tensor(accumulator, dtype=torch.float32, device="cpu").item()
+    if not math.isfinite(accumulator) or start != accumulator:
         raise ValueError(f"accumulator must be a finite float32 number, got {accumulator!r}")
     low = _SMALLEST_EXPONENT[a.dtype]
     terms = [("accumulator", None, None, Fraction(accumulator),

@@ -42,10 +42,10 @@ def clocks(device: torch.device) -> tuple[str, ...]:
 
 def measure(contenders: Mapping[str, Callable], inputs: Callable[[int], tuple], clock: str, *, device: torch.device,
             set_bytes: int, repeats: int = 7) -> dict[str, Timing | Exception]:
-    """Time each contender, round by round so that drift hits all alike.
+    """Time each contender, interleaved round by round, so that drift affects all alike.
 
-    inputs(i) makes the i-th set of arguments; set_bytes is what one call touches, and decides how many sets
-    stand in a graph. A contender that fails gives its exception; the others go on.
+    inputs(i) makes the i-th set of arguments. set_bytes is how many bytes one call touches; it decides how many sets a
+    graph holds. A contender that fails gives its exception; the others go on.
     """
     if clock not in clocks(device):
         raise ValueError(f"clock must be one of {', '.join(clocks(device))} on {device}, got {clock!r}")
@@ -66,7 +66,7 @@ def _replay(contenders, inputs, cold, device, set_bytes, repeats):
             graphs[name] = _capture(function, sets)
         except Exception as error:  # noqa: BLE001 - one contender's failure must not cost the others' points
             results[name] = error
-    evict = torch.zeros(3 * _l2(device) // 4 if cold else 1, device=device)
+    evict = torch.zeros(3 * _l2(device) // 4 if cold else 1, dtype=torch.float32, device=device)
     events = {name: [] for name in graphs}
     for _ in range(repeats + 1):
         for name, graph in graphs.items():
@@ -88,7 +88,7 @@ def _capture(function, sets):
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for arguments in sets:  # results are dropped, so the graph's pool hands the next call the same memory
+        for arguments in sets:  # results are dropped, so that the graph's pool gives their memory to the next call
             function(*arguments)
     return graph
 
@@ -127,12 +127,12 @@ def _l2(device) -> int:
 
 
 def after_flush(function: Callable, arguments: tuple, repeats: int = 15) -> Timing:
-    """The other way to a cold time, to check `cold` against: events around one eager call after an L2 flush.
+    """A second way to measure a cold time, as a check of `cold`: events around one eager call after an L2 flush.
 
-    It counts the event pair and the launch gap too, about 2-3 us.
+    It also counts the event pair and the launch gap, about 2-3 us.
     """
     device = arguments[0].device
-    evict = torch.zeros(3 * _l2(device) // 4, device=device)
+    evict = torch.zeros(3 * _l2(device) // 4, dtype=torch.float32, device=device)
     function(*arguments)
     us = []
     for _ in range(repeats):
@@ -150,7 +150,7 @@ def after_flush(function: Callable, arguments: tuple, repeats: int = 15) -> Timi
 def copy_gbytes_per_s(device: torch.device | None = None, repeats: int = 11) -> float:
     """Measured ceiling for moving memory: bytes read plus bytes written by a large copy, in GB/s."""
     device = device or runtime.device()
-    source = torch.ones(1 << (30 if device.type == "cuda" else 26), device=device)
+    source = torch.ones(1 << (30 if device.type == "cuda" else 26), dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _best(lambda: target.copy_(source), device, repeats) / 1e9
 
@@ -164,7 +164,7 @@ def matmul_tflops(device: torch.device | None = None, dtype=None, repeats: int =
 
 
 def ceilings(device: torch.device, known: Mapping = MappingProxyType({})) -> dict[str, float]:
-    """{"copy_gbytes_per_s", "matmul_tflops"} of this device, which takes seconds: those in `known` are not measured."""
+    """{"copy_gbytes_per_s", "matmul_tflops"} of this device: those in `known`, the others measured now, in seconds."""
     measured = {"copy_gbytes_per_s": (copy_gbytes_per_s, 1), "matmul_tflops": (matmul_tflops, 3)}
     return {name: known[name] if name in known else round(measure(device), digits)
             for name, (measure, digits) in measured.items()}

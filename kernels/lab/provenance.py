@@ -19,8 +19,8 @@ SAME_CODE = ROOT / "data" / "same_code.csv"
 def source(*files: str) -> str:
     """The first 12 hex digits of SHA-256 over the code of these files and of all in `kernels` that they import.
 
-    Code is the syntax tree without imports, comments and docstrings. What lies in kernels/lab counts only if it is
-    among `files`: widgets, charts and records decide no row.
+    Code is the syntax tree without imports, comments and docstrings. A file in kernels/lab counts only if it is among
+    `files`: widgets, charts and records decide no row.
     """
     trees = sorted(_tree(path.read_text(encoding="utf-8")) for path in deciding(*files))
     return hashlib.sha256("\0".join(trees).encode()).hexdigest()[:12]
@@ -28,12 +28,12 @@ def source(*files: str) -> str:
 
 def of_op(op: Op) -> str:
     """`source` of what an op computes, how it is called and how its numbers are added."""
-    return source(inspect.getfile(op.python))
+    return source(inspect.getfile(inspect.unwrap(op.python)))
 
 
 @cache
 def known_as(now: str) -> frozenset[str]:
-    """Sources whose rows count as recorded by the code `now`: itself, and those proved alike in data/same_code.csv."""
+    """Sources whose rows count as recorded by the code `now`: itself, and those that data/same_code.csv lists."""
     with SAME_CODE.open(encoding="utf-8", newline="") as file:
         rows = csv.DictReader(line for line in file if not line.startswith("#"))
         return frozenset({now, *(row["source"] for row in rows if row["now"] == now)})
@@ -74,7 +74,7 @@ def _file(base: Path) -> Path | None:
 
 
 def _tree(text: str) -> str:
-    """Code as text that is the same in every version of Python: fields that are empty are left out."""
+    """Code as text that is the same in every version of Python: empty fields are left out."""
     return "\n".join(map(_plain, _body(ast.parse(text))))
 
 

@@ -1,7 +1,7 @@
 """Recorded measurements: tidy CSV tables and machine.json under data/<machine>/.
 
-Rows are replaced by key, a file is written whole or not at all, writers take turns, and a folder belongs
-to one kind of machine: nothing here mixes rows silently.
+Rows are replaced by key, a file is written whole or not at all, only one writer works on it at a time, and a folder
+belongs to one kind of machine: nothing here mixes rows silently.
 """
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DATA = ROOT / "data"
 
 @dataclass(frozen=True)
 class Table:
-    """The form of one CSV: its file name, its columns in order, and the columns that name a row."""
+    """The form of one CSV: its file name, its columns in order, and the columns that are its key."""
 
     file: str
     columns: tuple[str, ...]
@@ -102,9 +102,7 @@ def device_name() -> str:
 def slug() -> str:
     """This machine's folder under data/: h200, h100, cpu-avx512 and so on."""
     if runtime.HAS_GPU:
-        name = torch.cuda.get_device_name()
-        known = re.search(r"\b([HABL]\d{2,3}|GH200|GB200|RTX.*)\b", name)
-        return re.sub(r"[^a-z0-9]+", "-", (known[1] if known else name.removeprefix("NVIDIA ")).lower()).strip("-")
+        return runtime.slug(torch.cuda.current_device())
     return "cpu-" + torch.backends.cpu.get_cpu_capability().lower().replace("_", "")
 
 
@@ -124,7 +122,7 @@ def _driver() -> str | None:
 
 
 def this_machine() -> dict:
-    """What decides this machine's times and bits, as in machine.json (without the measured ceilings)."""
+    """What decides this machine's times and bits, as in machine.json but for the measured ceilings."""
     return {
         "device": device_name(),
         "driver": _driver() if runtime.HAS_GPU else None,
@@ -137,7 +135,7 @@ def this_machine() -> dict:
 
 
 def open_machine(out=DATA, name: str | None = None) -> Path:
-    """The folder to record into: this machine's own, or the next free h200-2, h200-3 if another has the name.
+    """The folder to record into: this machine's own, or the next free h200-2, h200-3 if another machine has the name.
 
     Raises ValueError if `name` is given and that folder holds measurements of another machine.
     """
@@ -152,7 +150,7 @@ def open_machine(out=DATA, name: str | None = None) -> Path:
 
 
 def _other_machine(recorded: dict) -> str:
-    """What tells the recorded machine from this one, or ''."""
+    """In what the recorded machine differs from this one, or ''."""
     here = this_machine()
     return "; ".join(f"{k} was {recorded[k]}, here {here[k]}" for k in ("device", "torch", "triton")
                      if k in recorded and recorded[k] != here[k])
@@ -172,7 +170,7 @@ def read_machine(folder) -> dict:
 def note_machine(folder, file: str, **ceilings) -> dict:
     """Write machine.json: this machine, its measured ceilings, and the command that recorded `file`.
 
-    Ceilings that it has already stay: all that is recorded there is seen against the same ones.
+    Ceilings that it already has stay, so that all rows of a folder are compared with the same ones.
     """
     folder = Path(folder)
     with FileLock(folder / "machine.json.lock"):

@@ -1,13 +1,24 @@
-"""One theme for every figure: who is drawn how, and nothing that makes two runs differ in their bytes."""
+"""What all charts share: the theme, how each contender and verdict is drawn, and the axes.
+
+Nothing here makes two runs differ in their bytes.
+"""
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import matplotlib as mpl
+import numpy as np
+import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 _SAFE = sns.color_palette("colorblind").as_hex()
 GREEN, VERMILION, BLUE, ORANGE, PURPLE, GREY = _SAFE[2], _SAFE[3], _SAFE[0], _SAFE[1], _SAFE[4], "#6e6e6e"
 BROWN = "#7a4b1e"  # darker than the palette's, which the colour-blind take for green or purple
+# a verdict: its glyph, its fill and the ink on it; told apart by lightness, not hue
+SAME, MOVED = ("✓", "#e0efe9", "#14604a"), ("✗", "#8c1d18", "#ffffff")
 
 # implementation -> colour, marker, line style, the published chart's wording or ours
 CONTENDERS = {
@@ -29,6 +40,12 @@ def contender(name: str) -> dict:
     return {"color": color, "marker": marker, "linestyle": line, "label": label}
 
 
+def in_order(rows: pd.DataFrame) -> list[str]:
+    """The contenders in these rows, in the theme's order; unknown ones last."""
+    found = set(rows.implementation)
+    return [n for n in CONTENDERS if n in found] + sorted(found - set(CONTENDERS))
+
+
 def theme() -> None:
     """Set the suite's look, and fix what would change a figure's bytes from run to run."""
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
@@ -47,11 +64,28 @@ def caption(figure: Figure, text: str) -> None:
     figure.supxlabel(text, x=0.01, ha="left", fontsize=8.5, color="#404040")
 
 
-def token_axis(axes, tokens, log: bool = False) -> None:
+def token_axis(axes: Axes, tokens: Sequence[int], log: bool = False) -> None:
     """Token counts as the published chart has them (evenly spaced), or on a log axis."""
     if log:
         axes.set_xscale("log", base=2)
-    positions = list(tokens) if log else list(range(len(tokens)))
-    axes.set_xticks(positions, [str(t) for t in tokens])
+    axes.set_xticks(list(tokens) if log else list(range(len(tokens))), [str(t) for t in tokens])
     axes.minorticks_off()
     axes.set_xlabel("# Tokens")
+
+
+def positions(values, tokens: Sequence[int], log: bool) -> np.ndarray:
+    """Where these counts stand on the token axis of `tokens`."""
+    return np.asarray(values, float) if log else np.searchsorted(np.asarray(tokens), np.asarray(values)).astype(float)
+
+
+def time_ticks(axes: Axes, log: bool) -> None:
+    """A time axis: from zero, or ticks at 1, 2, 5 (fewer over many decades) of each power of ten; plain numbers."""
+    if not log:
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+    elif axes.lines:
+        low, high = axes.get_ylim()
+        decades = np.log10(high / low)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.2 else (1, 3) if decades < 3.5 else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.set_ylim(axes.get_ylim())

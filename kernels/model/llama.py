@@ -12,173 +12,33 @@ from __future__ import annotations
 
 import copy
 import math
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from .. import bits, runtime
+from .. import runtime
 from ..op import DTYPES
-from ..ops import rotary as fused
 from ..ops.rms_norm import rms_norm
+from ..ops.rotary import fused_rotary, rotary
+from ..ops.swiglu import fused_swiglu, swiglu
 from .cache import KVCache, check_fits
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3.1's stretch of slow rotations, for contexts longer than the model was first trained on."""
-
-    factor: float = 8.0
-    low_frequency_factor: float = 1.0
-    high_frequency_factor: float = 4.0
-    original_context: int = 8192
-
-    def __post_init__(self):
-        if self.factor < 1 or self.original_context < 1:
-            raise ValueError(f"factor and original_context must be at least 1, got {self}")
-        if not 0 < self.low_frequency_factor < self.high_frequency_factor:
-            raise ValueError(f"low_frequency_factor must lie between 0 and high_frequency_factor, got {self}")
-
-
-@dataclass(frozen=True)
-class Config:
-    """The sizes of a decoder. Raises ValueError that names the field for sizes no Llama can have."""
-
-    name: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    context: int = 131072
-    tied_embeddings: bool = False
-    rope_theta: float = 500000.0
-    rope_scaling: RopeScaling | None = RopeScaling()
-    norm_eps: float = 1e-5
-
-    def __post_init__(self):
-        for field in ("vocab_size", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "head_dim",
-                      "context"):
-            value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{field} must be a whole number of at least 1, got {value!r}")
-        if self.heads % self.kv_heads:
-            raise ValueError(f"heads must be a multiple of kv_heads = {self.kv_heads}, got {self.heads}")
-        if self.head_dim < 8 or self.head_dim & (self.head_dim - 1):
-            raise ValueError(f"head_dim must be a power of two of at least 8, got {self.head_dim}")
-        for field, least in (("rope_theta", 1.0), ("norm_eps", 0.0)):
-            if not least < getattr(self, field) < math.inf:
-                raise ValueError(f"{field} must be a number above {least:g}, got {getattr(self, field)!r}")
-
-    @property
-    def layer_shapes(self) -> dict[str, tuple[int, ...]]:
-        """One layer's weights: name -> shape. Matrices are (out, in); qkv and gate_up are two or three in one."""
-        d, q, kv = self.hidden_size, self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {"attention_norm": (d,), "qkv": (q + 2 * kv, d), "output": (d, q),
-                "mlp_norm": (d,), "gate_up": (2 * self.intermediate_size, d), "down": (d, self.intermediate_size)}
-
-    @property
-    def parameters(self) -> int:
-        """How many numbers the model holds, as published counts have it (tied embeddings once)."""
-        layer = sum(math.prod(shape) for shape in self.layer_shapes.values())
-        embeddings = (1 if self.tied_embeddings else 2) * self.vocab_size * self.hidden_size
-        return self.layers * layer + embeddings + self.hidden_size
-
-
-PRESETS = {config.name: config for config in (
-    Config("llama-3.1-8b", vocab_size=128256, hidden_size=4096, intermediate_size=14336, layers=32, heads=32,
-           kv_heads=8, head_dim=128),
-    Config("llama-3.2-1b", vocab_size=128256, hidden_size=2048, intermediate_size=8192, layers=16, heads=32,
-           kv_heads=8, head_dim=64, tied_embeddings=True, rope_scaling=RopeScaling(factor=32.0)),
-    Config("small", vocab_size=4096, hidden_size=512, intermediate_size=1536, layers=6, heads=8, kv_heads=4,
-           head_dim=64, context=4096, tied_embeddings=True),
-    Config("tiny", vocab_size=256, hidden_size=64, intermediate_size=192, layers=2, heads=4, kv_heads=2, head_dim=16,
-           context=1024, rope_scaling=RopeScaling(original_context=64)),
-)}
-
-
-def preset(name: str) -> Config:
-    """A preset by name. Raises ValueError that lists the names there are."""
-    try:
-        return PRESETS[name]
-    except KeyError:
-        raise ValueError(f"model must be one of {', '.join(PRESETS)}, got {name!r}") from None
-
-
-def random_weights(seed: int, dtype: torch.dtype, device) -> Callable[[str, tuple], torch.Tensor]:
-    """(name, shape) -> a weight with the same bits on every machine, made where it will stay.
-
-    A matrix keeps its input's size (standard deviation about 1 / sqrt(in)); a norm's weights lie around 1.
-    """
-    def weight(name, shape):
-        own_seed = zlib.crc32(f"{seed}.{name}".encode()) >> 1
-        if len(shape) == 1:
-            return 1 + bits.portable(1, *shape, dtype, device, own_seed)[0] / 4
-        return bits.portable(*shape, dtype, device, own_seed, scale=round(math.log2(3 / math.sqrt(shape[1]))))
-    return weight
-
-
-_IN_TRANSFORMERS = {
-    "embedding": ["model.embed_tokens"], "norm": ["model.norm"], "head": ["lm_head"],
-    "attention_norm": ["model.layers.{}.input_layernorm"],
-    "qkv": [f"model.layers.{{}}.self_attn.{x}_proj" for x in "qkv"],
-    "output": ["model.layers.{}.self_attn.o_proj"],
-    "mlp_norm": ["model.layers.{}.post_attention_layernorm"],
-    "gate_up": [f"model.layers.{{}}.mlp.{x}_proj" for x in ("gate", "up")],
-    "down": ["model.layers.{}.mlp.down_proj"],
-}
-
-
-def transformers_weights(state: Mapping[str, torch.Tensor], dtype: torch.dtype, device):
-    """(name, shape) -> a weight out of the state dict of transformers' LlamaForCausalLM (or its safetensors)."""
-    def weight(name, shape):
-        layer, _, part = name.rpartition(".")
-        pieces = [state[f"{piece.format(layer)}.weight"] for piece in _IN_TRANSFORMERS[part]]
-        return torch.cat(pieces).to(device, dtype)
-    return weight
+from .config import Config, preset
+from .weights import random_weights
 
 
 def rotary_table(config: Config, device="cpu") -> torch.Tensor:
     """(context, head_dim) float32: each position's head_dim/2 cosines, then its sines; worked out in float64."""
     half = config.head_dim // 2
-    frequency = config.rope_theta ** -(torch.arange(half, dtype=torch.float64) / half)
+    frequency = config.rope_theta ** -(torch.arange(half, dtype=torch.float64, device="cpu") / half)
     if scaling := config.rope_scaling:
         low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
         turns = scaling.original_context * frequency / (2 * math.pi)
         fast = ((turns - low) / (high - low)).clamp(0, 1)  # 1: keep the frequency, 0: divide it by the factor
         frequency = frequency * (fast + (1 - fast) / scaling.factor)
-    angle = torch.arange(config.context, dtype=torch.float64)[:, None] * frequency
+    angle = torch.arange(config.context, dtype=torch.float64, device="cpu")[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], -1).float().to(device)
-
-
-def rotary(table, positions, capacity: int, heads: int) -> Callable:
-    """Once a forward: positions (G, W) -> rotate(qkv, kv), which each layer calls.
-
-    qkv is (G, W, heads + 2 * kv_heads, head_dim): queries and keys are rotated in place, in float32, rounded
-    once. kv is the layer's cache, (G, capacity, 2 * kv_heads, head_dim): keys and values are written into it.
-    """
-    positions = positions.clamp(0, capacity - 1)  # a bad one must not reach another request's slots
-    cos, sin = table[positions][:, :, None].chunk(2, -1)
-    cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-    first = torch.arange(0, len(positions) * capacity, capacity, device=positions.device)[:, None]
-    slots = (first + positions).flatten()
-
-    def rotate(qkv, kv):
-        qk = qkv[:, :, : heads + kv.shape[2] // 2]
-        a, b = qk.chunk(2, -1)
-        qk.copy_(qk * cos + torch.cat([b, a], -1) * sin)
-        kv.flatten(0, 1).index_copy_(0, slots, qkv[:, :, heads:].flatten(0, 1))
-    return rotate
-
-
-def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """(T, 2F) -> (T, F): silu of the first half, times the second."""
-    gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate) * up
 
 
 @dataclass(frozen=True)
@@ -204,7 +64,7 @@ def choose_ops(name: str, device: torch.device) -> Ops:
     if device.type != "cuda":
         return Ops(rms_norm=rms_norm.python)
     runtime.require_triton("llama")
-    return Ops(rms_norm=rms_norm.triton, rotary=fused.rotary, swiglu=fused.swiglu)
+    return Ops(rms_norm=rms_norm.triton, rotary=fused_rotary, swiglu=fused_swiglu)
 
 
 @dataclass(frozen=True)
@@ -245,7 +105,7 @@ class Llama:
     def __init__(self, config: Config | str, *, ops: str = "default", dtype: torch.dtype | None = None, device=None,
                  seed: int = 0, weights: Callable | None = None):
         self.config = config = preset(config) if isinstance(config, str) else config
-        self.device = torch.empty(0, device=device or runtime.device()).device  # with its index
+        self.device = torch.empty(0, dtype=torch.float32, device=device or runtime.device()).device  # with its index
         self.dtype = dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         if self.dtype not in DTYPES.values():
             raise TypeError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
@@ -272,7 +132,7 @@ class Llama:
         return other
 
     def cache(self, requests: int, capacity: int) -> KVCache:
-        """An empty KV cache for so many requests of at most so many tokens each."""
+        """An empty KV cache for `requests` requests of up to `capacity` tokens each."""
         return KVCache(self.config, requests, capacity, self.dtype, self.device)
 
     @torch.no_grad()
@@ -311,7 +171,7 @@ class Llama:
         keys = cache.capacity if prefix is None else prefix + tokens
         mask = None
         if prefix != 0:
-            mask = torch.arange(keys, device=self.device) <= positions[:, None, :, None]
+            mask = torch.arange(keys, dtype=torch.int64, device=self.device) <= positions[:, None, :, None]
         return _Window(requests, tokens, rotate, keys, mask)
 
     def _add_norm(self, x, weight, stream):

@@ -30,8 +30,7 @@ kind, and so are their transposes and columns of wider ones. Others are permuted
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
 from typing import NamedTuple
@@ -39,10 +38,11 @@ from typing import NamedTuple
 import torch
 
 from .. import bits
-from ..arithmetic.sums import CHUNK, ordered_sum, tree, tree_width
-from ..launch import Launch, Plans, check_tensors, compiled, no_backward
+from ..arithmetic.sums import CHUNK, add_in_sequence, ordered_sum, tree, tree_down, tree_width
+from ..call import KernelCall, check_tensors
+from ..launch import Step, compiled
 from ..op import Op, Shape, Work
-from ..runtime import require_triton, tl, triton
+from ..runtime import tl, triton
 
 RESIDENT_WIDTH = 16 * CHUNK  # wider rows are streamed
 ENOUGH_PROGRAMS = 132  # to give each multiprocessor of a large GPU one
@@ -57,35 +57,6 @@ def _specify(x, dim, keepdim, mean):
     if mean:  # a float32 tensor: both factors round once, alike
         total = total * torch.full_like(total, 1.0 / count if count else float("inf"))
     return total.to(x.dtype).view(_shape(x, dims, keepdim))
-
-
-@triton.jit
-def _tree_down(x):
-    """[a power of two, columns] -> [1, columns]: neighbours in a column added in pairs."""
-    for _ in tl.static_range(20):
-        if x.shape[0] > 1:
-            x = tl.sum(tl.reshape(x, [x.shape[0] // 2, 2, x.shape[1]]), axis=1)
-    return x
-
-
-@triton.jit
-def _add_in_sequence(x_ptr, at, column, inside, length, step, WIDTH: tl.constexpr, FLIGHT: tl.constexpr):
-    """A chunk's columns, its numbers at the offsets `at`, each added up over the chunks, which are `step` apart.
-
-    FLIGHT chunks are loaded at a time. What lies beyond the row, or not `inside`, is +0.
-    """
-    total = tl.zeros(at.shape, tl.float32)
-    left = length
-    for _ in range((length - 1) // (WIDTH * FLIGHT) + 1):
-        xs = ()
-        for c in tl.static_range(FLIGHT):
-            mask = inside & (column < left - c * WIDTH)
-            xs = xs + (tl.load(x_ptr + c * step + at, mask=mask, other=0.0),)
-        for c in tl.static_range(FLIGHT):
-            total += xs[c].to(tl.float32)
-        x_ptr += FLIGHT * step
-        left -= FLIGHT * WIDTH
-    return total
 
 
 @triton.jit
@@ -117,7 +88,7 @@ def _stream_kernel(x_ptr, y_ptr, length, x_stride, scale, WIDTH: tl.constexpr, F
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, WIDTH)[None, :]
-    total = _add_in_sequence(x_ptr + row * x_stride, column, column, True, length, WIDTH, WIDTH, FLIGHT)
+    total = add_in_sequence(x_ptr + row * x_stride, column, column, True, length, WIDTH, WIDTH, FLIGHT)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     y = (tree(total) + 0.0) * scale
@@ -143,7 +114,7 @@ def _inner_kernel(x_ptr, y_ptr, length, inner, outer_stride, stride, scale, WIDT
     for part in tl.static_range(PARTS):
         j = tl.arange(0, WIDTH // PARTS)[:, None] * PARTS + part
         at = j.to(tl.int64) * stride + i
-        total = _add_in_sequence(x_ptr, at, j, i < inner, length, step, WIDTH, FLIGHT)
+        total = add_in_sequence(x_ptr, at, j, i < inner, length, step, WIDTH, FLIGHT)
         for level in tl.static_range(10):  # as a binary counter carries: join what is complete
             if part % (2 << level) == (2 << level) - 1:
                 total = sums[len(sums) - 1] + total
@@ -151,7 +122,7 @@ def _inner_kernel(x_ptr, y_ptr, length, inner, outer_stride, stride, scale, WIDT
         sums = sums + (total,)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    y = (_tree_down(sums[0]) + 0.0) * scale
+    y = (tree_down(sums[0]) + 0.0) * scale
     tl.store(y_ptr + outer * inner + i, y.to(y_ptr.dtype.element_ty), mask=i < inner)
 
 
@@ -168,7 +139,7 @@ def _split_kernel(x_ptr, sums_ptr, length, inner, outer_stride, stride, WIDTH: t
     j = m // inner
     step = tl.cast(stride, tl.int64) * WIDTH
     x_ptr += outer * outer_stride
-    total = _add_in_sequence(x_ptr, j * stride + m % inner, j, m < columns, length, step, WIDTH, FLIGHT)
+    total = add_in_sequence(x_ptr, j * stride + m % inner, j, m < columns, length, step, WIDTH, FLIGHT)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     tl.store(sums_ptr + outer * columns + m, total, mask=m < columns)
@@ -219,7 +190,7 @@ def _schedule(outer: int, length: int, inner: int = 1, itemsize: int = 2) -> Sch
 def _schedule_inner(outer, length, inner, itemsize) -> Schedule:
     width = tree_width(length)
     columns = min(2 * _power_of_two(inner - 1), 64 * CHUNK // (width * itemsize), CHUNK)
-    # cut finer to occupy the GPU, but not below a few thousand numbers or a sector of memory
+    # cut finer until every multiprocessor has a program, but not below a few thousand numbers or a sector of memory
     while outer * -(-inner // columns) < ENOUGH_PROGRAMS and columns * length > 4 * CHUNK and columns * itemsize > 32:
         columns //= 2
     if outer * -(-inner // columns) < ENOUGH_PROGRAMS and length > RESIDENT_WIDTH:
@@ -230,7 +201,7 @@ def _schedule_inner(outer, length, inner, itemsize) -> Schedule:
 
 
 def _schedule_split(columns: int) -> Schedule:
-    """So many column sums in all: as few a program as give each multiprocessor one, but no less than a warp's."""
+    """A split of `columns` column sums: one program a multiprocessor if there are enough, a warp's sums at least."""
     each = min(256, max(32, _power_of_two(columns // ENOUGH_PROGRAMS)))
     return Schedule("split", warps=1, flight=2 * CHUNK // each, columns=each)
 
@@ -256,16 +227,6 @@ def _schedules(shape, dtype) -> list[Schedule]:
             if length <= RESIDENT_WIDTH and rows * length <= 8 * CHUNK * warps]
     stream = [Schedule("stream", warps, flight=flight) for warps in (4, 16) for flight in (1, 4)]
     return list(dict.fromkeys([*rows, *stream, *split, *chosen]))
-
-
-def run_schedule(schedule: Schedule, x, dim=None, keepdim=False, mean=False):
-    """Run one given schedule; the tests and the tuner use it. Same arguments and bits as the rest.
-
-    Raises ValueError if the schedule is one for rows, and these dimensions are not the last in memory.
-    """
-    _check(x, dim, keepdim)
-    x = x.resolve_neg()
-    return _Plan(x, dim, keepdim, mean, schedule)(x)
 
 
 class _View(NamedTuple):
@@ -302,105 +263,7 @@ def _stride(x, dims) -> int | None:
     return x.stride(dims[-1]) if dims else 1
 
 
-def _launches(schedule: Schedule, view: _View, dtypes: tuple, scale: float, index: int) -> list[Launch]:
-    """One launch, or two for a split."""
-    outer, length, inner, outer_stride, stride, _ = view
-    width, s = tree_width(length), schedule
-    if s.kind == "rows":
-        return [Launch(_rows_kernel, -(-outer // s.rows), dtypes, (outer, length, outer_stride, scale),
-                       (width, -(-length // width), s.rows), index, num_warps=s.warps)]
-    chain = (width, s.flight)
-    if s.kind == "stream":
-        return [Launch(_stream_kernel, outer, dtypes, (length, outer_stride, scale), chain, index, num_warps=s.warps)]
-    if s.kind == "inner":
-        return [Launch(_inner_kernel, outer * -(-inner // s.columns), dtypes,
-                       (length, inner, outer_stride, stride, scale), (*chain, s.columns, s.parts), index,
-                       num_warps=s.warps)]
-    first = Launch(_split_kernel, outer * -(-width * inner // s.columns), (dtypes[0], torch.float32),
-                   (length, inner, outer_stride, stride), (*chain, s.columns), index, num_warps=s.warps)
-    sums = _View(outer, width, inner, width * inner, inner)
-    then = _schedule(outer, width, inner, torch.float32.itemsize)
-    return [first, *_launches(then, sums, (torch.float32, dtypes[1]), scale, index)]
-
-
-class _Plan:
-    """Everything about a call that its shapes decide, kept so that the next such call only launches."""
-
-    def __init__(self, x, dim, keepdim, mean, schedule=None):
-        dims = _check(x, dim, keepdim)
-        require_triton("mean" if mean else "sum")
-        index = x.get_device()
-        self.shape, self.dtype, self.device = _shape(x, dims, keepdim), x.dtype, x.device
-        self.interpreted, self.nothing = index < 0, float("nan") if mean else 0.0
-        self.launch = self.second = self.sums = self.order = None
-        if x.numel() == 0:
-            return
-        x = x.float() if self.interpreted else x
-        view = _view(x, dims)
-        schedule = schedule or _schedule(*view[:3], x.itemsize)
-        if schedule.kind in ("rows", "stream") and view.inner > 1:
-            raise ValueError(f"schedule {schedule} sums dimensions that are last in memory; dim {dim} of shape "
-                             f"{tuple(x.shape)} is not: it needs an inner or a split schedule")
-        scale = 1.0 / view.length if mean else 1.0
-        self.order = view.order
-        self.launch, *second = _launches(schedule, view, (x.dtype, x.dtype), scale, index)
-        if second:
-            self.second, self.sums = second[0], view.outer * tree_width(view.length) * view.inner
-
-    def __call__(self, x):
-        y = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        if self.launch is None:
-            return y.fill_(self.nothing)
-        if self.interpreted:
-            return self._interpret(x, y)
-        if self.order is not None:
-            x = x.permute(self.order).contiguous()
-        px, py = x.data_ptr(), y.data_ptr()
-        if self.second is None:
-            self.launch(px, px, py)
-        else:
-            sums = torch.empty(self.sums, dtype=torch.float32, device=self.device)
-            self.launch(px, px, sums.data_ptr())
-            self.second(0, sums.data_ptr(), py)
-        return y
-
-    def _interpret(self, x, y):
-        """Triton's interpreter is wrong for bf16: it gets float32 copies, and torch rounds."""
-        x, out = x.float(), torch.empty(self.shape, dtype=torch.float32)
-        if self.order is not None:
-            x = x.permute(self.order).contiguous()
-        if self.second is None:
-            self.launch.interpret(x, out)
-        else:
-            sums = torch.empty(self.sums, dtype=torch.float32)
-            self.launch.interpret(x, sums)
-            self.second.interpret(sums, out)
-        return y.copy_(out.to(y.dtype))
-
-
-_PLANS = Plans()
-
-
-def _eager(x, dim, keepdim, mean):
-    try:
-        if dim.__class__ is tuple or dim.__class__ is list:
-            dim = _dims(x, dim)
-        if x.is_neg():  # lazily negated: the memory holds the opposite
-            x = x.resolve_neg()
-        # the classes too: True and 1.0 are equal to 1, but no dimension
-        key = (mean, x.shape, x.stride(), x.dtype, x.get_device(), dim, dim.__class__, keepdim, keepdim.__class__)
-        plan = _PLANS.get(key)
-    except (AttributeError, RuntimeError, TypeError):  # not a tensor, without strides, no hash: say so by name
-        _check(x, dim, keepdim)
-        raise
-    if plan is None:
-        plan = _PLANS.keep(key, _Plan(x, dim, keepdim, mean))
-    if x.requires_grad and torch.is_grad_enabled():
-        raise no_backward("mean" if mean else "sum")
-    return plan(x)
-
-
-def _check(x, dim, keepdim) -> tuple[int, ...]:
+def _check(x, dim=None, keepdim=False) -> tuple[int, ...]:
     check_tensors(x=x)
     if not isinstance(keepdim, bool):
         raise TypeError(f"keepdim must be True or False, got {type(keepdim).__name__}")
@@ -425,61 +288,88 @@ def _shape(x, dims, keepdim) -> tuple[int, ...]:
     return tuple(1 if i in dims else n for i, n in enumerate(x.shape) if keepdim or i not in dims)
 
 
-@torch.library.custom_op("same_bits::sum", mutates_args=())
-def _sum_op(x: torch.Tensor, dim: Sequence[int], keepdim: bool) -> torch.Tensor:
-    return _eager(x, tuple(dim), keepdim, False)
-
-
-@torch.library.custom_op("same_bits::mean", mutates_args=())
-def _mean_op(x: torch.Tensor, dim: Sequence[int], keepdim: bool) -> torch.Tensor:
-    return _eager(x, tuple(dim), keepdim, True)
-
-
-@_sum_op.register_fake
-@_mean_op.register_fake
-def _(x, dim, keepdim):
-    return x.new_empty(_shape(x, _dims(x, tuple(dim)), keepdim))
-
-
-def _sum_cuda(x, dim=None, keepdim=False):
-    """The default: torch.sum."""
-    return torch.sum(x, dim, keepdim)
-
-
-def _sum_python(x, dim=None, keepdim=False):
-    """The specification: x of any shape, float32, float16 or bfloat16, summed over `dim`, in x's dtype.
-
-    dim is None or () for all dimensions, an int, or a tuple of ints; negative ones count from the end. Reduced
-    dimensions stay with size 1 if keepdim. Raises TypeError or ValueError for anything else. Differentiable.
-    """
-    return _specify(x, dim, keepdim, mean=False)
-
-
-def _sum_triton(x, dim=None, keepdim=False):
+class _Reduction(KernelCall):
     """A schedule of choice: the arguments, results and bits of the specification, as fast as we can make it."""
-    if torch.compiler.is_compiling():
-        return _sum_op(x, _dims(x, dim), keepdim)
-    return _eager(x, dim, keepdim, False)
+
+    parameters = "Tensor x, int[]? dim=None, bool keepdim=False"
+    Schedule, kernel = Schedule, _rows_kernel
+    check = staticmethod(_check)
+
+    def __init__(self, name: str, mean: bool):
+        self.name, self.mean = name, mean
+        super().__init__()
+
+    def traceable(self, x, dim, keepdim):
+        return x, _dims(x, dim), keepdim
+
+    def outputs(self, x, dim, keepdim):
+        return (x.new_empty(_shape(x, _dims(x, dim), keepdim)),)
+
+    def empty(self, plan, x, dim, keepdim):
+        return super().empty(plan, x, dim, keepdim).fill_(float("nan") if self.mean else 0.0)
+
+    def schedule(self, x, dim, keepdim):
+        return _schedule(*_view(x, _dims(x, dim))[:3], x.itemsize)
+
+    def readable(self, x, dim, keepdim):
+        order = _view(x, _dims(x, dim)).order
+        if order is None:
+            return x, dim, keepdim
+        return x.permute(order).contiguous(), tuple(range(x.dim() - len(_dims(x, dim)), x.dim())), keepdim
+
+    def finish(self, y, x, dim, keepdim):
+        return y.view(_shape(x, _dims(x, dim), keepdim))
+
+    def steps(self, schedule, x, dim, keepdim):
+        view = _view(x, _dims(x, dim))
+        if schedule.kind in ("rows", "stream") and view.inner > 1:
+            raise ValueError(f"schedule {schedule} sums dimensions that are last in memory; dim {dim} of shape "
+                             f"{tuple(x.shape)} is not: it needs an inner or a split schedule")
+        return _steps(schedule, view, {"x_ptr": x.dtype, "y_ptr": x.dtype}, 1.0 / view.length if self.mean else 1.0)
+
+    def prepare(self, plan, x, dim, keepdim):
+        plan.shape, plan.dtype, plan.device = _shape(x, _dims(x, dim), keepdim), x.dtype, x.device
+
+    def launch(self, plan, x, dim, keepdim):
+        if plan.copies:
+            x = self.readable(x, dim, keepdim)[0]
+        y = torch.empty(plan.shape, dtype=plan.dtype, device=plan.device)
+        px, py = x.data_ptr(), y.data_ptr()
+        if plan.second is None:
+            plan.first(px, px, py)
+        else:
+            sums = torch.empty(plan.scratch, dtype=torch.float32, device=plan.device)
+            plan.first(px, px, sums.data_ptr())
+            plan.second(0, sums.data_ptr(), py)
+        return y
+
+    def memory(self, plan, x, dim, keepdim):
+        y = x.new_empty(_shape(x, _dims(x, dim), keepdim))
+        return {"x_ptr": x, "sums_ptr": x.new_empty(plan.scratch), "y_ptr": y}
 
 
-def _mean_cuda(x, dim=None, keepdim=False):
-    """The default: torch.mean."""
-    return torch.mean(x, dim, keepdim)
-
-
-def _mean_python(x, dim=None, keepdim=False):
-    """The specification of the mean: as the sum's, times float32(1 / count) before it is rounded to x's dtype.
-
-    Differentiable.
-    """
-    return _specify(x, dim, keepdim, mean=True)
-
-
-def _mean_triton(x, dim=None, keepdim=False):
-    """A schedule of choice: the arguments, results and bits of the specification, as fast as we can make it."""
-    if torch.compiler.is_compiling():
-        return _mean_op(x, _dims(x, dim), keepdim)
-    return _eager(x, dim, keepdim, True)
+def _steps(schedule: Schedule, view: _View, given: dict, scale: float) -> list[Step]:
+    """One launch, or two for a split."""
+    outer, length, inner, outer_stride, stride, _ = view
+    width, s, warps = tree_width(length), schedule, {"num_warps": schedule.warps}
+    row = {"length": length, "x_stride": outer_stride, "scale": scale}
+    if s.kind == "rows":
+        return [Step(_rows_kernel, -(-outer // s.rows), given, {"rows": outer, **row},
+                     {"WIDTH": width, "CHUNKS": -(-length // width), "ROWS": s.rows}, warps)]
+    chain = {"WIDTH": width, "FLIGHT": s.flight}
+    if s.kind == "stream":
+        return [Step(_stream_kernel, outer, given, row, chain, warps)]
+    sizes = {"length": length, "inner": inner, "outer_stride": outer_stride, "stride": stride}
+    if s.kind == "inner":
+        return [Step(_inner_kernel, outer * -(-inner // s.columns), given, {**sizes, "scale": scale},
+                     {**chain, "COLUMNS": s.columns, "PARTS": s.parts}, warps)]
+    first = Step(_split_kernel, outer * -(-width * inner // s.columns),
+                 {"x_ptr": given["x_ptr"], "sums_ptr": torch.float32}, sizes, {**chain, "COLUMNS": s.columns}, warps,
+                 leaves=outer * width * inner)
+    sums = _View(outer, width, inner, width * inner, inner)
+    then = _schedule(outer, width, inner, torch.float32.itemsize)
+    second, = _steps(then, sums, {**given, "x_ptr": torch.float32}, scale)
+    return [first, replace(second, named={"x_ptr": "sums_ptr"})]
 
 
 def _sizes(shape) -> tuple[int, int]:
@@ -495,19 +385,33 @@ def _inputs(tokens: int, shape, dtype=torch.bfloat16, device="cpu", seed: int = 
     return (x, -1) if inner == 1 else (x.view(tokens, length, inner), 1)
 
 
-def _op(name, title, order, cuda, python, triton, flops) -> Op:
+def _op(name: str, title: str, default, order: str, mean: bool) -> Op:
+    call = _Reduction(name, mean)
+
+    def cuda(x, dim=None, keepdim=False):
+        """The default: PyTorch's own."""
+        return default(x, dim, keepdim)
+
+    def python(x, dim=None, keepdim=False):
+        """The specification: x of any shape, float32, float16 or bfloat16, reduced over `dim`, in x's dtype.
+
+        dim is None or () for all dimensions, an int, or a tuple of ints; negative ones count from the end. Reduced
+        dimensions stay with size 1 if keepdim. Raises TypeError or ValueError for anything else. Differentiable.
+        """
+        return _specify(x, dim, keepdim, mean)
+
     def work(tokens: int, shape, dtype=torch.bfloat16) -> Work:
         length, inner = _sizes(shape)
-        return Work(bytes=tokens * (length + 1) * inner * dtype.itemsize, flops=tokens * flops(length) * inner)
+        return Work(bytes=tokens * (length + 1) * inner * dtype.itemsize, flops=tokens * (length - 1 + mean) * inner)
 
     def schedule(tokens: int, shape, dtype) -> str:
         return str(_schedule(tokens, *_sizes(shape), dtype.itemsize))
 
-    return Op(name=name, title=title, order=order, cuda=cuda, python=python, triton=triton, inputs=_inputs, work=work,
-              per_token=(0,), shapes=("D=8192", "D=4096"), schedules=_schedules,
-              schedule=schedule, extras={"compile": compiled(cuda)})
+    return Op(name=name, title=title, order=order, cuda=cuda, python=call.specification(python), triton=call.triton,
+              inputs=_inputs, work=work, per_token=(0,), shapes=("D=8192", "D=4096"), schedules=_schedules,
+              schedule=schedule, extras={"compile": compiled(cuda)}, call=call)
 
 
 _ORDER = "chunks of 1024 in sequence, then neighbours in pairs"
-sum = _op("sum", "Sum", _ORDER, _sum_cuda, _sum_python, _sum_triton, lambda length: length - 1)
-mean = _op("mean", "Mean", _ORDER + ", times 1 / count", _mean_cuda, _mean_python, _mean_triton, lambda length: length)
+sum = _op("sum", "Sum", torch.sum, _ORDER, False)
+mean = _op("mean", "Mean", torch.mean, _ORDER + ", times 1 / count", True)

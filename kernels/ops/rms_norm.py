@@ -21,9 +21,11 @@ import torch.nn.functional as F
 
 from .. import bits
 from ..arithmetic.sums import CHUNK, ordered_sum, tree, tree_width
-from ..launch import Launch, Plans, check_tensors, compiled, no_backward
+from ..call import KernelCall, check_tensors, row_stride
+from ..launch import Step, compiled
 from ..op import Op, Shape, Work
-from ..runtime import Unavailable, require_triton, tl, triton
+from ..runtime import tl, triton
+from .contenders import flashinfer_rms_norm, split_rms_norm
 
 RESIDENT_WIDTH = 16 * CHUNK  # wider rows do not fit a block's registers and are read twice
 
@@ -41,7 +43,7 @@ def _python(x, weight, residual=None, eps=1e-6):
 
     float32, float16 or bfloat16; eps in float32. Raises TypeError or ValueError for anything else.
     """
-    _check(x, weight, residual, eps)
+    _CALL.check(x, weight, residual, eps)
     stream = x if residual is None else (x.float() + residual.float()).to(x.dtype)
     h = stream.float()
     total = ordered_sum(h * h)
@@ -50,13 +52,6 @@ def _python(x, weight, residual=None, eps=1e-6):
     root = shifted.double().sqrt().float()  # a CPU's float32 sqrt is not always correctly rounded
     y = ((h * (1.0 / root)) * weight.float()).to(x.dtype)
     return y if residual is None else (y, stream)
-
-
-def _triton(x, weight, residual=None, eps=1e-6):
-    """A schedule of choice: the arguments, results and bits of the specification, as fast as we can make it."""
-    if torch.compiler.is_compiling():
-        return _rms_norm_op(x, weight, eps) if residual is None else _add_rms_norm_op(x, weight, residual, eps)
-    return _eager(x, weight, residual, eps)
 
 
 @triton.jit
@@ -159,7 +154,7 @@ class Schedule:
 
 
 def _schedule(tokens: int, width: int, itemsize: int = 2) -> Schedule:
-    """The fastest schedule we know for so many rows of this width and of numbers this many bytes long."""
+    """The fastest schedule known for `tokens` rows of this width, with numbers of `itemsize` bytes."""
     if width > RESIDENT_WIDTH:
         return Schedule(warps=16, streaming=4)
     if width < CHUNK:  # several narrow rows a program, once there are enough to go round
@@ -180,140 +175,76 @@ def _schedules(shape, dtype) -> list[Schedule]:
     return list(dict.fromkeys(resident + chosen + streaming))
 
 
-def run_schedule(schedule: Schedule, x, weight, residual=None, eps=1e-6):
-    """Run one given schedule; the tests, the tuner and notebook 03 use it. Same arguments and bits as the rest."""
-    return _Plan(x, weight, residual, eps, schedule)(x, weight.contiguous(), residual)
+class _RMSNorm(KernelCall):
+    """A schedule of choice: the arguments, results and bits of the specification, as fast as we can make it."""
 
+    name = "rms_norm"
+    parameters = "Tensor x, Tensor weight, Tensor? residual=None, float eps=1e-6"
+    Schedule, kernel = Schedule, _resident_kernel
 
-class _Plan:
-    """Everything about a call that its shapes decide, kept so that the next such call only launches."""
+    def check(self, x, weight, residual=None, eps=1e-6):
+        check_tensors(x=x, weight=weight, **({} if residual is None else {"residual": residual}))
+        if x.dim() == 0 or x.shape[-1] == 0:
+            raise ValueError(f"x must have a last dimension of at least 1, got shape {tuple(x.shape)}")
+        if weight.shape != x.shape[-1:]:
+            raise ValueError(f"weight must have shape ({x.shape[-1]},), the width of x, got {tuple(weight.shape)}")
+        if residual is not None and residual.shape != x.shape:
+            raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+        if not isinstance(eps, (int, float)):
+            raise TypeError(f"eps must be a number, got {type(eps).__name__}")
+        if not 0 < eps < float("inf"):
+            raise ValueError(f"eps must be a positive number, got {eps}")
 
-    def __init__(self, x, weight, residual, eps, schedule=None):
-        _check(x, weight, residual, eps)
-        require_triton("rms_norm")
-        width, rows, index = x.shape[-1], x.numel() // x.shape[-1], x.get_device()
-        schedule = schedule or _schedule(rows, width, x.itemsize)
-        given = [t for t in (x, residual) if t is not None]
-        self.rows, self.interpreted = rows, index < 0
-        self.in_place = index >= 0 and all(t.is_contiguous() or (t.dim() == 2 and t.stride(1) == 1) for t in given)
-        strides = [t.stride(0) if t.dim() == 2 and self.in_place else width for t in given]
-        kernel = _streaming_kernel if schedule.streaming else _resident_kernel
-        scalars = (rows, strides[0], strides[-1], eps)
-        constants = (width, tree_width(width), schedule.streaming or schedule.rows,
-                     residual is not None and not self.interpreted)
-        self.launch = Launch(kernel, -(-rows // schedule.rows), (x.dtype,) * 5, scalars, constants, index,
-                             num_warps=schedule.warps)
+    def outputs(self, x, weight, residual, eps):
+        return tuple(torch.empty_like(x, memory_format=torch.contiguous_format)
+                     for _ in range(1 if residual is None else 2))
 
-    def __call__(self, x, weight, residual):
+    def schedule(self, x, weight, residual, eps):
+        return _schedule(x.numel() // x.shape[-1], x.shape[-1], x.itemsize)
+
+    def readable(self, x, weight, residual, eps):
+        if row_stride(x) is None or residual is not None and row_stride(residual) is None:
+            x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+        return x, weight.contiguous(), residual, eps
+
+    def steps(self, schedule, x, weight, residual, eps):
+        s, width, rows = schedule, x.shape[-1], x.numel() // x.shape[-1]
+        held = {"CHUNKS": s.streaming} if s.streaming else {"ROWS": s.rows}
+        return [Step(_streaming_kernel if s.streaming else _resident_kernel, -(-rows // s.rows),
+                     dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "y_ptr", "stream_ptr"), x.dtype),
+                     {"rows": rows, "x_stride": row_stride(x),
+                      "residual_stride": row_stride(x if residual is None else residual), "eps": eps},
+                     {"D": width, "WIDTH": tree_width(width), **held, "HAS_RESIDUAL": residual is not None},
+                     {"num_warps": s.warps})]
+
+    def launch(self, plan, x, weight, residual, eps):
+        if plan.copies:
+            x, weight, residual, eps = self.readable(x, weight, residual, eps)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        stream = None if residual is None else torch.empty_like(y)
-        if self.rows:
-            if not self.in_place:  # strides that no single row stride describes: copy once
-                x, residual = x.contiguous(), None if residual is None else residual.contiguous()
-            if self.interpreted:
-                self._interpret(x, weight, residual, y, stream)
-            elif residual is None:
-                px, pw, py = x.data_ptr(), weight.data_ptr(), y.data_ptr()
-                self.launch(px | pw, px, px, pw, py, py)
-            else:
-                px, pr, pw = x.data_ptr(), residual.data_ptr(), weight.data_ptr()
-                self.launch(px | pr | pw, px, pr, pw, y.data_ptr(), stream.data_ptr())
-        return y if residual is None else (y, stream)
+        px, pw, py = x.data_ptr(), weight.data_ptr(), y.data_ptr()
+        if residual is None:
+            plan.first(px | pw, px, px, pw, py, py)
+            return y
+        stream, pr = torch.empty_like(y), residual.data_ptr()
+        plan.first(px | pr | pw, px, pr, pw, py, stream.data_ptr())
+        return y, stream
 
-    def _interpret(self, x, weight, residual, y, stream):
-        """Triton's interpreter is wrong for bf16: it gets float32 copies, and torch rounds."""
-        if residual is not None:
-            stream.copy_((x.float() + residual.float()).to(x.dtype))
-            x = stream
-        x, out = x.float(), torch.empty(x.shape, dtype=torch.float32)
-        self.launch.interpret(x, x, weight.float(), out, out)
-        y.copy_(out.to(y.dtype))
+    def memory(self, plan, x, weight, residual, eps):
+        y = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        return {"x_ptr": x, "residual_ptr": x, "weight_ptr": weight, "y_ptr": y, "stream_ptr": y}
 
+    def in_float32(self, x, weight, residual, eps):
+        return x.float(), weight.float(), None, eps
 
-_PLANS = Plans()
+    def interpret(self, plan, x, weight, residual, eps):
+        """The residual is added before: a kernel of float32 would not round the stream to x's dtype."""
+        if residual is None:
+            return super().interpret(plan, x, weight, None, eps)
+        stream = (x.float() + residual.float()).to(x.dtype)
+        return super().interpret(plan, stream, weight, None, eps), stream
 
 
-def _eager(x, weight, residual, eps):
-    try:
-        if x.is_neg() or weight.is_neg() or (residual is not None and residual.is_neg()):
-            x, weight = x.resolve_neg(), weight.resolve_neg()  # lazily negated: the memory holds the opposite
-            residual = None if residual is None else residual.resolve_neg()
-        key = (x.shape, x.stride(), x.dtype, x.get_device(), weight.shape, weight.dtype, weight.get_device(), eps)
-        if residual is not None:
-            key += (residual.shape, residual.stride(), residual.dtype, residual.get_device())
-    except (AttributeError, RuntimeError):  # not tensors, or without strides: say so by name
-        _check(x, weight, residual, eps)
-        raise
-    plan = _PLANS.get(key)
-    if plan is None:
-        plan = _PLANS.keep(key, _Plan(x, weight, residual, eps))
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad
-                                    or residual is not None and residual.requires_grad):
-        raise no_backward("rms_norm")
-    return plan(x, weight.contiguous(), residual)
-
-
-def _check(x, weight, residual, eps):
-    check_tensors(x=x, weight=weight, **({} if residual is None else {"residual": residual}))
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x must have a last dimension of at least 1, got shape {tuple(x.shape)}")
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(f"weight must have shape ({x.shape[-1]},), the width of x, got {tuple(weight.shape)}")
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
-    if not isinstance(eps, (int, float)):
-        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
-    if not 0 < eps < float("inf"):
-        raise ValueError(f"eps must be a positive number, got {eps}")
-
-
-@torch.library.custom_op("same_bits::rms_norm", mutates_args=())
-def _rms_norm_op(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return _eager(x, weight, None, eps)
-
-
-@torch.library.custom_op("same_bits::add_rms_norm", mutates_args=())
-def _add_rms_norm_op(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor,
-                     eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    return _eager(x, weight, residual, eps)
-
-
-@_rms_norm_op.register_fake
-def _(x, weight, eps):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@_add_rms_norm_op.register_fake
-def _(x, weight, residual, eps):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
-
-
-def split(x, weight, residual=None, eps=1e-6, parts=None):
-    """How bits move: the row's sum is cut into parts, as many as leave no core idle, so *the batch* decides the order.
-
-    For teaching. With few rows each is cut in up to 128 parts; with many it stays whole. Same arguments and
-    result as the specification, same accuracy, other bits for other batches.
-    """
-    _check(x, weight, residual, eps)
-    stream = x if residual is None else (x.float() + residual.float()).to(x.dtype)
-    rows, width = max(x.numel() // x.shape[-1], 1), x.shape[-1]
-    parts = parts or min(width, max(1, 128 // rows))
-    square = stream.float() ** 2
-    total = sum(ordered_sum(piece) for piece in square.tensor_split(parts, dim=-1))
-    y = (stream.float() * torch.rsqrt(total / width + eps) * weight.float()).to(x.dtype)
-    return y if residual is None else (y, stream)
-
-
-def _flashinfer(x, weight, residual=None, eps=1e-6):
-    """FlashInfer's kernel; with a residual it overwrites x and residual, as its API does."""
-    try:
-        from flashinfer import norm
-    except ImportError as error:
-        raise Unavailable(f"flashinfer: {error}") from None
-    if residual is None:
-        return norm.rmsnorm(x, weight, eps)
-    norm.fused_add_rmsnorm(x, residual, weight, eps)
-    return x, residual
+_CALL = _RMSNorm()
 
 
 def _inputs(tokens: int, shape, dtype=torch.bfloat16, device="cpu", seed: int = 0) -> tuple:
@@ -326,24 +257,14 @@ def _inputs(tokens: int, shape, dtype=torch.bfloat16, device="cpu", seed: int = 
 
 def _work(tokens: int, shape, dtype=torch.bfloat16) -> Work:
     shape = Shape.parse(shape, "D")
-    tensors = 4 if shape.get("residual") else 2
-    elements = tokens * shape["D"]
+    tensors, elements = 4 if shape.get("residual") else 2, tokens * shape["D"]
     return Work(bytes=(tensors * elements + shape["D"]) * dtype.itemsize, flops=(4 + tensors // 4) * elements)
 
 
 rms_norm = Op(
-    name="rms_norm",
-    title="RMSNorm",
-    order="chunks of 1024 in sequence, then neighbours in pairs",
-    cuda=_cuda,
-    python=_python,
-    triton=_triton,
-    inputs=_inputs,
-    work=_work,
-    per_token=(0, 2),
-    shapes=("D=8192,residual", "D=8192", "D=4096,residual", "D=4096"),
-    schedules=_schedules,
+    name="rms_norm", title="RMSNorm", order="chunks of 1024 in sequence, then neighbours in pairs",
+    cuda=_cuda, python=_CALL.specification(_python), triton=_CALL.triton, inputs=_inputs, work=_work, per_token=(0, 2),
+    shapes=("D=8192,residual", "D=8192", "D=4096,residual", "D=4096"), schedules=_schedules,
     schedule=lambda tokens, shape, dtype: str(_schedule(tokens, Shape.parse(shape, "D")["D"], dtype.itemsize)),
-    extras={"compile": compiled(_cuda), "flashinfer": _flashinfer, "split": split},
-    mutates=frozenset({"flashinfer"}),
-)
+    extras={"compile": compiled(_cuda), "flashinfer": flashinfer_rms_norm, "split": split_rms_norm},
+    mutates=frozenset({"flashinfer"}), call=_CALL)

@@ -1,6 +1,6 @@
-"""Two elementwise steps of a decoder, one kernel each instead of five and two. No sum, so no order to fix.
+"""Rotary positions: queries and keys turned in place, keys and values written to the cache. No sum, so no order.
 
-`rotary` and `swiglu` take and give what their namesakes in llama.py do.
+Source: Su et al., RoFormer, arXiv 2104.09864.
 """
 from __future__ import annotations
 
@@ -8,16 +8,40 @@ from collections.abc import Callable
 
 import torch
 
-from ..runtime import Compiled, current_stream, tl, triton
+from ..call import Plans
+from ..launch import Launch, Step
+from ..runtime import require_triton, tl, triton
 
 HEADS_A_PROGRAM = 8
-COLUMNS_A_PROGRAM = 1024
+
+
+def rotary(table, positions, capacity: int, heads: int) -> Callable:
+    """Once a forward: positions (G, W) -> rotate(qkv, kv), which each layer calls.
+
+    qkv is (G, W, heads + 2 * kv_heads, head_dim): queries and keys are rotated in place, in float32, rounded
+    once. kv is the layer's cache, (G, capacity, 2 * kv_heads, head_dim): keys and values are written into it.
+    """
+    positions = positions.clamp(0, capacity - 1)  # a bad one must not reach another request's slots
+    cos, sin = table[positions][:, :, None].chunk(2, -1)
+    cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    first = torch.arange(0, len(positions) * capacity, capacity, dtype=torch.int64, device=positions.device)[:, None]
+    slots = (first + positions).flatten()
+
+    def rotate(qkv, kv):
+        qk = qkv[:, :, : heads + kv.shape[2] // 2]
+        a, b = qk.chunk(2, -1)
+        qk.copy_(qk * cos + torch.cat([b, a], -1) * sin)
+        kv.flatten(0, 1).index_copy_(0, slots, qkv[:, :, heads:].flatten(0, 1))
+    return rotate
 
 
 @triton.jit
 def _rotary_kernel(qkv_ptr, table_ptr, positions_ptr, kv_ptr, window, capacity, QUERIES: tl.constexpr,
-                   KEYS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
+                   KEYS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """BLOCK heads of one token: queries and keys turned in place, keys and values written to the token's slot."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     HEADS: tl.constexpr = QUERIES + 2 * KEYS
     BLOCKS: tl.constexpr = (HEADS + BLOCK - 1) // BLOCK
     token = (tl.program_id(0) // BLOCKS).to(tl.int64)
@@ -45,57 +69,32 @@ def _rotary_kernel(qkv_ptr, table_ptr, positions_ptr, kv_ptr, window, capacity, 
     tl.store(into + HALF, b, mask=keep)
 
 
-@triton.jit
-def _swiglu_kernel(x_ptr, y_ptr, F: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK columns of one token, in float32, rounded once."""
-    BLOCKS: tl.constexpr = (F + BLOCK - 1) // BLOCK
-    token = (tl.program_id(0) // BLOCKS).to(tl.int64)
-    column = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(x_ptr + token * 2 * F + column, mask=column < F, other=0.0).to(tl.float32)
-    up = tl.load(x_ptr + token * 2 * F + F + column, mask=column < F, other=0.0).to(tl.float32)
-    y = gate / (1.0 + tl.exp(-gate)) * up
-    tl.store(y_ptr + token * F + column, y.to(y_ptr.dtype.element_ty), mask=column < F)
-
-
-def rotary(table: torch.Tensor, positions: torch.Tensor, capacity: int, heads: int) -> Callable:
-    """As llama.rotary: positions (G, W) -> rotate(qkv, kv). One launch a layer, none before; all contiguous."""
+def fused_rotary(table: torch.Tensor, positions: torch.Tensor, capacity: int, heads: int) -> Callable:
+    """As `rotary`: positions (G, W) -> rotate(qkv, kv). One launch a layer, none before; all contiguous."""
     positions = positions.contiguous()
-    tokens, window = positions.numel(), positions.shape[1]
 
     def rotate(qkv, kv):
-        kv_heads, half = kv.shape[2] // 2, kv.shape[3] // 2
-        grid = tokens * -(-(heads + 2 * kv_heads) // HEADS_A_PROGRAM)
-        _launch(_rotary_kernel, grid, (qkv, table, positions, kv), (window, capacity),
-                (heads, kv_heads, half, HEADS_A_PROGRAM))
+        index = qkv.get_device()
+        key = (index, qkv.dtype, positions.shape, capacity, heads, kv.shape[2:])
+        launch = _LAUNCHES.get(key) or _LAUNCHES.keep(key, _ready(index, qkv, kv, positions, capacity, heads))
+        pointers = {"qkv_ptr": qkv, "table_ptr": table, "positions_ptr": positions, "kv_ptr": kv}
+        if index < 0:
+            return launch.step.interpret(pointers)
+        at = [t.data_ptr() for t in pointers.values()]
+        return launch(at[0] | at[1] | at[2] | at[3], *at)
     return rotate
 
 
-def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """As llama.swiglu: (T, 2F), contiguous -> (T, F)."""
-    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-    y = torch.empty(tokens, width, dtype=gate_up.dtype, device=gate_up.device)
-    grid = tokens * -(-width // COLUMNS_A_PROGRAM)
-    _launch(_swiglu_kernel, grid, (gate_up, y), (), (width, COLUMNS_A_PROGRAM))
-    return y
+_LAUNCHES = Plans()
 
 
-_COMPILED: dict = {}
-
-
-def _launch(kernel, grid, tensors, scalars, constants):
-    """Launch a compiled kernel kept by all that Triton specialises on; on a CPU, Triton's interpreter."""
-    index = tensors[0].get_device()
-    if index < 0:
-        if tensors[0].dtype != torch.float32:
-            raise TypeError(f"Triton's interpreter is wrong for {tensors[0].dtype}: give it float32")
-        return kernel[(grid,)](*tensors, *scalars, *constants)
-    if torch.cuda.current_device() != index:
-        with torch.cuda.device(index):
-            return _launch(kernel, grid, tensors, scalars, constants)
-    pointers = [t.data_ptr() for t in tensors]
-    key = (id(kernel), index, grid, tensors[0].dtype, scalars, constants, *[p % 16 == 0 for p in pointers])
-    compiled = _COMPILED.get(key)
-    if compiled is None:
-        compiled = _COMPILED[key] = Compiled(kernel, grid, tensors, scalars, constants, num_warps=4,
-                                             enable_fp_fusion=False)
-    return compiled(current_stream(index), *pointers, *scalars)
+def _ready(index, qkv, kv, positions, capacity, heads) -> Launch:
+    require_triton("rotary")
+    kv_heads, half = kv.shape[2] // 2, kv.shape[3] // 2
+    programs = positions.numel() * -(-(heads + 2 * kv_heads) // HEADS_A_PROGRAM)
+    return Launch(Step(_rotary_kernel, programs,
+                       {"qkv_ptr": qkv.dtype, "table_ptr": torch.float32, "positions_ptr": torch.int64,
+                        "kv_ptr": kv.dtype},
+                       {"window": positions.shape[1], "capacity": capacity},
+                       {"QUERIES": heads, "KEYS": kv_heads, "HALF": half, "BLOCK": HEADS_A_PROGRAM},
+                       {"num_warps": 4}), index)

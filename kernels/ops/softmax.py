@@ -31,20 +31,22 @@ Method: Milakov and Gimelshein, Online normalizer calculation for softmax, arXiv
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from .. import bits, runtime
-from ..arithmetic.elementary import exp, log, tl_exp, tl_log
+from .. import bits
+from ..arithmetic.elementary import LOWEST_FLOAT, exp, for_kernels, log, opaque, tl_exp, tl_log
 from ..arithmetic.sums import add_neighbours, ordered_sum, tree, tree_width
-from ..launch import Launch, Plans, check_tensors, compiled, no_backward
+from ..call import KernelCall, check_tensors, refuse_dual, row_stride
+from ..launch import Step, compiled
 from ..op import Op, Shape, Work
-from ..runtime import require_triton, tl, triton
+from ..runtime import tl, triton
 
 WHOLE, SEGMENT = 32, 8  # chunks: rows of up to WHOLE are one segment, wider ones are cut into segments of SEGMENT
-LOWEST = torch.finfo(torch.float32).min
+_LOWEST = for_kernels(LOWEST_FLOAT)
 
 
 def _specify(x, dim, logarithm):
@@ -93,7 +95,7 @@ class _Differentiable(torch.autograd.Function):
 def _columns(chunks) -> tuple[torch.Tensor, torch.Tensor]:
     """Each column's largest number and its sum of exponentials relative to that."""
     segment = len(chunks) if len(chunks) <= WHOLE else SEGMENT
-    m, s = torch.full_like(chunks[0], LOWEST), torch.zeros_like(chunks[0])
+    m, s = torch.full_like(chunks[0], LOWEST_FLOAT), torch.zeros_like(chunks[0])
     for start in range(0, len(chunks), segment):
         old = m
         for chunk in chunks[start:start + segment]:
@@ -102,18 +104,6 @@ def _columns(chunks) -> tuple[torch.Tensor, torch.Tensor]:
         for chunk in chunks[start:start + segment]:
             s = s + exp(chunk - m)
     return m, s
-
-
-_INTERPRETED = tl.constexpr(runtime.where() == "INTERPRETER") if runtime.HAS_TRITON else None
-
-
-@triton.jit
-def _opaque(x):
-    """x, hidden from LLVM, whose vectoriser otherwise takes minutes over long chains of maxima and exponentials."""
-    if _INTERPRETED:
-        return x
-    else:  # noqa: RET505 - a branch that is not taken must not be compiled
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -146,7 +136,7 @@ def _walk(x_ptr, column, length, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, SEGM
           SEGMENTS: tl.constexpr):
     """m and s of these columns of one row, SEGMENTS times SEGMENT chunks in flight. CHUNKS: the row's if it is one
     segment, else 0."""
-    m = tl.full(column.shape, -3.4028234663852886e38, tl.float32)
+    m = tl.full(column.shape, _LOWEST, tl.float32)
     s = tl.zeros(column.shape, tl.float32)
     FLIGHT: tl.constexpr = SEGMENT * SEGMENTS
     if CHUNKS > FLIGHT:
@@ -156,7 +146,7 @@ def _walk(x_ptr, column, length, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, SEGM
             s = _add_exponentials(s, m, _load(x_ptr, start, column, length, WIDTH, FLIGHT, True), 0, FLIGHT)
     elif CHUNKS > 0:
         xs = _load(x_ptr, 0, column, length, WIDTH, CHUNKS, True)
-        m = _opaque(_largest(m, xs, 0, CHUNKS))
+        m = opaque(_largest(m, xs, 0, CHUNKS))
         s = _add_exponentials(s, m, xs, 0, CHUNKS)
     else:
         for start in range(0, length, WIDTH * FLIGHT):
@@ -165,7 +155,7 @@ def _walk(x_ptr, column, length, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, SEGM
                 old = m
                 m = _largest(m, xs, i * SEGMENT, SEGMENT)
                 if SEGMENTS > 1:
-                    m = _opaque(m)
+                    m = opaque(m)
                 s = _add_exponentials(s * tl_exp(old - m, NONPOSITIVE=True), m, xs, i * SEGMENT, SEGMENT)
     return m, s
 
@@ -179,17 +169,16 @@ def _close(m, s, LOG: tl.constexpr):
     if LOG:
         rest = tl_log(total)
     else:
-        rest = _opaque(share * tl.div_rn(1.0, total))
+        rest = opaque(share * tl.div_rn(1.0, total))
     return top, rest
 
 
 @triton.jit
-def _store_results(x_ptr, y_ptr, start, column, length, m, top, rest, WIDTH: tl.constexpr, COUNT: tl.constexpr,
-                   LOG: tl.constexpr):
+def _store_results(x_ptr, y_ptr, start, column, length, m, top, rest, COUNT: tl.constexpr, LOG: tl.constexpr):
     """The results of COUNT chunks from `start` on. Called in a loop: in one long block, LLVM takes minutes."""
-    xs = _load(x_ptr, start, column, length, WIDTH, COUNT, False)
+    xs = _load(x_ptr, start, column, length, column.shape[1], COUNT, False)
     for c in tl.static_range(COUNT):
-        j = start + c * WIDTH + column
+        j = start + c * column.shape[1] + column
         x = xs[c].to(tl.float32)
         y = (x - top) - rest if LOG else tl_exp(x - m, NONPOSITIVE=True) * rest
         tl.store(y_ptr + j, y.to(y_ptr.dtype.element_ty), mask=j < length, eviction_policy="evict_first")
@@ -207,7 +196,7 @@ def _resident_kernel(x_ptr, y_ptr, rows, length, x_stride, WIDTH: tl.constexpr, 
     for c in tl.static_range(CHUNKS):
         j = c * WIDTH + column
         xs = xs + (tl.load(x_ptr + row * x_stride + j, mask=(row < rows) & (j < length), other=float("-inf")),)
-    m = _opaque(_largest(tl.full([ROWS, WIDTH], -3.4028234663852886e38, tl.float32), xs, 0, CHUNKS))
+    m = opaque(_largest(tl.full([ROWS, WIDTH], _LOWEST, tl.float32), xs, 0, CHUNKS))
     s = tl.zeros([ROWS, WIDTH], tl.float32)
     exponentials = ()
     for c in tl.static_range(CHUNKS):
@@ -240,7 +229,7 @@ def _stream_kernel(x_ptr, y_ptr, length, x_stride, WIDTH: tl.constexpr, CHUNKS: 
     blocks = tl.cdiv(length, WIDTH * SEGMENT)
     for i in range(blocks):
         start = (blocks - 1 - i) * WIDTH * SEGMENT
-        _store_results(x_ptr, y_ptr, start, column, length, m, top, rest, WIDTH, SEGMENT, LOG)
+        _store_results(x_ptr, y_ptr, start, column, length, m, top, rest, SEGMENT, LOG)
 
 
 @triton.jit
@@ -274,7 +263,7 @@ def _finish_kernel(x_ptr, columns_ptr, y_ptr, length, x_stride, programs, WIDTH:
     m = tl.load(columns_ptr + column)
     top, rest = _close(m, tl.load(columns_ptr + WIDTH + column), LOG)
     for block in range(tl.program_id(0) % programs, tl.cdiv(length, WIDTH * CHUNKS), programs):
-        _store_results(x_ptr, y_ptr, block * WIDTH * CHUNKS, column, length, m, top, rest, WIDTH, CHUNKS, LOG)
+        _store_results(x_ptr, y_ptr, block * WIDTH * CHUNKS, column, length, m, top, rest, CHUNKS, LOG)
 
 
 @dataclass(frozen=True)
@@ -301,9 +290,8 @@ class Schedule:
 
 
 def _schedule(rows: int, length: int, itemsize: int = 2, logarithm: bool = False) -> Schedule:
-    """The fastest schedule we know for so many rows of this length and of numbers this many bytes long."""
-    chunks = -(-length // tree_width(length))
-    short = itemsize == 2
+    """The fastest schedule known for `rows` rows of this length, with numbers of `itemsize` bytes."""
+    chunks, short = -(-length // tree_width(length)), itemsize == 2
     if chunks <= 8:
         together = max(1, min(16, 1024 // tree_width(length), rows // 264))
         return Schedule("resident", 4, rows=1 << (together.bit_length() - 1))
@@ -324,8 +312,7 @@ def _schedule(rows: int, length: int, itemsize: int = 2, logarithm: bool = False
 
 def _schedules(shape, dtype=torch.bfloat16, logarithm: bool = False) -> list[Schedule]:
     """Every schedule worth testing for rows of this length; the chosen ones are among them."""
-    length = Shape.parse(shape, "D")["D"]
-    width = tree_width(length)
+    length, width = Shape.parse(shape, "D")["D"], tree_width(Shape.parse(shape, "D")["D"])
     flights = (1, 4) if length > SEGMENT * width else (1,)
     found = [Schedule("stream", warps, flight=flight) for warps in (4, 8, 16) for flight in flights]
     found += [Schedule("columns", 1, flight=flights[-1], columns=min(columns, width), chunks=chunks)
@@ -333,199 +320,111 @@ def _schedules(shape, dtype=torch.bfloat16, logarithm: bool = False) -> list[Sch
     if length <= WHOLE * width:
         found += [Schedule("resident", warps, rows) for rows in (1, 2, 4) for warps in (1, 4, 8, 16)
                   if rows * length <= 4096 * warps]
-    found += [_schedule(1 << i, length, dtype.itemsize, logarithm) for i in range(21)]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found + [_schedule(1 << i, length, dtype.itemsize, logarithm) for i in range(21)]))
 
 
-def run_schedule(schedule: Schedule, x, dim=-1, logarithm=False):
-    """Run one given schedule; the tests and the tuner use it. Same arguments and bits as the rest.
-
-    Raises ValueError if the schedule is `resident` and a row has more than 32 chunks.
-    """
-    _check(x, dim)
-    x = x.resolve_neg()
-    return _Plan(x, dim, logarithm, schedule)(x)
-
-
-class _Plan:
-    """Everything about a call that its shapes decide, kept so that the next such call only launches."""
-
-    def __init__(self, x, dim, logarithm, schedule=None):
-        self.dim, itemsize = _check(x, dim), x.itemsize
-        require_triton("log_softmax" if logarithm else "softmax")
-        self.length = x.shape[self.dim] if x.dim() else 1
-        self.rows = x.numel() // max(self.length, 1)
-        self.index, self.width = x.get_device(), tree_width(self.length)
-        if x.numel() == 0:
-            return
-        x = x.float() if self.index < 0 else x  # what the interpreter is given, whose strides may be others
-        self.last = self.dim == max(x.dim(), 1) - 1
-        self.in_place = self.last and (x.is_contiguous() or (x.dim() == 2 and x.stride(1) == 1))
-        schedule = schedule or _schedule(self.rows, self.length, itemsize, logarithm)
-        stride = x.stride(0) if self.in_place and x.dim() == 2 else self.length
-        self.launch, self.second = self._launches(schedule, x, stride, logarithm)
-
-    def _launches(self, s, x, stride, logarithm):
-        """The launch of a schedule, and the second one of a `columns` schedule."""
-        whole = self.length <= WHOLE * self.width
-        chunks = -(-self.length // self.width)
-        walk = (self.width, chunks if whole else 0, SEGMENT, s.flight)
-        if s.kind == "resident":
-            if not whole:
-                raise ValueError(f"schedule {s} holds rows of up to {WHOLE * self.width}, got {self.length}")
-            return Launch(_resident_kernel, -(-self.rows // s.rows), (x.dtype, x.dtype),
-                          (self.rows, self.length, stride), (self.width, chunks, s.rows, logarithm), self.index,
-                          num_warps=s.warps), None
-        if s.kind == "stream":
-            return Launch(_stream_kernel, self.rows, (x.dtype, x.dtype), (self.length, stride), (*walk, logarithm),
-                          self.index, num_warps=s.warps), None
-        columns = min(s.columns, self.width)
-        first = Launch(_columns_kernel, self.rows * (self.width // columns), (x.dtype, torch.float32),
-                       (self.length, stride), (*walk, columns), self.index, num_warps=s.warps)
-        blocks = -(-self.length // (self.width * s.chunks))
-        second = Launch(_finish_kernel, self.rows * blocks, (x.dtype, torch.float32, x.dtype),
-                        (self.length, stride, blocks), (self.width, s.chunks, logarithm), self.index, num_warps=4)
-        return first, second
-
-    def __call__(self, x):
-        if x.numel() == 0:
-            return torch.empty_like(x, memory_format=torch.contiguous_format)
-        if not self.last:  # rows that are not contiguous are copied
-            return self._run(x.movedim(self.dim, -1).contiguous()).movedim(-1, self.dim).contiguous()
-        return self._run(x if self.in_place else x.contiguous())
-
-    def _run(self, x):
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        if self.index < 0:
-            return self._interpret(x, y)
-        px, py = x.data_ptr(), y.data_ptr()
-        if self.second is None:
-            self.launch(px, px, py)
-        else:
-            columns = torch.empty(self.rows * 2 * self.width, dtype=torch.float32, device=x.device)
-            self.launch(px, px, columns.data_ptr())
-            self.second(px, px, columns.data_ptr(), py)
-        return y
-
-    def _interpret(self, x, y):
-        """Triton's interpreter is wrong for bf16: it gets float32 copies, and torch rounds."""
-        x, out = x.float(), torch.empty(y.shape, dtype=torch.float32)
-        if self.second is None:
-            self.launch.interpret(x, out)
-        else:
-            columns = torch.empty(self.rows * 2 * self.width)
-            self.launch.interpret(x, columns)
-            self.second.interpret(x, columns, out)
-        return y.copy_(out)
-
-
-_PLANS = Plans()
-
-
-def _eager(x, dim, logarithm):
-    try:
-        if x.is_neg():  # lazily negated: the memory holds the opposite
-            x = x.resolve_neg()
-        key = (logarithm, x.shape, x.stride(), x.dtype, x.get_device(), dim, dim.__class__)
-        plan = _PLANS.get(key)
-    except (AttributeError, RuntimeError, TypeError):  # not a tensor, without strides, no hash: say so by name
-        _check(x, dim)
-        raise
-    if plan is None:
-        plan = _PLANS.keep(key, _Plan(x, dim, logarithm))
-    if x.requires_grad and torch.is_grad_enabled():
-        raise no_backward("log_softmax" if logarithm else "softmax")
-    return plan(x)
-
-
-def _check(x, dim) -> int:
-    """The dimension counted from 0."""
+def _check(x, dim=-1) -> int:
+    """The dimension counted from 0. Raises TypeError or ValueError for what softmax cannot take."""
     check_tensors(x=x)
     if not isinstance(dim, int) or isinstance(dim, bool):
         raise TypeError(f"dim must be an int, got {dim!r}")
-    dims = max(x.dim(), 1)
-    if not -dims <= dim < dims:
+    if not -max(x.dim(), 1) <= dim < max(x.dim(), 1):
         raise ValueError(f"dim must name a dimension of x, which has {x.dim()}, got {dim}")
-    return dim % dims
+    return dim % max(x.dim(), 1)
 
 
-@torch.library.custom_op("same_bits::softmax", mutates_args=())
-def _softmax_op(x: torch.Tensor, dim: int) -> torch.Tensor:
-    return _eager(x, dim, False)
-
-
-@torch.library.custom_op("same_bits::log_softmax", mutates_args=())
-def _log_softmax_op(x: torch.Tensor, dim: int) -> torch.Tensor:
-    return _eager(x, dim, True)
-
-
-@_softmax_op.register_fake
-@_log_softmax_op.register_fake
-def _(x, dim):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _python(x, dim, logarithm):
-    gradient = getattr(x, "requires_grad", False) and torch.is_grad_enabled()
-    return _Differentiable.apply(x, dim, logarithm) if gradient else _specify(x, dim, logarithm)
-
-
-def _softmax_cuda(x, dim=-1):
-    """The default: F.softmax."""
-    return F.softmax(x, dim)
-
-
-def _softmax_python(x, dim=-1):
-    """The specification: x of any shape, float32, float16 or bfloat16 -> its softmax over `dim`, in x's dtype.
-
-    Raises TypeError or ValueError for anything else. Differentiable, once.
-    """
-    return _python(x, dim, logarithm=False)
-
-
-def _softmax_triton(x, dim=-1):
+class _Softmax(KernelCall):
     """A schedule of choice: the arguments, results and bits of the specification, as fast as we can make it."""
-    return _softmax_op(x, dim) if torch.compiler.is_compiling() else _eager(x, dim, False)
 
+    parameters = "Tensor x, int dim=-1"
+    Schedule, kernel = Schedule, _resident_kernel
+    check = staticmethod(_check)
 
-def _log_softmax_cuda(x, dim=-1):
-    """The default: F.log_softmax."""
-    return F.log_softmax(x, dim)
+    def __init__(self, name: str, logarithm: bool):
+        self.name, self.logarithm = name, logarithm
+        super().__init__()
 
+    def schedule(self, x, dim):
+        return _schedule(x.numel() // (x.shape or (1,))[dim], (x.shape or (1,))[dim], x.itemsize, self.logarithm)
 
-def _log_softmax_python(x, dim=-1):
-    """The specification: x of any shape, float32, float16 or bfloat16 -> its log_softmax over `dim`, in x's dtype.
+    def readable(self, x, dim):
+        if dim % max(x.dim(), 1) != max(x.dim(), 1) - 1:
+            return x.movedim(dim, -1).contiguous(), -1
+        return (x.contiguous() if row_stride(x) is None else x), dim
 
-    Raises TypeError or ValueError for anything else. Differentiable, once.
-    """
-    return _python(x, dim, logarithm=True)
+    def finish(self, y, x, dim):
+        return y.movedim(-1, dim).contiguous() if y.dim() else y
 
+    def steps(self, schedule, x, dim):
+        s, length, stride = schedule, x.shape[-1] if x.dim() else 1, row_stride(x)
+        rows, width, log = x.numel() // length, tree_width(length), {"LOG": self.logarithm}
+        chunks, whole = -(-length // width), length <= WHOLE * width
+        given, warps = {"x_ptr": x.dtype, "y_ptr": x.dtype}, {"num_warps": s.warps}
+        if s.kind == "resident":
+            if not whole:
+                raise ValueError(f"schedule {s} holds rows of up to {WHOLE * width}, got {length}")
+            return [Step(_resident_kernel, -(-rows // s.rows), given,
+                         {"rows": rows, "length": length, "x_stride": stride},
+                         {"WIDTH": width, "CHUNKS": chunks, "ROWS": s.rows, **log}, warps)]
+        sizes = {"length": length, "x_stride": stride}
+        walk = {"WIDTH": width, "CHUNKS": chunks if whole else 0, "SEGMENT": SEGMENT, "SEGMENTS": s.flight}
+        if s.kind == "stream":
+            return [Step(_stream_kernel, rows, given, sizes, {**walk, **log}, warps)]
+        columns, blocks = min(s.columns, width), -(-length // (width * s.chunks))
+        between = {"x_ptr": x.dtype, "columns_ptr": torch.float32}
+        return [Step(_columns_kernel, rows * (width // columns), between, sizes, {**walk, "COLUMNS": columns}, warps,
+                     leaves=rows * 2 * width),
+                Step(_finish_kernel, rows * blocks, {**between, "y_ptr": x.dtype}, {**sizes, "programs": blocks},
+                     {"WIDTH": width, "CHUNKS": s.chunks, **log}, {"num_warps": 4})]
 
-def _log_softmax_triton(x, dim=-1):
-    """A schedule of choice: the arguments, results and bits of the specification, as fast as we can make it."""
-    return _log_softmax_op(x, dim) if torch.compiler.is_compiling() else _eager(x, dim, True)
+    def launch(self, plan, x, dim):
+        read = self.readable(x, dim)[0] if plan.copies else x
+        y = torch.empty_like(read, memory_format=torch.contiguous_format)
+        px, py = read.data_ptr(), y.data_ptr()
+        if plan.second is None:
+            plan.first(px, px, py)
+        else:
+            columns = torch.empty(plan.scratch, dtype=torch.float32, device=x.device)
+            plan.first(px, px, columns.data_ptr())
+            plan.second(px, px, columns.data_ptr(), py)
+        return self.finish(y, x, dim) if plan.copies else y
+
+    def memory(self, plan, x, dim):
+        return {"x_ptr": x, "columns_ptr": x.new_empty(plan.scratch), "y_ptr": x.new_empty(x.shape)}
 
 
 def _inputs(tokens: int, shape, dtype=torch.bfloat16, device="cpu", seed: int = 0) -> tuple:
     return bits.portable(tokens, Shape.parse(shape, "D")["D"], dtype, device, seed, scale=4), -1
 
 
-def _op(name, title, cuda, python, triton, logarithm) -> Op:
+def _op(name: str, title: str, default, logarithm: bool) -> Op:
+    call = _Softmax(name, logarithm)
+
+    def cuda(x, dim=-1):
+        """The default: PyTorch's own."""
+        return default(x, dim)
+
+    def python(x, dim=-1):
+        """The specification: x of any shape, float32, float16 or bfloat16 -> as many results over `dim`, in x's dtype.
+
+        Raises TypeError or ValueError for anything else. Differentiable, once.
+        """
+        refuse_dual(f"{name}.python", "x", x)  # exp and log are made of bits, which have no derivative
+        gradient = getattr(x, "requires_grad", False) and torch.is_grad_enabled()
+        return (_Differentiable.apply if gradient else _specify)(x, dim, logarithm)
+
     def work(tokens: int, shape, dtype=torch.bfloat16) -> Work:
         elements = tokens * Shape.parse(shape, "D")["D"]
         return Work(bytes=2 * elements * dtype.itemsize, flops=(4 if logarithm else 5) * elements)
-
-    def schedules(shape, dtype=torch.bfloat16) -> list[Schedule]:
-        return _schedules(shape, dtype, logarithm)
 
     def schedule(tokens: int, shape, dtype) -> str:
         return str(_schedule(tokens, Shape.parse(shape, "D")["D"], dtype.itemsize, logarithm))
 
     return Op(name=name, title=title, order="chunks of 1024 in sequence, segment by segment, then neighbours in pairs",
-              cuda=cuda, python=python, triton=triton, inputs=_inputs, work=work, per_token=(0,),
-              shapes=("D=32000", "D=128256"), schedules=schedules, schedule=schedule,
-              extras={"compile": compiled(cuda)})
+              cuda=cuda, python=call.specification(python), triton=call.triton, inputs=_inputs, work=work,
+              per_token=(0,), shapes=("D=32000", "D=128256"), schedules=partial(_schedules, logarithm=logarithm),
+              schedule=schedule, extras={"compile": compiled(cuda)}, call=call)
 
 
-softmax = _op("softmax", "Softmax", _softmax_cuda, _softmax_python, _softmax_triton, False)
-log_softmax = _op("log_softmax", "Log-softmax", _log_softmax_cuda, _log_softmax_python, _log_softmax_triton, True)
+softmax = _op("softmax", "Softmax", F.softmax, False)
+log_softmax = _op("log_softmax", "Log-softmax", F.log_softmax, True)

@@ -52,7 +52,7 @@ def test_files_imported_count_also_from_inside_a_function(project):
 
 def names(op) -> set[str]:
     import inspect
-    return {p.relative_to(ROOT).as_posix() for p in deciding(inspect.getfile(OPS[op].python))}
+    return {p.relative_to(ROOT).as_posix() for p in deciding(inspect.getfile(inspect.unwrap(OPS[op].python)))}
 
 
 @pytest.mark.parametrize("op", OPS)

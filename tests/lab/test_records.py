@@ -22,10 +22,10 @@ def row(tokens=1, implementation="cuda", us=1.0, **other):
     return values | other
 
 
-def small_plan(**changes):
+def small_sweep(**changes):
     options = {"tokens": (1, 2, 4), "implementations": ("cuda", "python"), "dtypes": ("float32",), "shapes": ("D=32",),
                "passes": 1, "repeats": 2, "device": torch.device("cpu")}
-    return sweep.Plan(rms_norm, **(options | changes))
+    return sweep.Sweep(rms_norm, **(options | changes))
 
 
 def test_rows_replace_those_with_their_key_and_keep_the_rest(tmp_path):
@@ -108,7 +108,7 @@ def test_unreadable_machine_json_is_named(tmp_path):
 
 
 def test_a_sweep_measures_every_point_and_holds_bits_against_the_largest():
-    rows = pd.DataFrame([r for point in sweep.sweep(small_plan(), progress=False) for r in point])
+    rows = pd.DataFrame([r for point in sweep.sweep(small_sweep(), progress=False) for r in point])
     assert sorted(rows.groupby("implementation").tokens.apply(list).to_dict().items()) == [
         ("cuda", [1, 2, 4]), ("python", [1, 2, 4])]
     assert (rows.us_p05 <= rows.us_p50).all() and (rows.us_p50 <= rows.us_p95).all() and (rows.us_p05 > 0).all()
@@ -118,32 +118,32 @@ def test_a_sweep_measures_every_point_and_holds_bits_against_the_largest():
 
 
 def test_a_sweep_sees_bits_move():
-    plan = small_plan(implementations=("split",), tokens=(1, 128), shapes=("D=4096",), repeats=1)
-    rows = pd.DataFrame([r for point in sweep.sweep(plan, progress=False) for r in point])
+    wanted = small_sweep(implementations=("split",), tokens=(1, 128), shapes=("D=4096",), repeats=1)
+    rows = pd.DataFrame([r for point in sweep.sweep(wanted, progress=False) for r in point])
     assert rows.same_bits.tolist() == [False, True]
     assert rows.elements_differ[0] > 0
 
 
 def test_a_shorter_sweep_holds_bits_against_the_largest_recorded(tmp_path):
-    plan = small_plan(implementations=("split",), tokens=(1, 128), shapes=("D=4096",), repeats=1)
-    first = [r for point in sweep.sweep(plan, progress=False) for r in point]
+    wanted = small_sweep(implementations=("split",), tokens=(1, 128), shapes=("D=4096",), repeats=1)
+    first = [r for point in sweep.sweep(wanted, progress=False) for r in point]
     records.TOKEN_SWEEP.merge(tmp_path, first)
-    shorter = small_plan(implementations=("split",), tokens=(1,), shapes=("D=4096",), repeats=1, again=True)
+    shorter = small_sweep(implementations=("split",), tokens=(1,), shapes=("D=4096",), repeats=1, again=True)
     (again,), = sweep.sweep(shorter, done=records.TOKEN_SWEEP.read(tmp_path), progress=False)
     assert not again["same_bits"] and [again[k] for k in ("elements_differ", "digest")] == [
         first[0][k] for k in ("elements_differ", "digest")]
-    assert not list(sweep.sweep(small_plan(implementations=("split",), tokens=(1,), shapes=("D=4096",), repeats=1),
+    assert not list(sweep.sweep(small_sweep(implementations=("split",), tokens=(1,), shapes=("D=4096",), repeats=1),
                                 done=records.TOKEN_SWEEP.read(tmp_path), progress=False))
 
 
 def test_a_stopped_sweep_goes_on_where_it_was(tmp_path):
     stop, taken = threading.Event(), []
-    for rows in sweep.sweep(small_plan(), stop=stop, progress=False):
+    for rows in sweep.sweep(small_sweep(), stop=stop, progress=False):
         records.TOKEN_SWEEP.merge(tmp_path, rows)
         taken.append(rows[0]["tokens"])
         stop.set()
     assert taken == [1]
-    rest = list(sweep.sweep(small_plan(), done=records.TOKEN_SWEEP.read(tmp_path), progress=False))
+    rest = list(sweep.sweep(small_sweep(), done=records.TOKEN_SWEEP.read(tmp_path), progress=False))
     assert [rows[0]["tokens"] for rows in rest] == [2, 4]
 
 
@@ -167,8 +167,8 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
 
 def test_a_failing_contender_is_told_and_the_others_go_on():
     told = []
-    plan = small_plan(implementations=("flashinfer", "python"), shapes=("D=32",))
-    rows = [r for point in sweep.sweep(plan, on_error=lambda where, error: told.append(where), progress=False)
+    wanted = small_sweep(implementations=("flashinfer", "python"), shapes=("D=32",))
+    rows = [r for point in sweep.sweep(wanted, on_error=lambda where, error: told.append(where), progress=False)
             for r in point]
     assert {r["implementation"] for r in rows} == {"python"}
     assert len(told) == 3 and all("flashinfer" in where for where in told)
@@ -177,6 +177,6 @@ def test_a_failing_contender_is_told_and_the_others_go_on():
 @pytest.mark.parametrize("changes, word", [
     ({"implementations": ("cudda",)}, "no implementation 'cudda'"), ({"dtypes": ("float8",)}, "dtype"),
     ({"tokens": (0,)}, "tokens"), ({"shapes": ("D=",)}, "shape"), ({"clocks": ("sundial",)}, "clock")])
-def test_a_bad_plan_is_named(changes, word):
+def test_a_bad_sweep_is_named(changes, word):
     with pytest.raises(ValueError, match=word):
-        small_plan(**changes)
+        small_sweep(**changes)

@@ -13,8 +13,11 @@ from kernels import runtime
 from kernels.bits import digest, portable, same_bits
 from kernels.model import cache as cache_module
 from kernels.model import llama
-from kernels.model.llama import PRESETS, Config, Llama, RopeScaling
-from kernels.ops import rotary as fused
+from kernels.model.config import PRESETS, Config, RopeScaling
+from kernels.model.llama import Llama
+from kernels.model.weights import transformers_weights
+from kernels.ops.rotary import fused_rotary, rotary
+from kernels.ops.swiglu import fused_swiglu, swiglu
 
 needs_gpu = pytest.mark.skipif(not runtime.HAS_GPU, reason="no CUDA GPU on this machine")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
@@ -124,7 +127,7 @@ def test_logits_match_transformers(dtype, tied):
             "low_freq_factor": scaling.low_frequency_factor, "high_freq_factor": scaling.high_frequency_factor,
             "original_max_position_embeddings": scaling.original_context})).to(dtype).eval()
     ours = Llama(config, dtype=dtype, device="cpu",
-                 weights=llama.transformers_weights(theirs.state_dict(), dtype, "cpu"))
+                 weights=transformers_weights(theirs.state_dict(), dtype, "cpu"))
     assert sum(p.numel() for p in theirs.parameters()) == config.parameters
     tokens, positions = prompt(2, 200)
     with torch.no_grad():
@@ -213,11 +216,11 @@ def test_fused_rotary_has_the_bits_of_the_plain_one(heads, kv_heads, head_dim):
     table = llama.rotary_table(config, device)
     positions = torch.tensor([[5, 6, 7], [0, 1, 2]], device=device)
     shape, results = (2, 3, heads + 2 * kv_heads, head_dim), []
-    for rotary in (llama.rotary, fused.rotary):
+    for turn in (rotary, fused_rotary):
         qkv = portable(6, shape[2] * head_dim, torch.float32, device).view(shape).clone()
         qkv[1, 2, -1, :2] = torch.tensor([-0.0, float("inf")])  # a value is copied, not multiplied
         kv = torch.zeros(2, 9, 2 * kv_heads, head_dim, device=device)
-        rotary(table, positions, 9, heads)(qkv, kv)
+        turn(table, positions, 9, heads)(qkv, kv)
         results.append((qkv, kv))
     assert same_bits(*results)
     qkv, kv = results[0]
@@ -230,7 +233,7 @@ def test_fused_rotary_writes_nowhere_for_a_position_outside_the_cache():
     table = llama.rotary_table(PRESETS["tiny"], runtime.device())
     qkv = torch.ones(2, 1, 8, 16, device=table.device)
     kv = torch.zeros(2, 4, 4, 16, device=table.device)
-    fused.rotary(table, torch.tensor([[4], [-1]], device=table.device), 4, 4)(qkv, kv)
+    fused_rotary(table, torch.tensor([[4], [-1]], device=table.device), 4, 4)(qkv, kv)
     assert not kv.any()
 
 
@@ -240,7 +243,7 @@ def test_fused_rotary_writes_nowhere_for_a_position_outside_the_cache():
 def test_fused_swiglu_matches_the_plain_one(tokens, width):
     gate_up = 8 * portable(tokens, 2 * width, torch.float32, runtime.device())
     gate_up[0, 0] = -200.0  # exp overflows and the result is still 0
-    got, expected = fused.swiglu(gate_up), llama.swiglu(gate_up)
+    got, expected = fused_swiglu(gate_up), swiglu(gate_up)
     assert got.shape == (tokens, width) and got.isfinite().all()
     assert relative_error(got, expected.double()) < 1e-6 if expected.any() else not got.any()
 
@@ -251,7 +254,7 @@ def test_the_decoder_with_every_kernel_of_the_suite():
     model = Llama("tiny", dtype=torch.float32)
     tokens, positions = prompt(2, 5, model.device)
     expected = run(model, tokens, positions)
-    model.ops = llama.Ops(rms_norm=llama.rms_norm.triton, rotary=fused.rotary, swiglu=fused.swiglu)
+    model.ops = llama.Ops(rms_norm=llama.rms_norm.triton, rotary=fused_rotary, swiglu=fused_swiglu)
     cache = model.cache(2, 6)
     got = [run(model, tokens[:, :4], positions[:, :4], cache),
            run(model, tokens[:, 4:], positions[:, 4:], cache, prefix=None)]
@@ -259,9 +262,14 @@ def test_the_decoder_with_every_kernel_of_the_suite():
 
 
 @pytest.mark.skipif(runtime.HAS_GPU or bool(runtime.WHY_NOT), reason="Triton's interpreter does not run here")
-def test_fused_kernels_refuse_bfloat16_in_the_interpreter():
+def test_the_interpreter_never_sees_bfloat16():
+    """It is wrong for it: swiglu hands it float32 and lets torch round, rotary writes in place and refuses."""
+    gate_up = portable(3, 8, torch.bfloat16)
+    assert same_bits(fused_swiglu(gate_up), fused_swiglu(gate_up.float()).bfloat16())
+    table, positions = llama.rotary_table(PRESETS["tiny"]), torch.zeros(1, 1, dtype=torch.int64)
+    qkv, kv = (torch.zeros(1, 1, heads, 16, dtype=torch.bfloat16) for heads in (8, 4))
     with pytest.raises(TypeError, match="interpreter"):
-        fused.swiglu(torch.zeros(1, 8, dtype=torch.bfloat16))
+        fused_rotary(table, positions, 1, 4)(qkv, kv)
 
 
 COMPILE = """
@@ -269,7 +277,7 @@ import re
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kernels.ops import rotary as fused
+from kernels.ops import rotary, swiglu
 
 def code(kernel, types, constants, target):
     names = [p.name for p in kernel.params]
@@ -280,11 +288,12 @@ def code(kernel, types, constants, target):
     return compile(source, target=GPUTarget("cuda", target, 32), options=options).asm["ptx"]
 
 for target in (80, 90, 100):
-    sizes = {"QUERIES": 32, "KEYS": 8, "HALF": 64, "BLOCK": fused.HEADS_A_PROGRAM}
-    turned = code(fused._rotary_kernel, ["*bf16", "*fp32", "*i64", "*bf16", "i32", "i32"], sizes, target)
+    sizes = {"QUERIES": 32, "KEYS": 8, "HALF": 64, "BLOCK": rotary.HEADS_A_PROGRAM, "PDL": target >= 90}
+    turned = code(rotary._rotary_kernel, ["*bf16", "*fp32", "*i64", "*bf16", "i32", "i32"], sizes, target)
     assert "mul.f32" in turned.replace(".rn", "").replace("f32x2", "f32"), turned
     assert not re.search(r"fma|ftz|approx", turned), turned
-    code(fused._swiglu_kernel, ["*bf16", "*bf16"], {"F": 14336, "BLOCK": fused.COLUMNS_A_PROGRAM}, target)
+    sizes = {"F": 14336, "BLOCK": swiglu.COLUMNS_A_PROGRAM, "PDL": target >= 90}
+    code(swiglu._swiglu_kernel, ["*bf16", "*bf16"], sizes, target)
 """
 
 

@@ -1,42 +1,31 @@
-"""softmax and log_softmax: the specification against a pencil, schedules against it, and nothing against the batch.
+"""softmax and log_softmax: what they alone have. Segments, dimensions, corners, gradients and their kernels' code.
 
-Tests without the mark `gpu` run where they are: on a GPU the compiled kernels, elsewhere Triton's interpreter, for
-which the sizes are small: it takes a tenth of a second or more a program.
+What every op promises is in test_every_op.py. Sizes are small: Triton's interpreter takes a tenth of a second or more
+a program.
 """
 import math
 import re
-import subprocess
-import sys
 import warnings
 from dataclasses import replace
 from importlib import import_module
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from common import HERE, INF, NAN, both, every_dtype, needs_triton, views, waits_first
+from reference import SOFTMAX as TOLERANCE
+from reference import softmax as pencil
 
 from kernels import OPS, runtime
 from kernels.arithmetic.elementary import exp, log
 from kernels.arithmetic.sums import ordered_sum, tree_width
-from kernels.bits import ADVERSARIAL, adversarial, check_invariance, elements_differ, same_bits
+from kernels.bits import check_invariance, elements_differ, same_bits
 from kernels.lab.proofs.generated_code import TARGETS, Job, compile_ahead
-from kernels.lab.records import ROOT
 from kernels.op import DTYPES, Shape
-from kernels.ops.softmax import Schedule, run_schedule
+from kernels.ops.softmax import Schedule
 
 MODULE = import_module("kernels.ops.softmax")  # the package's name `softmax` is the op
 SOFTMAX, LOG = OPS["softmax"], OPS["log_softmax"]
-HERE = runtime.device()
-INF, NAN = math.inf, math.nan
-
 every_op = pytest.mark.parametrize("op", [SOFTMAX, LOG], ids=["softmax", "log_softmax"])
-every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-both = pytest.mark.parametrize("name", ["python", pytest.param("triton", marks=pytest.mark.skipif(
-    bool(runtime.WHY_NOT), reason=runtime.WHY_NOT or "Triton runs here"))])
-needs_triton = pytest.mark.skipif(bool(runtime.WHY_NOT), reason=runtime.WHY_NOT or "Triton runs here")
-dtypes, ops = st.sampled_from(list(DTYPES.values())), st.sampled_from([SOFTMAX, LOG])
 
 
 def numbers(rows, width, dtype=torch.float32, seed=0, device=HERE):
@@ -59,53 +48,19 @@ FEW_CHUNKS, SHORT_SEGMENTS, LONG = (rising(rows, width, seed=seed, device="cpu")
     (1, 9300, 6), (2, 9000, 19), (1, 32769, 43)))
 
 
-def hostile(width, dtype, device=HERE):
-    """Three rows of each adversarial kind, one under the other."""
-    return torch.cat([adversarial(kind, 3, width, dtype, device) for kind in ADVERSARIAL])
-
-
-def run(op, schedule, x, dim=-1):
-    return run_schedule(schedule, x, dim, logarithm=op is LOG)
-
-
 @pytest.fixture
 def short_segments(monkeypatch):
-    """Rows of more than 2 chunks in segments of 2, so that a short row has several: for `python` and run_schedule."""
+    """Rows of more than 2 chunks in segments of 2, so that a short row has several; no plan of others is kept."""
     monkeypatch.setattr(MODULE, "WHOLE", 2)
     monkeypatch.setattr(MODULE, "SEGMENT", 2)
+    for op in (SOFTMAX, LOG):
+        op.call.plans.clear()
+    yield
+    for op in (SOFTMAX, LOG):
+        op.call.plans.clear()
 
 
 # the specification against a pencil
-
-
-def e(x):
-    return exp(torch.from_numpy(np.atleast_1d(x))).numpy().reshape(np.shape(x))
-
-
-def pencil(op, x, whole=32, segment=8):
-    """The docstring of kernels/ops/softmax.py in NumPy, row by row; torch only rounds to 16 bits."""
-    one, rows = np.float32(1), []
-    for row in x.float().numpy():
-        width = next((2**i for i in range(10) if 2**i >= len(row)), 1024)
-        chunks = np.full((-(-len(row) // width), width), -np.inf, np.float32)
-        chunks.flat[:len(row)] = row
-        size = len(chunks) if len(chunks) <= whole else segment
-        m, s = np.full(width, np.finfo(np.float32).min), np.zeros(width, np.float32)
-        for i in range(0, len(chunks), size):
-            larger = np.max([m, *chunks[i : i + size]], axis=0)
-            s = s * e(m - larger)
-            m = larger
-            for chunk in chunks[i : i + size]:
-                s = s + e(chunk - m)
-        shares = s * e(m - m.max())
-        while len(shares) > 1:
-            shares = np.array([shares[j] + shares[j + 1] for j in range(0, len(shares), 2)])
-        if op is LOG:
-            y = (chunks - m.max()) - log(torch.from_numpy(shares)).numpy()
-        else:
-            y = e(chunks - m) * (e(m - m.max()) * (one / shares[0]))
-        rows.append(torch.from_numpy(y.reshape(-1)[: len(row)]).to(x.dtype))
-    return torch.stack(rows)
 
 
 def test_three_numbers_by_hand():
@@ -116,22 +71,6 @@ def test_three_numbers_by_hand():
     assert b == 1.0
     assert same_bits(SOFTMAX.python(x), torch.stack([f * (1.0 / total) for f in (a, b, c)]))
     assert same_bits(LOG.python(x), torch.stack([v - log(total) for v in (x - 3.0)]))
-
-
-@settings(deadline=None, max_examples=60)
-@given(op=ops, width=st.integers(1, 5000), dtype=dtypes, seed=st.integers(0, 10**6))
-def test_the_specification_is_the_pencil(op, width, dtype, seed):
-    x = numbers(2, width, dtype, seed, "cpu")
-    assert same_bits(op.python(x), pencil(op, x))
-
-
-@every_op
-@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # the pencil meets inf - inf
-def test_the_specification_is_the_pencil_for_adversarial_rows(op):
-    for dtype in DTYPES.values():
-        for width in (700, 2300):
-            x = hostile(width, dtype, "cpu")
-            assert same_bits(op.python(x), pencil(op, x))
 
 
 @every_op
@@ -153,52 +92,7 @@ def test_other_segments_move_bits(op, x, whole, segment, others):
         assert elements_differ(wanted, pencil(op, x, 1, other)) > 0, other
 
 
-@every_op
-def test_the_specification_ignores_the_thread_count(op):
-    x, before = numbers(30, 3000, device="cpu"), torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(op.python(x))
-    finally:
-        torch.set_num_threads(before)
-    assert same_bits(results[0], results[1]) and same_bits(results[0], results[2])
-
-
 # schedules against the specification
-
-
-def kinds(op, shape, dtype):
-    """The schedules that differ in more than warps, which an interpreter does not have."""
-    return dict.fromkeys(replace(s, warps=4) for s in op.schedules(shape, dtype))
-
-
-@needs_triton
-@settings(deadline=None, max_examples=10)
-@given(op=ops, rows=st.integers(1, 3), width=st.integers(1, 2100), dtype=dtypes, seed=st.integers(0, 10**6))
-def test_triton_is_python(op, rows, width, dtype, seed):
-    x = numbers(rows, width, dtype, seed)
-    assert same_bits(op.triton(x), op.python(x))
-
-
-@needs_triton
-@every_op
-@pytest.mark.parametrize("width", [1, 2, 3, 127, 128, 1000, 1023, 1024, 1025])
-def test_triton_is_python_at_every_width(op, width):
-    x = numbers(1, width, torch.bfloat16, seed=width)
-    assert same_bits(op.triton(x), op.python(x))
-
-
-@needs_triton
-@every_op
-@pytest.mark.parametrize(("rows", "shape", "dtype"), [(3, "D=3", torch.float16), (2, "D=40", torch.bfloat16)])
-def test_every_schedule_is_python(op, rows, shape, dtype):
-    x = numbers(rows, Shape.parse(shape)["D"], dtype)
-    wanted = op.python(x)
-    assert {s.kind for s in kinds(op, shape, dtype)} == {"resident", "stream", "columns"}
-    for schedule in kinds(op, shape, dtype):
-        assert same_bits(run(op, schedule, x), wanted), schedule
 
 
 CHAINED = (Schedule("resident", 4), Schedule("resident", 4, rows=2), Schedule("stream", 4),
@@ -211,7 +105,7 @@ CHAINED = (Schedule("resident", 4), Schedule("resident", 4, rows=2), Schedule("s
 def test_schedules_of_several_chunks_are_python(op, schedule):
     """10 chunks: one segment of the order, but more than a stream with one segment in flight has at once."""
     x = FEW_CHUNKS.repeat(schedule.rows, 1).to(HERE)
-    assert same_bits(run(op, schedule, x), op.python(x))
+    assert same_bits(op.run_schedule(schedule, x), op.python(x))
 
 
 @needs_triton
@@ -221,7 +115,7 @@ def test_schedules_of_several_chunks_are_python(op, schedule):
     Schedule("columns", 4, flight=4, columns=1024, chunks=4)], ids=str)
 def test_segmented_schedules_are_python(op, schedule, short_segments):
     x = SHORT_SEGMENTS.to(HERE)
-    assert same_bits(run(op, schedule, x), op.python(x))
+    assert same_bits(op.run_schedule(schedule, x), op.python(x))
 
 
 @needs_triton
@@ -230,44 +124,16 @@ def test_segmented_schedules_are_python(op, schedule, short_segments):
     ids=["softmax by columns", "log_softmax in a stream"])
 def test_a_long_row_is_python(op, schedule):
     x = LONG.to(HERE)
-    assert same_bits(run(op, schedule, x), op.python(x))
-
-
-@needs_triton
-@every_op
-def test_triton_is_python_for_adversarial_rows(op):
-    for dtype in (torch.float32, torch.float16):
-        x = hostile(200, dtype)
-        result, wanted = run(op, Schedule("resident", 4, rows=16), x), op.python(x)
-        assert [kind for i, kind in enumerate(ADVERSARIAL) if not same_bits(
-            result[3 * i : 3 * i + 3], wanted[3 * i : 3 * i + 3])] == []
-
-
-@every_op
-@every_dtype
-def test_schedules_of_choice_are_all_tested(op, dtype):
-    for width in (1, 3, 17, 100, 128, 129, 500, 1000, 1024, 2000, 8192, 8193, 32000, 32768, 32769, 128256):
-        tested = {str(s) for s in op.schedules(f"D={width}", dtype)}
-        chosen = {op.schedule(tokens, f"D={width}", dtype) for tokens in (*range(1, 3000, 13), 10**5, 10**6)}
-        assert chosen <= tested, (width, chosen - tested)
+    assert same_bits(op.run_schedule(schedule, x), op.python(x))
 
 
 @needs_triton
 def test_a_resident_schedule_refuses_a_long_row():
     with pytest.raises(ValueError, match="rows=1 warps=4.*32768.*32769"):
-        run_schedule(Schedule("resident", 4), numbers(1, 32769))
+        SOFTMAX.run_schedule(Schedule("resident", 4), numbers(1, 32769))
 
 
 # nothing against the batch
-
-
-@every_op
-@every_dtype
-@pytest.mark.parametrize("width", [40, 1000, 2100])
-def test_a_row_ignores_its_batch(op, dtype, width):
-    """Alone, in batches of any size, first, last, reversed, repeated."""
-    report = check_invariance(op.python, (numbers(7, width, dtype),))
-    assert report, str(report)
 
 
 @every_op
@@ -275,40 +141,6 @@ def test_a_long_row_ignores_its_batch(op):
     report = check_invariance(op.python, (torch.cat([numbers(2, 33000), rising(2, 33000)]),),
                               batches=[slice(i, i + 1) for i in range(4)] + [torch.tensor([3, 1, 0])])
     assert report, str(report)
-
-
-@needs_triton
-@every_op
-def test_a_row_ignores_its_batch_in_a_kernel(op):
-    report = check_invariance(op.triton, (numbers(4, 1025, torch.bfloat16),))
-    assert report, str(report)
-
-
-@needs_triton
-@settings(deadline=None, max_examples=10)
-@given(data=st.data(), op=ops, tokens=st.integers(1, 9), width=st.integers(1, 300), dtype=dtypes)
-def test_any_choice_of_rows_keeps_their_bits(data, op, tokens, width, dtype):
-    """Several rows a program: every position in it, and every neighbour."""
-    chosen = data.draw(st.lists(st.integers(0, tokens - 1), min_size=1, max_size=9))
-    schedule = data.draw(st.sampled_from([Schedule("resident", 4, rows=rows) for rows in (4, 8, 16)]))
-    report = check_invariance(lambda x: run(op, schedule, x), (numbers(tokens, width, dtype),),
-                              batches=[torch.tensor(chosen)])
-    assert report, str(report)
-
-
-@needs_triton
-@every_op
-@pytest.mark.parametrize("schedule", [None, Schedule("resident", 4, rows=4), Schedule("stream", 4),
-                                      Schedule("columns", 4, columns=64)], ids=str)
-def test_bad_neighbours_do_not_reach_a_row(op, schedule):
-    x = numbers(6, 60)
-    wanted = op.python(x)
-    for row, bad in ((1, NAN), (2, INF), (4, -INF)):
-        x[row] = bad
-    spoiled = op.python(x) if schedule is None else run(op, schedule, x)
-    clean = [0, 3, 5]
-    assert same_bits(spoiled[clean], wanted[clean])
-    assert spoiled[[1, 2, 4]].isnan().all()
 
 
 def split(x):
@@ -364,29 +196,6 @@ def test_nothing_gives_nothing(op, name, dtype, shape, dim):
     assert (result.shape, result.dtype, result.device) == (torch.Size(shape), dtype, HERE)
 
 
-def views(x):
-    """name -> the same numbers as x (rows, width), behind other strides."""
-    rows, width = x.shape
-    wide, tall, apart, turned, odd = (torch.full(size, NAN, dtype=x.dtype, device=x.device) for size in (
-        (rows, width + 24), (2 * rows, width), (rows, 2 * width), (width, rows), (rows, width + 3)))
-    wide[:, 8 : 8 + width], tall[::2], apart[:, ::2], turned[:], odd[:, 1 : 1 + width] = x, x, x, x.t(), x
-    return {"columns of a wider tensor": wide[:, 8 : 8 + width], "every second row": tall[::2],
-            "every second column": apart[:, ::2], "transposed": turned.t(), "misaligned": odd[:, 1 : 1 + width]}
-
-
-@both
-@every_op
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
-@pytest.mark.parametrize("width", [1, 70])
-def test_strides_do_not_matter(op, name, dtype, width):
-    x = numbers(2, width, dtype)
-    wanted = op.python(x)
-    for how, view in views(x).items():
-        assert same_bits(view, x)
-        result = op.implementation(name)(view)
-        assert same_bits(result, wanted) and result.is_contiguous(), how
-
-
 @needs_triton
 @every_op
 @pytest.mark.parametrize("schedule", [Schedule("resident", 4, rows=2), Schedule("stream", 4),
@@ -394,10 +203,10 @@ def test_strides_do_not_matter(op, name, dtype, width):
 def test_each_kernel_reads_rows_in_place(op, schedule):
     x = numbers(2, 40)
     for how in ("columns of a wider tensor", "every second row"):
-        assert same_bits(run(op, schedule, views(x)[how]), op.python(x)), how
-    assert same_bits(run(op, schedule, x[:1].expand(2, 40)), op.python(x[:1]).repeat(2, 1))
+        assert same_bits(op.run_schedule(schedule, views(x)[how]), op.python(x)), how
+    assert same_bits(op.run_schedule(schedule, x[:1].expand(2, 40)), op.python(x[:1]).repeat(2, 1))
     x = x[:, :2].contiguous()
-    assert same_bits(run(op, schedule, x.t(), 0), op.python(x).t())
+    assert same_bits(op.run_schedule(schedule, x.t(), 0), op.python(x).t())
 
 
 @both
@@ -414,23 +223,6 @@ def test_views_that_only_say_so(op, name):
     assert same_bits(call(x.view(3, 1, 20)[:, :, ::2], -1), call(x[:, ::2]).view(3, 1, 10))
     overlapping = x.flatten().as_strided((3, 20), (5, 1))
     assert same_bits(call(overlapping), call(overlapping.clone()))
-
-
-@needs_triton
-@every_op
-def test_one_schedule_of_a_lazily_negated_view(op):
-    x = numbers(2, 20)
-    assert same_bits(run(op, Schedule("resident", 4), torch._neg_view(x)), op.python(-x))
-
-
-@both
-@every_op
-def test_inputs_are_left_alone_and_outputs_are_new(op, name):
-    x = numbers(3, 50)
-    before = x.clone()
-    first, second = op.implementation(name)(x), op.implementation(name)(x)
-    assert same_bits(first, second) and same_bits(x, before)
-    assert len({t.data_ptr() for t in (x, first, second)}) == 3
 
 
 # corners
@@ -486,7 +278,7 @@ def test_corners_are_the_same_in_a_kernel_and_raise_no_warning(op, schedule, nam
     x = torch.tensor([CORNERS[name] for name in names], device=HERE)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result = run(op, schedule, x)
+        result = op.run_schedule(schedule, x)
     wanted = op.python(x)
     assert [name for i, name in enumerate(names) if not same_bits(result[i], wanted[i])] == []
 
@@ -499,7 +291,7 @@ def test_one_bad_number_in_a_segmented_row(op, bad, short_segments):
     x = numbers(2, 2500)
     x[0, -1] = bad
     x[1, :-1] = -INF
-    result = run(op, Schedule("stream", 4, flight=2), x)
+    result = op.run_schedule(Schedule("stream", 4, flight=2), x)
     assert same_bits(result, op.python(x))
     assert result[0].isnan().all() if bad != -INF else result[0].isfinite()[:-1].all()
     assert result[1, -1] == (0.0 if op is LOG else 1.0)
@@ -528,43 +320,12 @@ def test_float16_overflows_nowhere(op, name):
 # accuracy
 
 
-# Largest error: half an ulp of the dtype for the last rounding, and float32's before it, of which x - m, up to 32
-# here, is the largest. Of softmax relative to y, of log_softmax relative to 1 + |y|.
-TOLERANCE = {"softmax": {"bfloat16": 2.0**-8 * 1.001, "float16": 2.0**-11 * 1.01, "float32": 2.0**-24 * 32},
-             "log_softmax": {"bfloat16": 2.0**-8 * 1.001, "float16": 2.0**-11 * 1.001, "float32": 2.0**-24 * 4}}
-
-
-def worst(op, y, x):
-    """The largest error in units of the tolerance; half the smallest subnormal number is forgiven."""
-    wanted = op.cuda(x.double(), -1)
-    info = torch.finfo(y.dtype)
-    error = (y.double() - wanted).abs() - (info.smallest_normal * info.eps / 2 if op is SOFTMAX else 0.0)
-    size = wanted.abs() + (1.0 if op is LOG else 0.0)
-    return (error / (size * TOLERANCE[op.name][str(y.dtype).removeprefix("torch.")])).max().item()
-
-
-@every_op
-@every_dtype
-@pytest.mark.parametrize("width", [1, 77, 1024, 3000, 33000])
-def test_accuracy_against_float64(op, dtype, width):
-    x = numbers(20 if width < 33000 else 4, width, dtype, seed=width)
-    assert worst(op, op.python(x), x) <= 1
-
-
 def test_the_docstring_states_the_table():
     said = " ".join(import_module("kernels.ops.softmax").__doc__.partition("Accuracy")[2].split())
     largest, powers = numbers(20, 33000).abs().max().item(), re.findall(r"2\*\*(-\d+)", said)
     table = [math.floor(math.log2(TOLERANCE[op][dtype])) for op in ("softmax", "log_softmax")
              for dtype in ("float32", "float16", "bfloat16")]
     assert [int(power) for power in powers[:6]] == table and 12 < largest <= 16 and "numbers up to 16" in said
-
-
-@every_op
-def test_the_tolerance_is_tight_enough_to_notice_a_rounding(op):
-    """Inverse test: rounding x - m to bfloat16 exceeds the table."""
-    x = numbers(20, 1000, torch.bfloat16)
-    shifted = (x.float() - x.float().amax(-1, keepdim=True)).bfloat16().float()
-    assert worst(op, op.cuda(shifted, -1).bfloat16(), x) > 1
 
 
 @every_dtype
@@ -576,55 +337,7 @@ def test_rows_sum_to_one(dtype, width):
         assert ((total - 1).abs() <= allowed).all()
 
 
-# bad input and gradients
-
-
-BAD = {
-    "x of integers": ((torch.ones(3, dtype=torch.int32),), TypeError, r"x .*float32.*int32"),
-    "x in float64": ((torch.ones(3, dtype=torch.float64),), TypeError, r"x .*float64"),
-    "x complex": ((torch.ones(3, dtype=torch.complex64),), TypeError, r"x .*complex64"),
-    "x a list": (([1.0, 2.0],), TypeError, r"x .*list"),
-    "x an array": ((np.ones(3, np.float32),), TypeError, r"x .*ndarray"),
-    "no x": ((None,), TypeError, r"x .*NoneType"),
-    "x sparse": ((torch.eye(3).to_sparse(),), TypeError, r"x .*sparse"),
-    "x elsewhere": ((torch.ones(3, device="meta"),), ValueError, r"x .*meta"),
-    "dim beyond": ((torch.ones(2, 3), 2), ValueError, r"dim .* 2, got 2"),
-    "dim before": ((torch.ones(2, 3), -3), ValueError, r"dim .* 2, got -3"),
-    "dim of no dimensions": ((torch.tensor(1.0), 1), ValueError, r"dim .* 0, got 1"),
-    "no dim": ((torch.ones(3), None), TypeError, r"dim .*None"),
-    "dim a bool": ((torch.ones(2, 3), True), TypeError, r"dim .*True"),
-    "dim a float": ((torch.ones(2, 3), 1.0), TypeError, r"dim .*1\.0"),
-    "dim a tuple": ((torch.ones(2, 3), (0, 1)), TypeError, r"dim .*\(0, 1\)"),
-    "dim a list": ((torch.ones(2, 3), [1]), TypeError, r"dim .*\[1\]"),
-}
-
-
-@both
-@every_op
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_named(op, name, case):
-    given_, error, message = BAD[case]
-    call = op.implementation(name)
-    call(torch.ones(2, 3, device=HERE), 1)  # a plan that a careless key would find
-    with pytest.raises(error, match=message):
-        call(*given_)
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_to_one_schedule_is_named(case):
-    given_, error, message = BAD[case]
-    with pytest.raises(error, match=message):
-        run_schedule(Schedule("stream", 4), *given_)
-
-
-@needs_triton
-@every_op
-def test_gradients_are_refused_rather_than_dropped(op):
-    x = numbers(2, 5).requires_grad_()
-    with pytest.raises(RuntimeError, match=rf"{op.name}\.triton.*no_grad"):
-        op.triton(x)
-    with torch.no_grad():
-        assert same_bits(op.triton(x), op.python(x))
+# gradients
 
 
 @every_op
@@ -651,30 +364,6 @@ def test_a_batch_does_not_move_the_gradient(op):
         return x.grad
 
     assert check_invariance(gradient, (numbers(6, 3000), numbers(6, 3000, seed=1)), (0, 1))
-
-
-# the custom op
-
-
-@needs_triton
-@every_op
-@pytest.mark.parametrize(("shape", "dim"), [((2, 3, 4), 1), ((0, 4), 1)])
-def test_the_custom_ops_keep_torchs_contract(op, shape, dim, monkeypatch):
-    monkeypatch.undo()  # opcheck looks at torch.empty itself
-    x = numbers(1, math.prod(shape)).view(shape)
-    torch.library.opcheck(getattr(torch.ops.same_bits, op.name).default, (x, dim))
-    assert same_bits(getattr(torch.ops.same_bits, op.name)(x, dim), op.python(x, dim))
-
-
-@needs_triton
-def test_torch_compile_keeps_the_bits(monkeypatch):
-    monkeypatch.undo()
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda x: LOG.triton(SOFTMAX.triton(x.reshape(-1, 30)), 0), fullgraph=True,
-                             backend="aot_eager", dynamic=True)
-    for rows in (2, 4):
-        x = numbers(rows, 30, torch.bfloat16)
-        assert same_bits(compiled(x.view(rows, 1, 30)), LOG.python(SOFTMAX.python(x), 0))
 
 
 # the code the compiler makes of each kernel
@@ -764,14 +453,7 @@ def test_rows_are_read_in_wide_pieces(codes):
 
 
 def test_a_kernel_waits_for_the_one_before_it(codes):
-    """Where kernels may overlap (sm_90 and later), nothing touches memory before the wait; elsewhere there is none."""
-    for code in codes:
-        waits = [code.ptx.find(f"griddepcontrol.{what}") for what in ("wait", "launch_dependents")]
-        if code.job.target < 90:
-            assert waits == [-1, -1], code.job
-        else:
-            memory = min(code.ptx.index("ld.global"), code.ptx.index("st.global"))
-            assert -1 < waits[0] < memory and waits[0] < waits[1], code.job
+    assert [c.job for c in codes if not waits_first(c)] == []
 
 
 def test_the_check_notices_fusion(compiled):
@@ -791,14 +473,14 @@ GPU_CASES = ((SOFTMAX, 1, "float32"), (LOG, 1000, "bfloat16"), (SOFTMAX, 1024, "
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("op", "width", "dtype"), GPU_CASES, ids=[f"{op.name}-{w}-{d}" for op, w, d in GPU_CASES])
-def test_every_schedule_is_python_on_a_gpu(op, width, dtype):
-    """Portable numbers, every adversarial kind and the corners, side by side in one batch."""
+def test_corners_and_rising_rows_are_python_in_every_schedule_on_a_gpu(op, width, dtype):
     dtype = DTYPES[dtype]
-    x = torch.cat([rising(GPU_ROWS - 32, width, dtype), hostile(width, dtype), numbers(14, width, dtype, 1)])
+    x = torch.cat([rising(GPU_ROWS - 14, width, dtype), numbers(14, width, dtype, 1)])
     x[-14:, :5] = torch.tensor(list(CORNERS.values()), device=HERE)[:, :width].to(dtype)
     wanted = op.python(x)
     for schedule in op.schedules(f"D={width}", dtype):
-        assert same_bits(run(op, schedule, x), wanted), (str(schedule), elements_differ(run(op, schedule, x), wanted))
+        result = op.run_schedule(schedule, x)
+        assert same_bits(result, wanted), (str(schedule), elements_differ(result, wanted))
 
 
 @pytest.mark.gpu
@@ -808,31 +490,6 @@ def test_triton_is_python_on_a_gpu(op, width):
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.cat([numbers(20, width, dtype, width), rising(GPU_ROWS - 20, width, dtype, width)])
         assert same_bits(op.triton(x), op.python(x))
-
-
-@pytest.mark.gpu
-@every_op
-@pytest.mark.parametrize(("width", "tokens"), [(100, 9000), (1000, 4400), (40000, 300)])
-def test_triton_is_python_for_every_batch_on_a_gpu(op, width, tokens):
-    """Each batch size with its own schedule."""
-    x = numbers(tokens, width, torch.bfloat16)
-    wanted = op.python(x)
-    for rows in (1, 2, 16, 17, 64, 65, 192, 193, 264, 528, 1056, 2112, 4224, 8448):
-        if rows <= tokens:
-            assert same_bits(op.triton(x[:rows]), wanted[:rows]), rows
-            assert same_bits(op.triton(x[tokens - rows :]), wanted[tokens - rows :]), rows
-    assert same_bits(op.triton(x.flip(0)), wanted.flip(0))
-
-
-@pytest.mark.gpu
-@every_op
-@every_dtype
-@pytest.mark.parametrize("width", [1, 100, 3000, 32000, 40000])
-def test_a_cpu_and_a_gpu_specify_the_same_bits(op, width, dtype):
-    for make in (lambda device: numbers(max(2, 60_000 // width), width, dtype, 3, device),
-                 lambda device: hostile(min(width, 3000), dtype, device)):
-        here, there = (op.python(make(device)) for device in ("cpu", "cuda"))
-        assert same_bits(here, there), f"{elements_differ(here, there)} elements differ"
 
 
 @pytest.mark.gpu
@@ -851,116 +508,3 @@ def test_strides_and_misaligned_rows_on_a_gpu(op, width):
         moved = flat[by : by + x.numel()].view(x.shape)
         moved.copy_(x)
         assert same_bits(op.triton(moved), wanted), by
-
-
-@pytest.mark.gpu
-def test_strides_beyond_32_bits_on_a_gpu():
-    stride, width = 2**31 + 8, 33000
-    if torch.cuda.mem_get_info()[0] < 3 * stride * 2:
-        pytest.skip("needs 13 GB of free GPU memory")
-    x = numbers(2, width, torch.bfloat16)
-    flat = torch.zeros(stride + width, dtype=x.dtype, device=HERE)
-    apart = flat.as_strided((2, width), (stride, 1))
-    apart.copy_(x)
-    for schedule in (Schedule("stream", 8), Schedule("columns", 1, flight=4, columns=32, chunks=2)):
-        assert same_bits(run(SOFTMAX, schedule, apart), SOFTMAX.python(x)), schedule
-    assert same_bits(run(SOFTMAX, Schedule("resident", 4, rows=2), apart[:, :1000]), SOFTMAX.python(x[:, :1000]))
-
-
-@pytest.mark.gpu
-@every_op
-@pytest.mark.parametrize(("tokens", "width"), [(1, 1000), (300, 1000), (4, 40000), (100, 40000)])
-def test_a_graph_replays_the_same_bits_on_a_gpu(op, tokens, width):
-    """Captured once, replayed on other numbers in the same place."""
-    x = numbers(tokens, width, torch.bfloat16)
-    assert same_bits(op.triton(x), op.python(x))  # loads the module before the capture
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = op.triton(x)
-    for seed in (0, 10, 20):
-        x.copy_(numbers(tokens, width, torch.bfloat16, seed))
-        captured.fill_(NAN)
-        graph.replay()
-        assert same_bits(captured, op.python(x))
-
-
-IN_A_COLD_PROCESS = """
-import torch
-from kernels import log_softmax
-from kernels.bits import same_bits
-
-x, dim = log_softmax.inputs(4, "D=40000", torch.bfloat16, "cuda")
-eager = log_softmax.triton(x)
-graph = torch.cuda.CUDAGraph()
-with torch.cuda.graph(graph):
-    captured = log_softmax.triton(x)
-captured.zero_()
-graph.replay()
-torch.cuda.synchronize()
-assert same_bits(captured, eager) and same_bits(captured, log_softmax.python(x))
-print("the same bits")
-"""
-
-
-@pytest.mark.gpu
-def test_the_second_call_of_a_process_can_be_captured():
-    done = subprocess.run([sys.executable, "-c", IN_A_COLD_PROCESS], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.strip() == "the same bits", done.stderr
-
-
-@pytest.mark.gpu
-def test_several_streams_at_once_on_a_gpu():
-    """`columns` schedules have a workspace: each call and stream its own."""
-    work = [(op, numbers(rows, width, torch.bfloat16, rows)) for op, rows, width in (
-        (SOFTMAX, 4, 40000), (LOG, 7, 40000), (SOFTMAX, 600, 1000), (LOG, 100, 40000))]
-    wanted = [op.python(x) for op, x in work]
-    streams = [torch.cuda.Stream() for _ in work]
-    torch.cuda.synchronize()
-    results = []
-    for _ in range(30):
-        for i, (stream, (op, x)) in enumerate(zip(streams, work, strict=True)):
-            with torch.cuda.stream(stream):
-                results.append((i, op.triton(x)))
-    torch.cuda.synchronize()
-    assert len(results) == 120 and all(same_bits(result, wanted[i]) for i, result in results)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("tokens", "width"), [(300, 1000), (4, 40000), (300, 40000)])
-def test_calls_that_feed_each_other_wait_for_each_other_on_a_gpu(tokens, width):
-    """A kernel may start before the one ahead has ended; it must not read what is not yet written."""
-    x = numbers(tokens, width)
-    wanted = x
-    for _ in range(6):
-        wanted = LOG.python(SOFTMAX.python(wanted))
-    for _ in range(5):
-        y = x.clone()
-        for _ in range(6):
-            y = LOG.triton(SOFTMAX.triton(y))
-        assert same_bits(y, wanted)
-
-
-@pytest.mark.gpu
-def test_inductor_keeps_the_bits_on_a_gpu(monkeypatch):
-    monkeypatch.undo()
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda x: LOG.triton(SOFTMAX.triton(x.reshape(-1, 1000))), fullgraph=True)
-    for tokens in (8, 600):
-        x = numbers(tokens, 1000, torch.bfloat16)
-        assert same_bits(compiled(x.view(tokens, 1, 1000)), LOG.python(SOFTMAX.python(x)))
-
-
-@pytest.mark.gpu
-def test_a_tensor_on_the_cpu_beside_a_gpu_is_refused():
-    with pytest.raises((ValueError, runtime.Unavailable), match="(?i)cpu"):
-        SOFTMAX.triton(numbers(3, 64, device="cpu"))
-
-
-@pytest.mark.gpu
-def test_another_gpu_than_the_current_one():
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
-    for width in (1000, 40000):
-        result = SOFTMAX.triton(numbers(9, width, torch.bfloat16, device="cuda:1"))
-        assert result.device == torch.device("cuda:1") and torch.cuda.current_device() == 0
-        assert same_bits(result, SOFTMAX.python(numbers(9, width, torch.bfloat16, device="cpu")))

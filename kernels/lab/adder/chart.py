@@ -39,7 +39,8 @@ def example(exponents: Sequence[int | None], accumulator: int | None = None) -> 
     a = [0.0 if e is None else p * 2.0 ** (e // 2) for (p, _), e in zip(_FACTORS, exponents, strict=True)]
     b = [0.0 if e is None else q * 2.0 ** (e - e // 2) for (_, q), e in zip(_FACTORS, exponents, strict=True)]
     start = 0.0 if accumulator is None else float(_ACCUMULATOR) * 2.0**accumulator
-    return torch.tensor(a, dtype=torch.bfloat16), torch.tensor(b, dtype=torch.bfloat16), start
+    factors = (torch.tensor(values, dtype=torch.bfloat16, device="cpu") for values in (a, b))
+    return *factors, start
 
 
 def study(exponents: Sequence[int | None], accumulator: int | None = None, adder: Adder = HOPPER,
@@ -60,7 +61,7 @@ def claim(table: dict, adder: Adder) -> str:
 
 
 def in_words(table: dict, adder: Adder) -> str:
-    """What the picture shows, for those who cannot see it."""
+    """The picture in words: its text alternative."""
     said = [f"{t['term']}, {_number(t['value'])}, {_fate(t)}" for t in table["terms"]]
     return (f"The binary digits of an accumulator and {len(table['terms']) - 1} exact products, one a line, aligned at "
             f"the binary point, with a cut {adder.fraction_bits} places below 2 to the {table['exponent']}, the "
@@ -100,7 +101,7 @@ def _frame(axes, table, adder, places, names):
     at = range(0, end + 1, 5)
     axes.set_xticks(at, [f"$2^{{{table['exponent'] - i}}}$" for i in at])
     axes.xaxis.tick_top()
-    left = -len(names).bit_length() - 2  # where the sum of so many terms, each below four, and its sign begin
+    left = -len(names).bit_length() - 2  # the first column of the sum of these terms, each below four, and its sign
     axes.set(xlim=(left, end + 9), ylim=(places[-1] + 0.55, -0.6))
     axes.grid(False)
     axes.spines[:].set_visible(False)

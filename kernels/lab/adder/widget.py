@@ -1,9 +1,9 @@
-"""AdderSteps: which bits survive a tensor core's addition, by exponents; a thin shell over adder_chart.study."""
+"""AdderSteps: which bits survive a tensor core's addition, by exponents; a shell over adder.chart.study."""
 from __future__ import annotations
 
 import ipywidgets as w
 
-from ..widgets import parts as parts
+from ..widgets import parts
 from ..widgets.base import Study
 from . import chart as adder_chart
 
@@ -17,7 +17,7 @@ class AdderSteps(Study):
     accumulator  the same for the accumulator
     adder        a name in adder_chart.ADDERS
 
-    ValueError for exponents that the picture does not take, or an adder there is not.
+    ValueError for exponents that the picture does not take, or an unknown adder.
     """
 
     def __init__(self, exponents=START, accumulator: int | None = -2, adder: str = "Hopper"):
@@ -45,8 +45,8 @@ class AdderSteps(Study):
                         for name, e in zip(names, exponents, strict=True)]
         self.zeros = [w.Checkbox(description="zero", value=e is None, indent=False, layout=w.Layout(width="70px"))
                       for e in exponents]
-        said = {f"{name}: {a.fraction_bits} bits below the largest": name for name, a in adder_chart.ADDERS.items()}
-        self.adder = w.Dropdown(description="Adder", options=said, value=adder, layout=w.Layout(width="360px"))
+        options = {f"{name}: {a.fraction_bits} bits below the largest": name for name, a in adder_chart.ADDERS.items()}
+        self.adder = w.Dropdown(description="Adder", options=options, value=adder, layout=w.Layout(width="360px"))
 
     def _laid_out(self):
         lines = [w.HBox(pair) for pair in zip(self.sliders, self.zeros, strict=True)]

@@ -1,8 +1,8 @@
-"""The table of the atlas: PyTorch's own ops, each with one telling size for a CPU and one for a GPU.
+"""The table of the atlas: PyTorch's own ops, each with one size for a CPU and one for a GPU.
 
 A case is a line: a name, what its arguments look like, the sizes, and the call. Arguments are written as
 ``"M,K K,N T:V M,D^3"``: M,K a tensor of that shape, T:V whole numbers below V, ^3 values up to 2**3. An argument whose
-first size is M holds one row for each element of the batch; its result must then hold one row each as well.
+first size is M holds one row for each element of the batch; the result must then hold one row for each as well.
 """
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Case:
     """One op of the atlas.
 
     name       torch's name, with a suffix for its variant, backend or direction
-    arguments  what they look like, see above
+    arguments  what they look like, as above
     cpu, gpu   the sizes, as data/ writes a shape; M is the largest batch
     call       the op. It may raise runtime.Unavailable
     query      (call, arguments) -> (positions, expected, got) for other numbers of queries, positions first; or None
     lacks      property -> why it cannot be tested
     contents   what the neighbours of a row may hold
-    few        every new shape costs a compilation: fewer batch sizes and thread counts
+    few        fewer batch sizes and thread counts, where every new shape costs a compilation
     """
 
     name: str
@@ -133,13 +133,13 @@ _BACKENDS = {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION,
 
 @contextmanager
 def _backend(name: str | None):
-    """Let scaled_dot_product_attention take this backend alone; Unavailable where it has no kernel for the call."""
+    """Restrict scaled_dot_product_attention to this backend. Unavailable where it has no kernel for the call."""
     if name is None:
         yield
         return
     try:
         with warnings.catch_warnings(), sdpa_kernel(_BACKENDS[name]):
-            warnings.simplefilter("ignore")  # one for each backend that is not to be used
+            warnings.simplefilter("ignore")  # PyTorch warns of each backend that is not used
             yield
     except RuntimeError as error:
         if "No available kernel" in str(error) or "No viable backend" in str(error):
@@ -188,8 +188,8 @@ def _dropout(x):
 
 
 def _scaled_mm(x, w):
-    """Both factors in 8 bits; the second is handed over by columns, as the op wants it."""
-    one = torch.ones((), device=x.device)
+    """Both factors in 8 bits; the second is passed by columns, as the op requires."""
+    one = torch.ones((), dtype=torch.float32, device=x.device)
     eight = torch.float8_e4m3fn
     try:
         return torch._scaled_mm(x.to(eight), w.to(eight).t(), scale_a=one, scale_b=one, out_dtype=x.dtype)
@@ -201,7 +201,7 @@ def _scaled_mm(x, w):
 
 
 def _last(dim: int, out: int | None = None, extra: int = 0) -> Callable[..., Iterator]:
-    """The last n positions along `dim` of the first argument (and `extra` before them, as a convolution needs)."""
+    """The last n positions along `dim` of the first argument, and `extra` before them, which a convolution needs."""
     def query(call, arguments):
         x, *rest = arguments
         length, at = x.shape[dim] - extra, dim if out is None else out
@@ -214,9 +214,9 @@ def _last(dim: int, out: int | None = None, extra: int = 0) -> Callable[..., Ite
 
 
 def _prefill_or_decode(call, arguments) -> Iterator:
-    """A causal row of a whole prefill against the same row of a shorter prefill, and decoded alone over a cache.
+    """Causal rows of a whole prefill against the same rows of a shorter prefill, and against one decoded from a cache.
 
-    A backend may have no kernel for some lengths: these are left out, and Unavailable is raised if none is left.
+    Lengths for which a backend has no kernel are left out. Raises Unavailable if it has none for any length.
     """
     q, k, v = arguments
     length, whole = q.shape[2], call(q, k, v).movedim(2, 0)

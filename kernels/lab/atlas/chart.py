@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import PlaceHolderLayoutEngine
 
 from .. import style
-from ..sweep.chart import MOVED, SAME
 from . import measure as atlas
 
 GROUPS = {  # heading -> the properties of which at least one moved the op's bits; the first that fits is taken
@@ -46,7 +45,7 @@ def group(rows: pd.DataFrame) -> str:
 
 
 def in_groups(rows: pd.DataFrame) -> dict[str, list[str]]:
-    """Heading -> its ops; what moves in most cells first, then in the atlas' order."""
+    """Heading -> its ops: those that move in most cells first, then in the atlas' order."""
     order = {name: i for i, name in enumerate(atlas.names())}
     found = {heading: [] for heading in (*GROUPS, DRAWING, LACKING)}
     for op in sorted(rows.op.unique(), key=lambda op: (order.get(op, len(order)), op)):
@@ -56,7 +55,7 @@ def in_groups(rows: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def share(value: float) -> str:
-    """A share as per cent in at most four characters: 64, 2.3, .8, .05, <.01."""
+    """A share in per cent, in at most four characters: 64, 2.3, .8, .05, <.01."""
     percent = 100 * value
     if percent >= 9.95:
         return f"{percent:.0f}"
@@ -71,8 +70,8 @@ def atlas_chart(tables: Mapping[str, pd.DataFrame], *, groups: Mapping[str, list
                 caption: str = "") -> Figure:
     """Draw the rows of one or two machines: their name over their columns, ops in the groups of `in_groups`.
 
-    `groups` are those of a larger table, of which these rows are some. Properties that apply to no row of a machine
-    get no column. The title's further lines are set smaller. ValueError where there is no row at all.
+    `groups` keeps the groups of a larger table of which these rows are a part. Properties that apply to no row of a
+    machine get no column. The title's further lines are set smaller. ValueError where there is no row.
     """
     rows = pd.concat(list(tables.values()), ignore_index=True) if tables else pd.DataFrame()
     if not len(rows):
@@ -87,7 +86,7 @@ def atlas_chart(tables: Mapping[str, pd.DataFrame], *, groups: Mapping[str, list
     size = (len(lists) * (width + MACHINE_GAP) - MACHINE_GAP + 2 * MARGIN, height)
     with mpl.rc_context():
         style.theme()
-        figure = Figure(figsize=size, layout=PlaceHolderLayoutEngine(True, True))  # none, on every save
+        figure = Figure(figsize=size, layout=PlaceHolderLayoutEngine(True, True))  # no layout, whenever it is saved
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set(xlim=(-MARGIN, size[0] - MARGIN), ylim=(height, 0))
         axes.axis("off")
@@ -186,9 +185,9 @@ def _cell(axes, cells, row, x, y):
     if verdict == "not applicable":
         return
     kind = verdict.partition(":")[0]
-    cells.add({"same": SAME[1], "varies": MOVED[1], "not here": ABSENT}.get(kind, FAILED), x, y, CELL)
+    cells.add({"same": style.SAME[1], "varies": style.MOVED[1], "not here": ABSENT}.get(kind, FAILED), x, y, CELL)
     if kind in ("varies", "error"):
-        text, colour = (share(row.share_differ), MOVED[2]) if kind == "varies" else ("!", "black")
+        text, colour = (share(row.share_differ), style.MOVED[2]) if kind == "varies" else ("!", "black")
         axes.text(x + CELL / 2, y + 0.71 * ROW, text, fontsize=6.5, color=colour, ha="center", va="baseline")
 
 

@@ -1,4 +1,4 @@
-"""Atlas: the recorded atlas filtered and drawn, and any cell of it measured again here; a thin shell over atlas.atlas.
+"""Atlas: the recorded atlas, filtered and drawn, and any cell of it measured again here; a shell over atlas.atlas.
 
 A worker thread only measures: it puts rows in a queue, and the thread that made the widget draws them.
 """
@@ -11,9 +11,8 @@ import ipywidgets as w
 import pandas as pd
 
 from ... import runtime
-from .. import records
-from ..sweep.chart import MOVED, SAME
-from ..widgets import parts as parts
+from .. import records, style
+from ..widgets import parts
 from ..widgets.base import Measuring
 from . import chart as atlas_chart
 from . import measure as atlas
@@ -106,7 +105,7 @@ class Atlas(Measuring):
         return [look, measure, self.errors, scrolled, self.key, self.downloads, self.table]
 
     def _connect(self):
-        self.machine.observe(lambda change: self._at_home(self._change_machine), "value")
+        self.machine.observe(lambda change: self._in_own_thread(self._change_machine), "value")
         self._redraw_on(self.text, self.property, self.verdict, self.dtype)
 
     def _change_machine(self):
@@ -135,7 +134,7 @@ class Atlas(Measuring):
     def _measure(self, wanted):
         """The worker."""
         for row in atlas.atlas(wanted, trials=self._trials, progress=False):
-            self._tell("rows", [row])
+            self._report("rows", [row])
             if self._stop.is_set():
                 break
 
@@ -153,7 +152,7 @@ class Atlas(Measuring):
     # --- drawing
 
     def _draw(self):
-        """Replace the live verdicts; and the chart, the table and the downloads unless only those changed."""
+        """Replace the live verdicts and, if the filters have changed, the chart, the table and the downloads."""
         self._show_errors()
         self.live.value = self._live_html()
         asked = (self.machine.value, self.text.value, self.property.value, self.verdict.value, self.dtype.value)
@@ -231,10 +230,9 @@ def _line(first, second, size, row, *further) -> str:
 
 
 def _verdict(text: str) -> str:
-    colours = {"same": SAME[2], "varies": MOVED[1]}
+    colours = {"same": style.SAME[2], "varies": style.MOVED[1]}
     weight = "bold" if text == "varies" else "normal"
-    style = f"color:{colours.get(text, '#666')};font-weight:{weight}"
-    return f'<span style="{style}">{html.escape(text)}</span>'
+    return f'<span style="color:{colours.get(text, "#666")};font-weight:{weight}">{html.escape(text)}</span>'
 
 
 def _number(value, form: str) -> str:

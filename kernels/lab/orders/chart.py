@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from ... import bits
 from ...op import dtype_name
 from .. import style
-from ..sweep.chart import MOVED, SAME
 from . import measure as orders
 
 SHUFFLES = 1000  # orders drawn where there are too many to try
@@ -43,7 +42,7 @@ def number_line() -> Figure:
         below.plot(around + 1, 0, "x", color=style.VERMILION, markersize=8, markeredgewidth=2)
         below.text(around + 1, -0.34, f"{around} + 1", color=style.VERMILION, ha="center", va="bottom", fontsize=8.5)
         below.set_title(f"Three formats near {around}: above a power of two the gaps double")
-        below.set_yticks(range(len(names)), [f"{n}\n{bits._SIGNIFICANT_BITS[orders.DTYPES[n]]} bits" for n in names])
+        below.set_yticks(range(len(names)), [f"{n}\n{bits.SIGNIFICANT_BITS[orders.DTYPES[n]]} bits" for n in names])
         below.set(ylim=(2.75, -0.75), xlim=(low - 0.2, high + 0.2), xticks=range(low, high + 1))
         for axes in (above, below):
             axes.grid(False)
@@ -85,7 +84,7 @@ def distribution_chart(found: Mapping[str, torch.Tensor], x: torch.Tensor, title
     """
     table = orders.summary(found, x)
     errors = {name: orders.errors(y, x).numpy() for name, y in found.items()}
-    nearest = torch.tensor([float(orders.exact(x))], dtype=torch.float64).to(x.dtype)
+    nearest = torch.tensor([float(orders.exact(x))], dtype=torch.float64, device="cpu").to(x.dtype)
     edges = _edges(np.concatenate(list(errors.values())), orders.errors(nearest, x).item())
     with mpl.rc_context():
         style.theme()
@@ -111,7 +110,7 @@ def claim(table: pd.DataFrame, n: int) -> str:
 
 
 def in_words(found: Mapping[str, torch.Tensor], x: torch.Tensor) -> str:
-    """What the chart of these sums shows, for those who cannot see it."""
+    """The chart of these sums in words: its text alternative."""
     said = [f"{name}: different results {line['different results']:,.0f}, largest error "
             f"{line['worst error (ulp)']:.3g} ulp" for name, line in orders.summary(found, x).iterrows()]
     return (f"Histograms of sums of the same {x.numel():,} {dtype_name(x.dtype)} numbers in other orders, by distance "
@@ -164,7 +163,7 @@ def _histogram(axes, name, errors, edges, line):
 
 def _verdict(axes, results, worst):
     """Right of a panel: whether the order mattered, and how far off it was."""
-    glyph, fill, ink = SAME if results == 1 else MOVED
+    glyph, fill, ink = style.SAME if results == 1 else style.MOVED
     several = results > 1
     axes.text(1.015, 0.5, f"{glyph} {results:,} result{'s' * several}", transform=axes.transAxes, fontsize=9,
               va="bottom", color=fill if several else ink, fontweight="bold")

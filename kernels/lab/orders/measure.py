@@ -36,8 +36,8 @@ def numbers(n: int, dtype: torch.dtype = torch.float32, spread: int = 0, positiv
     if dtype not in DTYPES.values():
         raise TypeError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     x = bits.portable(1, n, dtype, seed=seed)[0].float()
-    powers = torch.tensor([2.0**-k for k in range(spread + 1)])
-    x = x * powers[bits._hash(torch.arange(n), seed + 1) % (spread + 1)]
+    powers = torch.tensor([2.0**-k for k in range(spread + 1)], dtype=torch.float32, device="cpu")
+    x = x * powers[bits.hashed(torch.arange(n, dtype=torch.int64, device="cpu"), seed + 1) % (spread + 1)]
     return (x.abs() if positive else x).to(dtype)
 
 
@@ -80,7 +80,7 @@ def errors(found: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def permutations(n: int) -> torch.Tensor:
     """(n!, n) int64: every order of n numbers, n at most 8."""
     _whole("n", n, 1, 8)
-    return torch.tensor(list(itertools.permutations(range(n))))
+    return torch.tensor(list(itertools.permutations(range(n))), dtype=torch.int64, device="cpu")
 
 
 @lru_cache(maxsize=2)
@@ -89,8 +89,8 @@ def shuffles(n: int, count: int, seed: int = 0) -> torch.Tensor:
     _whole("n", n, 1)
     _whole("count", count, 1)
     step = max(1, (1 << 15) // n)  # rows whose keys stay in a CPU's cache
-    keys = (bits._hash(torch.arange(start * n, min(start + step, count) * n), seed + 1000)
-            for start in range(0, count, step))
+    keys = (bits.hashed(torch.arange(start * n, min(start + step, count) * n, dtype=torch.int64, device="cpu"),
+                        seed + 1000) for start in range(0, count, step))
     return torch.from_numpy(np.concatenate([key.numpy().reshape(-1, n).argsort(-1) for key in keys]))
 
 
@@ -104,9 +104,9 @@ def arrivals(blocks: int, runs: int, jitter: float, workers: int = 16, seed: int
     _whole("workers", workers, 1)
     if not 0 <= jitter <= 1000:
         raise ValueError(f"jitter must be 0 to 1000, got {jitter}")
-    noise = bits._hash(torch.arange(runs * blocks), seed + 2000).view(runs, blocks)
-    times = (1 << 20) + noise % (int(jitter * (1 << 20)) + 1)  # whole numbers, so that every machine counts alike
-    free, ends = torch.zeros(runs, workers, dtype=torch.int64), []
+    noise = bits.hashed(torch.arange(runs * blocks, dtype=torch.int64, device="cpu"), seed + 2000).view(runs, blocks)
+    times = (1 << 20) + noise % (int(jitter * (1 << 20)) + 1)  # whole numbers: every machine counts alike
+    free, ends = torch.zeros(runs, workers, dtype=torch.int64, device="cpu"), []
     for block in range(blocks):
         first, worker = free.min(-1, keepdim=True)
         ends.append(first + times[:, block, None])
@@ -164,7 +164,7 @@ def fixed_point(x: torch.Tensor, parts: int = 1, quantum: float = QUANTUM) -> to
     if not 0 < quantum < math.inf:
         raise ValueError(f"quantum must be above 0 and finite, got {quantum}")
     n, largest = x.shape[-1], x.abs().max().item() if x.numel() else 0.0
-    if not n * largest < quantum * 2.0**62:  # nor for a NaN
+    if not n * largest < quantum * 2.0**62:  # written so that a NaN is refused too
         raise ValueError(f"x holds {n} numbers up to {largest:.3g}, "
                          f"too large for steps of {quantum:.3g}")
     whole = (x.double() / quantum).round().to(torch.int64)
@@ -205,7 +205,7 @@ def every_order(x: torch.Tensor) -> torch.Tensor:
 # Many sums of the same numbers.
 
 def distribution(x: torch.Tensor, orders: torch.Tensor, kinds=tuple(KINDS)) -> dict[str, torch.Tensor]:
-    """The sums of vector x in each of these orders, by each kind of KINDS. ValueError for a kind there is not."""
+    """The sums of vector x in each of these orders, by each kind of KINDS. ValueError for an unknown kind."""
     if isinstance(kinds, str) or not isinstance(kinds, Iterable):
         raise TypeError(f"kinds must be a list of some of {', '.join(KINDS)}, got {kinds!r}")
     kinds = tuple(kinds)

@@ -1,10 +1,10 @@
-"""SumOrders: where the sums of the same numbers end, order by order; a thin shell over orders_chart.study."""
+"""SumOrders: where the sums of the same numbers end, order by order; a shell over orders.chart.study."""
 from __future__ import annotations
 
 import ipywidgets as w
 
 from ...op import DTYPES
-from ..widgets import parts as parts
+from ..widgets import parts
 from ..widgets.base import Study
 from . import chart as orders_chart
 from . import measure as orders
@@ -18,7 +18,7 @@ class SumOrders(Study):
     length  one of LENGTHS; up to 8 numbers every order is tried, beyond it 1000 random ones
     dtype   a name in op.DTYPES
 
-    ValueError for a length or a dtype there is not.
+    ValueError for another length or dtype.
     """
 
     def __init__(self, length: int = 4096, dtype: str = "float32"):

@@ -1,1 +1,1 @@
-"""What shows that bits are kept: digests, generated code, a tensor core's sums."""
+"""What shows that bits are kept: digests, certificates, generated code, a tensor core's sums."""

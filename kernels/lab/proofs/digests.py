@@ -1,4 +1,4 @@
-"""Digests: what a machine's bits are, over thousands of rows, small enough to commit and to redo anywhere.
+"""Digests: a machine's bits over thousands of rows, small enough to commit and to redo anywhere.
 
     python -m kernels digests                  record this machine into data/<machine>/digests.csv
     python -m kernels digests softmax mean     the same, these ops alone
@@ -28,7 +28,7 @@ DIGESTS = records.Table(
     ("op", "implementation", "dtype", "shape", "rows", "seed", "input", "digest", "recorded_at", "source"),
     ("op", "implementation", "dtype", "shape", "rows", "seed", "input"),
 )
-ROWS, ADVERSARIAL_ROWS, MANY_ROWS = 256, 32, 4096  # what a CPU redoes in about ten seconds
+ROWS, ADVERSARIAL_ROWS, MANY_ROWS = 256, 32, 4096  # a CPU redoes them in about ten seconds
 _RMS_NORM_WIDTHS = (4096, 5120, 7168, 8192, 1000, 20000)
 _SOFTMAX_SHAPES = ("D=100", "D=333", "D=1000", "D=32000", "D=40000")
 _MATMUL_SHAPES = ("N=8,K=256", "N=4,K=520", "N=48,K=512", "N=33,K=72,bias", "N=16,K=1200,bias", "N=8,K=4096")
@@ -69,7 +69,7 @@ def cases(op: Op, seed: int = 0) -> Iterator[Case]:
 
 
 def arguments(case: Case, device="cpu") -> tuple:
-    """The op's own inputs; of an adversarial kind, each per-token argument i made with seed + i, the others as ever."""
+    """The op's own inputs. For an adversarial kind, each per-token argument i is made with seed + i instead."""
     op, dtype, portable = OPS[case.op], DTYPES[case.dtype], case.input == "portable"
     made = list(op.inputs(case.rows if portable else 1, Shape.parse(case.shape), dtype, device, case.seed))
     for i in () if portable else op.per_token:
@@ -123,7 +123,7 @@ def check(out=records.DATA) -> tuple[int, list[str]]:
 
 
 def check_sweeps(out=records.DATA, most_bytes: int = 1 << 22) -> tuple[int, list[str]]:
-    """Redo on this CPU what GPUs' token sweeps recorded of `triton`, at points that touch up to `most_bytes`.
+    """Redo on this CPU what GPUs' token sweeps recorded for `triton`, at points that touch up to `most_bytes`.
 
     A sweep keeps the first 16 digits of each point's digest. Returns how many there are, and one line for each that
     differs.

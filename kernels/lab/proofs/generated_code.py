@@ -15,20 +15,14 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from functools import partial
 
 from ... import OPS, runtime
-from ...arithmetic.sums import tree_width
+from ...launch import Step
 from ...op import DTYPES, Shape
-from ...ops.mean import _inner_kernel, _rows_kernel, _split_kernel, _stream_kernel
-from ...ops.rms_norm import _resident_kernel, _streaming_kernel
-from ...ops.softmax import SEGMENT, WHOLE, _columns_kernel, _finish_kernel
-from ...ops.softmax import _resident_kernel as _softmax_resident_kernel
-from ...ops.softmax import _stream_kernel as _softmax_stream_kernel
 from .. import provenance
 
+TOKENS = 300  # of the arguments that are compiled for
 TARGETS = (80, 90, 100)
-_POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32"}
 _BFLOAT16_ONES = {"1065369472", "16256", "0x3F803F80", "0x3F80"}  # two of them in 32 bits, or one
 
 
@@ -154,79 +148,47 @@ def _start(share, sass) -> subprocess.Popen:
     return process
 
 
-def _rms_norm(shape, schedule, target):
-    """The kernel, its constants by name and its warps, as kernels/ops/rms_norm.py launches it."""
-    width = shape["D"]
-    constants = {"D": width, "WIDTH": tree_width(width), "HAS_RESIDUAL": bool(shape.get("residual")),
-                 "PDL": target >= 90, "ROWS": schedule.rows, "CHUNKS": schedule.streaming}
-    return _streaming_kernel if schedule.streaming else _resident_kernel, constants, schedule.warps
+class _Absent:
+    """A GPU to compile for: Triton is told of one that is not there."""
 
+    def __init__(self, target: int):
+        self.target = target
 
-def _mean(shape, schedule, target):
-    """As kernels/ops/mean.py launches it; of a split, the first launch: the second is another schedule."""
-    length, inner = shape["D"], shape.get("inner", 1)
-    width = tree_width(length)
-    constants = {"WIDTH": width, "CHUNKS": -(-length // width), "ROWS": schedule.rows, "FLIGHT": schedule.flight,
-                 "COLUMNS": schedule.columns, "PARTS": schedule.parts, "PDL": target >= 90,
-                 **({"inner": 1, "stride": 1} if inner == 1 else {})}
-    kernels = {"rows": _rows_kernel, "stream": _stream_kernel, "inner": _inner_kernel, "split": _split_kernel}
-    return kernels[schedule.kind], constants, schedule.warps
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
 
+        return GPUTarget("cuda", self.target, 32)
 
-def _softmax(logarithm, shape, schedule, target):
-    """As kernels/ops/softmax.py launches it; of a `columns` schedule, the first launch."""
-    width = tree_width(shape["D"])
-    chunks = -(-shape["D"] // width)
-    constants = {"WIDTH": width, "CHUNKS": chunks if chunks <= WHOLE else 0, "ROWS": schedule.rows,
-                 "SEGMENT": SEGMENT, "SEGMENTS": schedule.flight, "COLUMNS": schedule.columns, "LOG": logarithm,
-                 "PDL": target >= 90}
-    kernels = {"resident": _softmax_resident_kernel, "stream": _softmax_stream_kernel, "columns": _columns_kernel}
-    return kernels[schedule.kind], constants, schedule.warps
+    def get_current_device(self):
+        return self.target  # Triton keeps one compiler a device
 
-
-def _softmax_finish(logarithm, shape, schedule, target):
-    """The second launch of a `columns` schedule."""
-    return _finish_kernel, {"WIDTH": tree_width(shape["D"]), "CHUNKS": schedule.chunks, "LOG": logarithm,
-                            "PDL": target >= 90}, 4
-
-
-_LAUNCHES = {"rms_norm": _rms_norm, "sum": _mean, "mean": _mean, "softmax": partial(_softmax, False),
-             "log_softmax": partial(_softmax, True)}
-_SECOND_LAUNCHES = {"softmax": partial(_softmax_finish, False), "log_softmax": partial(_softmax_finish, True)}
+    def get_current_stream(self, device):
+        return 0
 
 
 def _compile(job: Job, sass: bool) -> dict:
-    if job.op == "matmul":
-        from .generated_code_matmul import compile_schedule
+    """As the op launches it, for contiguous, aligned arguments."""
+    from triton.runtime import driver
 
-        return _code(compile_schedule(job.shape, job.dtype, job.schedule, job.target), sass)
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    driver.set_active(_Absent(job.target))
+    step = launches(job)[job.second]
+    options = {**step.compile_options(job.target >= 90), "enable_fp_fusion": job.fusion}
+    given = (*step.examples("cpu"), *step.arguments(job.target >= 90))
+    return _code(step.kernel.warmup(*given, grid=(1,), **options), sass)
 
-    shape = Shape.parse(job.shape)
-    schedules = {str(s): s for s in OPS[job.op].schedules(job.shape, DTYPES[job.dtype])}
-    launches = _SECOND_LAUNCHES if job.second else _LAUNCHES
-    fn, constants, warps = launches[job.op](shape, schedules[job.schedule], job.target)
-    signature = {name: "constexpr" if name in constants else _type(name, job.dtype) for name in fn.arg_names}
-    # What the launch specialises on for a fresh, contiguous input: aligned pointers, and sizes if they divide.
-    divide = shape["D"] % 16 == 0 and shape.get("inner", 16) % 16 == 0
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(fn.arg_names)
-               if name.endswith("_ptr") or (divide and name.endswith(("stride", "length", "inner"))
-                                            and name not in constants)}
-    source = ASTSource(fn, signature, {n: v for n, v in constants.items() if n in signature}, aligned)
-    options = {"num_warps": warps, "enable_fp_fusion": job.fusion, "launch_pdl": job.target >= 90}
-    return _code(runtime.triton.compile(source, target=GPUTarget("cuda", job.target, 32), options=options), sass)
+
+def launches(job: Job) -> list[Step]:
+    """The launches of a job's schedule, for contiguous arguments."""
+    op, dtype = OPS[job.op], DTYPES[job.dtype]
+    schedules = {str(s): s for s in op.schedules(job.shape, dtype)}
+    parse = getattr(op.call.Schedule, "parse", schedules.__getitem__)  # the matrix product's are text in tables
+    schedule = schedules.get(job.schedule) or parse(job.schedule)
+    return op.call.launches(schedule, *op.inputs(TOKENS, job.shape, dtype, "meta"))
 
 
 def _code(kernel, sass: bool) -> dict:
     code = re.split(r"^\s*\.(?:file|section)\b", kernel.asm["ptx"], maxsplit=1, flags=re.M)[0]
     return {"ptx": code, "sass": kernel.asm["sass"] if sass else "", "shared_bytes": kernel.metadata.shared}
-
-
-def _type(name: str, dtype: str) -> str:
-    if name.endswith("_ptr"):
-        return _POINTERS["float32" if name in ("sums_ptr", "columns_ptr") else dtype]
-    return "fp32" if name in ("eps", "scale") else "i32"
 
 
 def _worker(sass: bool) -> None:

@@ -2,8 +2,8 @@
 
     python -m kernels tensor-core --out data
 
-A plain Triton kernel multiplies in two tile sizes, so that on Hopper both mma.sync and wgmma are used; the adder is
-probed first, and its chain, computed on the same GPU, must give every output. Rows go to tensor_core.csv.
+A plain Triton kernel multiplies in two tile sizes, so that a Hopper GPU uses both mma.sync and wgmma. The adder is
+probed first; its chain, computed on the same GPU, must give every output. Rows go to tensor_core.csv.
 """
 from __future__ import annotations
 
@@ -30,12 +30,11 @@ TENSOR_CORE = records.Table(
 )
 LENGTHS = (1, 16, 31, 64, 100, 512, 1000, 4096, 8200, 16384)
 TILES = (16, 64)  # rows: wgmma needs 64
-# Inputs beside those of kernels/bits.py, and the exponents they are drawn from, as stored.
+# Inputs that kernels/bits.py does not have, and the range of their exponents, as stored.
 EXPONENTS = {
     "bfloat16": {"finite": (0, 188), "any": (0, 254), "underflow": (46, 58), "overflow": (187, 190)},
     "float16": {"finite": (0, 30), "any": (0, 30), "underflow": (0, 1)},
 }
-_SIGNIFICAND_BITS = {"bfloat16": 7, "float16": 10}
 
 
 @triton.jit
@@ -67,13 +66,13 @@ def instruction(dtype: torch.dtype, tile: int) -> str:
 def _launch(x, weight, tile):
     runtime.require_triton("dot")
     (rows, k), columns = x.shape, len(weight)
-    y = torch.empty(rows, columns, device=x.device)
+    y = torch.empty(rows, columns, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(rows, tile), triton.cdiv(columns, 64))
     return y, _kernel[grid](x.contiguous(), weight.contiguous(), y, rows, columns, k, tile, 64, 64)
 
 
 def kinds(dtype: str) -> tuple[str, ...]:
-    """Every input there is for this dtype. Sums of float16 products do not overflow."""
+    """Every kind of input for this dtype. Sums of float16 products do not overflow."""
     return ("portable", *bits.ADVERSARIAL, "uniform", "sparse", "returns_to_zero", *EXPONENTS[dtype])
 
 
@@ -81,9 +80,9 @@ def inputs(kind: str, rows: int, columns: int, k: int, dtype: str = "bfloat16", 
     """x (rows, k) and weight (columns, k), the same on every machine.
 
     portable         as in kernels/bits.py, and the adversarial kinds there
-    uniform          -1 to 1 with the small exponents that come with it
-    sparse           the same, three of four numbers of x zero
-    returns_to_zero  the same, the second half of the sum takes the first half back
+    uniform          uniform over -1 to 1, and so with few small exponents
+    sparse           the same, but three of four numbers of x are zero
+    returns_to_zero  the same, but the second half of the sum subtracts the first half
     finite           any sign and significand, any exponent with which a sum is mostly finite
     any              any sign, exponent and significand, and one number in 4 k an infinity or a NaN
     underflow        products about 2**-149; in float16 subnormal factors
@@ -112,7 +111,7 @@ def _matrix(kind, rows, k, dtype, device, seed):
     h = _hashed(rows, k, device, seed)
     if kind not in EXPONENTS[dtype]:
         return ((h - 2**31).float() * 2.0**-31).to(DTYPES[dtype])
-    (low, high), width = EXPONENTS[dtype][kind], _SIGNIFICAND_BITS[dtype]
+    (low, high), width = EXPONENTS[dtype][kind], bits.SIGNIFICANT_BITS[DTYPES[dtype]] - 1  # bits stored
     exponent = low + (h >> 11) % (high - low + 1)
     stored = exponent << width | h & (1 << width) - 1
     if kind == "any":
@@ -122,7 +121,7 @@ def _matrix(kind, rows, k, dtype, device, seed):
 
 
 def _hashed(rows, k, device, seed):
-    return bits._hash(torch.arange(rows * k, device=device).view(rows, k), seed)
+    return bits.hashed(torch.arange(rows * k, dtype=torch.int64, device=device).view(rows, k), seed)
 
 
 def check(matmuls: Mapping[str, Callable], dtype: str, lengths=LENGTHS, size: int = 512, device=None) -> Iterator[dict]:

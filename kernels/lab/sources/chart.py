@@ -13,7 +13,7 @@ HATCHES = ("", "////", "....", "xxxx", "----", "||||", "oooo", "++++")
 
 
 def answers(found: Mapping[str, Sequence[Sequence[int]]], machine: str) -> Figure:
-    """`found`: op -> its answers, each the batch sizes that gave it (sources_device.group). A strip for each op.
+    """`found`: op -> its answers, each the batch sizes that gave it (sources.device.group). A strip for each op.
 
     The title says how many ops gave row 0 more than one answer. Colours repeat after ten answers, hatches after eight.
     """

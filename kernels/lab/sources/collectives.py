@@ -1,9 +1,9 @@
 """One product over 1, 2 and 4 processes, joined by gloo on this machine: what the number of processes does to bits.
 
-    python -m kernels.lab.sources_collectives FOLDER     start four processes, write FOLDER/results.pt; see `run`
+    python -m kernels.lab.sources.collectives FOLDER     start four processes, write FOLDER/results.pt; see `run`
 
-A linear layer y = x @ w is cut along k, as tensor parallelism cuts it. Each process multiplies its share, and the
-shares' results have to be added across processes.
+A linear layer y = x @ w is cut along k, as in tensor parallelism. Each process multiplies its share, and the shares'
+results are added across processes.
 
 all_reduce   each process adds up its whole share, then torch.distributed.all_reduce adds the processes' results:
              the number of processes decides where the sum is cut
@@ -70,7 +70,7 @@ def in_order(x, w, group) -> torch.Tensor:
 def run(timeout: float = 100) -> dict[str, dict[int, torch.Tensor]]:
     """{"all_reduce": {1: y, 2: y, 4: y}, "in_order": ...}: the results of four processes of this machine's CPU.
 
-    Worlds of one and two are groups of the same four. Raises RuntimeError with the last line said if one fails.
+    Worlds of one and two are groups of the same four. Raises RuntimeError with a failing process's last line.
     """
     settings = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     if sys.platform == "linux":

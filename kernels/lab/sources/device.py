@@ -58,7 +58,7 @@ def block_sums(x: torch.Tensor) -> torch.Tensor:
     blocks = _blocks(x)
     if runtime.WHY_NOT:
         return sums.add_neighbours(x.view(blocks, BLOCK))[:, 0]
-    parts = torch.empty(blocks, device=x.device)
+    parts = torch.empty(blocks, dtype=torch.float32, device=x.device)
     block_sums_kernel[(blocks,)](x, parts, BLOCK, False, enable_fp_fusion=False)
     return parts
 
@@ -71,7 +71,7 @@ def atomic_sum(x: torch.Tensor) -> torch.Tensor:
     """
     blocks = _blocks(x)
     runtime.require_triton("atomic_sum")
-    total = torch.zeros(1, device=x.device)
+    total = torch.zeros(1, dtype=torch.float32, device=x.device)
     block_sums_kernel[(blocks,)](x, total, BLOCK, True, enable_fp_fusion=False)
     return total
 
@@ -91,7 +91,7 @@ def _float32(x) -> None:
 def sum_on_arrival(parts: torch.Tensor, seed: int) -> torch.Tensor:
     """parts (n,) -> (1,): added one by one in an order that `seed` decides, as a race between blocks would."""
     order = torch.argsort(bits.portable(1, parts.numel(), seed=seed)[0], stable=True)
-    total = torch.zeros(1)
+    total = torch.zeros(1, dtype=torch.float32, device="cpu")
     for part in parts.cpu()[order]:
         total = total + part
     return total
@@ -138,7 +138,7 @@ def tf32(x: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _quiet():
-    """PyTorch's advice on its switches, and on TF32, would land in the reader's notebook."""
+    """Silence PyTorch's warnings about its switches and TF32, which would appear in the reader's notebook."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -191,7 +191,7 @@ def convolutions(images: torch.Tensor, filters: torch.Tensor) -> dict[str, torch
 
 def tiled_sum(x: torch.Tensor, tile: int) -> torch.Tensor:
     """x (rows, D) -> (rows,): tiles added in sequence, then the columns of the sum in pairs. The tile is the order."""
-    total = torch.zeros(x.shape[0], tile, device=x.device)
+    total = torch.zeros(x.shape[0], tile, dtype=torch.float32, device=x.device)
     for start in range(0, x.shape[1], tile):
         total = total + x[:, start : start + tile]
     return sums.add_neighbours(total)[:, 0]

@@ -36,13 +36,14 @@ DEFAULTS: dict[str, Callable] = {
     "rms_norm": lambda x: F.rms_norm(x, x.shape[-1:]),
     "conv1d": lambda x: F.conv1d(x[None, :32], x[32:, :160].reshape(16, 32, 5)),
     "attention": lambda x: F.scaled_dot_product_attention(*x.view(3, 1, 1, -1, 64)[..., :300, :]),
-    "randn": lambda x: torch.randn(x.shape, generator=torch.Generator().manual_seed(0)),
-    "rms_norm.python (ours)": lambda x: rms_norm.python(x, torch.ones(x.shape[-1])),
+    "randn": lambda x: torch.randn(x.shape, dtype=torch.float32, device="cpu",
+                                    generator=torch.Generator("cpu").manual_seed(0)),
+    "rms_norm.python (ours)": lambda x: rms_norm.python(x, torch.ones(x.shape[-1], dtype=torch.float32, device="cpu")),
 }
 HOST_DIGESTS = records.Table("host_digests.csv", ("op", "torch", "capability", "digest", "recorded_at", "source"),
                              ("op", "torch", "capability"))
 SPECIFICATION = "rms_norm.python (ours)"
-# one setting a line: which instructions PyTorch and the libraries below it may use
+# setting -> environment variables that say which instructions PyTorch and the libraries below it may use
 VECTOR_UNITS = {
     "SSE4": {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
              "ONEDNN_MAX_CPU_ISA": "SSE41"},
@@ -63,7 +64,7 @@ def threads(count: int):
 
 
 def by_threads(function: Callable, counts: Iterable[int] = (1, 2, 3, 4)) -> dict[int, torch.Tensor]:
-    """What a function without arguments returns with so many CPU threads."""
+    """What a function without arguments returns, by the number of CPU threads."""
     found = {}
     for count in counts:
         with threads(count):
@@ -91,7 +92,7 @@ def elsewhere(settings: Mapping[str, str]) -> dict[str, str]:
 def by_vector_unit() -> pd.DataFrame:
     """One row an op of DEFAULTS, one column a setting of VECTOR_UNITS: the first 8 digits of the digest.
 
-    A CPU that does not have these instructions takes the nearest it has, and then columns are alike.
+    A CPU without these instructions uses the nearest that it has, and then columns are alike.
     """
     return pd.DataFrame({name: elsewhere(settings) for name, settings in VECTOR_UNITS.items()}).map(lambda d: d[:8])
 
@@ -99,7 +100,7 @@ def by_vector_unit() -> pd.DataFrame:
 def by_version(machine: str = "cpu-avx512", out=records.DATA) -> pd.DataFrame:
     """One row an op of DEFAULTS, one column a recorded version of PyTorch: the first 8 digits of the digest.
 
-    Only of `machine` and of its folders for other versions (cpu-avx512-2, ...) that name the same device.
+    Reads `machine` and its folders for other versions (cpu-avx512-2, ...) that name the same device.
     Raises FileNotFoundError if there is no such record.
     """
     def device(name):
@@ -107,10 +108,10 @@ def by_version(machine: str = "cpu-avx512", out=records.DATA) -> pd.DataFrame:
 
     family = re.compile(rf"{re.escape(machine)}(-\d+)?")
     recorded = [name for name in records.machines(HOST_DIGESTS.file, out) if family.fullmatch(name)]
-    kin = [name for name in recorded if device(name) == device(machine)]
-    if not kin:
+    alike = [name for name in recorded if device(name) == device(machine)]
+    if not alike:
         raise FileNotFoundError(f"no {HOST_DIGESTS.file} is recorded for {machine} in {out}")
-    rows = pd.concat([records.load(HOST_DIGESTS, name, out) for name in kin], ignore_index=True)
+    rows = pd.concat([records.load(HOST_DIGESTS, name, out) for name in alike], ignore_index=True)
     version = rows.torch.str.partition("+")[0]
     oldest_first = sorted(set(version), key=lambda text: [int(n) for n in text.split(".")[:2]])
     table = rows.assign(digest=rows.digest.str[:8], torch=version).pivot(index="op", columns="torch", values="digest")
@@ -118,7 +119,7 @@ def by_version(machine: str = "cpu-avx512", out=records.DATA) -> pd.DataFrame:
 
 
 def record(out=records.DATA) -> str:
-    """Write this CPU's digests into its folder under `out`; the folder's name."""
+    """Write this CPU's digests into its folder under `out`; returns the folder's name."""
     folder = records.open_machine(out)
     capability = torch.backends.cpu.get_cpu_capability()
     HOST_DIGESTS.merge(folder, [

@@ -1,8 +1,8 @@
 """A toy server whose batches form by arrival, and a sampler whose requests share a generator.
 
-The server's model is one matrix: with y = s @ w, the state s of a request becomes y / (1 + |y|), and a token is the
-largest of the first 26 elements, a letter. The matrix stretches differences, as a deep network may, so that one unit in
-the last place grows into another text. Additions and divisions of single elements are correctly rounded everywhere:
+The server's model is one matrix: with y = s @ w, the state s of a request becomes y / (1 + |y|), and the token is a
+letter, the largest of the first 26 elements. The matrix stretches differences, as a deep network may, so that one unit
+in the last place grows into another text. Additions and divisions of single elements are correctly rounded everywhere:
 the product alone can move a bit.
 """
 from __future__ import annotations
@@ -24,7 +24,7 @@ Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass
 class Request:
-    """One prompt, the tick at which it arrives, and what the server does with it: the text, and each step's batch."""
+    """One prompt, the tick at which it arrives, and what the server adds: the text, and the batch size of each step."""
 
     prompt: int
     arrives: int = 0
@@ -39,7 +39,7 @@ def model(device=None) -> torch.Tensor:
 
 
 def serve(requests: Sequence[Request], product: Product, length: int = LENGTH, device=None) -> list[Request]:
-    """Answer every request with `length` letters; the requests, in their order, with text and batches filled in.
+    """Answer every request with `length` letters; returns the requests, in their order, with text and batches.
 
     Each tick takes one step of all requests that are active, in one batch. A request becomes active when it has
     arrived and there are fewer than LARGEST_BATCH, first come first served, and leaves when its text is complete.
@@ -116,4 +116,4 @@ def sample_by_counter(probabilities: torch.Tensor, neighbours: int, steps: int, 
 
 def uniform(seed: int, step: int) -> float:
     """A number in [0, 1) from a request's seed and the count of its draws: the same wherever it is asked for."""
-    return int(bits._hash(torch.tensor([step]), seed)) / 2**32
+    return int(bits.hashed(torch.tensor([step], dtype=torch.int64, device="cpu"), seed)) / 2**32

@@ -14,30 +14,26 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
 from .. import style
 
 CLOCKS = {"cold": "device time, inputs out of cache", "graph": "device time, warm inputs",
           "call": "host time a call, launch included"}
-SAME, MOVED = ("✓", "#e0efe9", "#14604a"), ("✗", "#8c1d18", "#ffffff")  # told apart by lightness, not hue
 WIDTH, PLOT_INCHES = 9.0, 7.9
 
 
 def sweep_chart(rows: pd.DataFrame, *, clock: str, title: str = "", log: bool = False, machine: str = "",
                 overlays: Iterable[pd.DataFrame] = (), published: pd.DataFrame | None = None,
-                ceiling: float | None = None, tokens: Sequence[int] = (), labels: Mapping[str, str] = {},
-                unit: str | None = None) -> Figure:
+                ceiling: float | None = None, tokens: Sequence[int] = (), labels: Mapping[str, str] = {}) -> Figure:
     """Time against token counts with a strip of verdicts under it.
 
     rows       data/'s columns; those of another clock are left out. ValueError if they mix dtypes or shapes
     title      the claim; machine: where the rows were measured, for the caption
     log        both axes logarithmic; otherwise token counts evenly spaced and time from zero
     overlays   other machines' rows (with a column `machine`), thin and dashed; another clock is named in the legend
-    published  data/llm42/rms_norm.csv, as faint marks; ceiling: GB/s of a copy, as the least time there could be
-    tokens     counts to leave room for, though no row has them yet; labels: other words for a contender
-    unit       "us" or "ms" (default: by the largest time)
+    published  data/llm42/rms_norm.csv, as faint marks; ceiling: a copy's GB/s, drawn as the least possible time
+    tokens     counts to leave room for before they are measured; labels: other names for contenders
 
     The reader's rcParams stay as they are; to save an SVG with the same bytes each time, call style.theme() first.
     """
@@ -46,15 +42,15 @@ def sweep_chart(rows: pd.DataFrame, *, clock: str, title: str = "", log: bool = 
     overlays = [o for o in overlays if len(o)]
     frames = [rows, *overlays, *([published] if published is not None else [])]
     counts = sorted({*tokens, *(int(t) for f in frames for t in f.tokens)})
-    unit = unit or ("ms" if max((f.us_p50.max() for f in [rows, *overlays] if len(f)), default=0) >= 5000 else "us")
-    names = in_order(rows)
+    unit = "ms" if max((f.us_p50.max() for f in [rows, *overlays] if len(f)), default=0) >= 5000 else "us"
+    names = style.in_order(rows)
     with mpl.rc_context():
         style.theme()
         figure, axes, strip = _panels(max(len(names), 1), len(overlays) + (published is not None) + bool(ceiling))
         lines, notes = time_lines(axes, rows, counts, log=log, unit=unit, labels=labels), []
         for overlay in overlays:
             faint = time_lines(axes, overlay, counts, log=log, unit=unit, faint=True)
-            lines += [line for line, name in zip(faint, in_order(overlay), strict=True) if name not in names]
+            lines += [line for line, name in zip(faint, style.in_order(overlay), strict=True) if name not in names]
             notes.append(_proxy(_overlay_label(overlay, rows, clock), linestyle=_FAINT["linestyle"], linewidth=1.3))
         if published is not None:
             notes.append(published_marks(axes, published, counts, log=log, unit=unit))
@@ -83,10 +79,10 @@ def time_lines(axes: Axes, rows: pd.DataFrame, tokens: Sequence[int], *, log: bo
                faint: bool = False, labels: Mapping[str, str] = {}) -> list[Line2D]:
     """A median line with its 20-80 % band for each contender; `tokens` are the axis' counts. Returns the lines."""
     lines, size = [], float(np.clip(0.5 * np.median([*_gaps(tokens, log), 100]), 2, mpl.rcParams["lines.markersize"]))
-    for name in in_order(rows):
+    for name in style.in_order(rows):
         mine = rows[rows.implementation == name]
         look = style.contender(name) | ({"label": labels[name]} if name in labels else {})
-        x = _positions(mine.tokens, tokens, log)
+        x = style.positions(mine.tokens, tokens, log)
         low, middle, high = (mine[c].to_numpy(float) / _PER[unit] for c in ("us_p20", "us_p50", "us_p80"))
         if not faint:
             axes.fill_between(x, low, high, color=look["color"], alpha=0.18, linewidth=0)
@@ -100,10 +96,10 @@ def time_lines(axes: Axes, rows: pd.DataFrame, tokens: Sequence[int], *, log: bo
 def published_marks(axes: Axes, published: pd.DataFrame, tokens: Sequence[int], *, log: bool = False,
                     unit: str = "us") -> Line2D:
     """The points read off the published chart, as faint hollow marks. Returns their legend entry."""
-    for name in in_order(published):
+    for name in style.in_order(published):
         mine = published[published.implementation == name]
         look = style.contender(name)
-        axes.plot(_positions(mine.tokens, tokens, log), mine.read_off_ms * 1e3 / _PER[unit], linestyle="none",
+        axes.plot(style.positions(mine.tokens, tokens, log), mine.read_off_ms * 1e3 / _PER[unit], linestyle="none",
                   marker=look["marker"], color=look["color"], markerfacecolor="none", markersize=8, alpha=0.45)
     return _proxy("Published by LLM-42 (H100 PCIe, D=8192,residual)", linestyle="none", marker="o", markersize=8,
                   markerfacecolor="none", alpha=0.6)
@@ -113,21 +109,21 @@ def ceiling_line(axes: Axes, rows: pd.DataFrame, tokens: Sequence[int], ceiling:
                  unit: str = "us") -> Line2D:
     """The time in which a plain copy moves the bytes each point must move, at `ceiling` GB/s. Returns the line."""
     least = rows.drop_duplicates("tokens")
-    us = least.gbytes_per_s * least.us_p50 / ceiling  # the first two give the bytes back
-    return axes.plot(_positions(least.tokens, tokens, log), us / _PER[unit], color="#404040", linewidth=1.2,
+    us = least.gbytes_per_s * least.us_p50 / ceiling  # the first two make the bytes
+    return axes.plot(style.positions(least.tokens, tokens, log), us / _PER[unit], color="#404040", linewidth=1.2,
                      linestyle=(0, (1, 1.5)), label=f"A plain copy's time at {ceiling:,.0f} GB/s", zorder=1)[0]
 
 
 def verdict_strip(axes: Axes, rows: pd.DataFrame, tokens: Sequence[int], *, log: bool = False) -> None:
     """One line of cells for each contender: a tick where its bits were those of the largest batch, else a cross."""
-    names = in_order(rows)
+    names = style.in_order(rows)
     cells = dict(zip(tokens, np.minimum(21.0, 0.88 * _gaps(tokens, log)), strict=True))
     for y, name in enumerate(names):
         mine = rows[rows.implementation == name]
-        for x, count, same in zip(_positions(mine.tokens, tokens, log), mine.tokens, mine.same_bits, strict=True):
+        for x, count, same in zip(style.positions(mine.tokens, tokens, log), mine.tokens, mine.same_bits, strict=True):
             if pd.isna(same):
                 continue
-            glyph, fill, ink = SAME if same else MOVED
+            glyph, fill, ink = style.SAME if same else style.MOVED
             axes.vlines(x, y - 0.42, y + 0.42, color=fill, linewidth=0.72 * cells[count])
             if cells[count] >= 9:
                 axes.text(x, y, glyph, color=ink, ha="center", va="center_baseline", fontsize=0.5 * cells[count])
@@ -145,7 +141,7 @@ def claim(rows: pd.DataFrame, tokens: Sequence[int] = ()) -> str:
     if not len(rows):
         return "Nothing measured yet"
     sizes, moves = {}, {}
-    for name in in_order(rows):
+    for name in style.in_order(rows):
         same = rows.same_bits[rows.implementation == name].dropna()
         sizes[name], moves[name] = len(same), int((~same.astype(bool)).sum())
     moved = [f"{n} at {moves[n]} of {sizes[n]} token counts" for n in moves if moves[n]]
@@ -167,16 +163,6 @@ def _listed(words) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def in_order(rows: pd.DataFrame) -> list[str]:
-    """The rows' contenders in the theme's order; unknown ones last."""
-    found = set(rows.implementation)
-    return [n for n in style.CONTENDERS if n in found] + sorted(found - set(style.CONTENDERS))
-
-
-def _positions(values, tokens, log):
-    return np.asarray(values, float) if log else np.searchsorted(np.asarray(tokens), np.asarray(values)).astype(float)
-
-
 def _limits(tokens, log) -> tuple[float, float]:
     if not len(tokens):
         return (0.5, 2) if log else (-0.5, 0.5)
@@ -185,9 +171,9 @@ def _limits(tokens, log) -> tuple[float, float]:
 
 
 def _pixels(tokens, log) -> np.ndarray:
-    """About where the counts stand, in pixels of a 100 dpi figure."""
+    """Roughly where the counts are, in pixels of a 100 dpi figure."""
     low, high = _limits(tokens, log)
-    x = _positions(tokens, tokens, log)
+    x = style.positions(tokens, tokens, log)
     share = np.log(x / low) / np.log(high / low) if log else (x - low) / (high - low)
     return 100 * PLOT_INCHES * share
 
@@ -224,7 +210,7 @@ def _proxy(label, **look) -> Line2D:
 
 
 def _overlay_label(overlay, rows, clock) -> str:
-    """The machine, and in what else the overlay is not like the rows."""
+    """The machine, and in what else the overlay differs from the rows."""
     said = ["recorded"]
     for column in ("dtype", "shape"):
         if not len(rows) or overlay[column].iloc[0] != rows[column].iloc[0]:
@@ -250,12 +236,12 @@ def _finish(axes, strip, tokens, log, unit):
     style.token_axis(strip, tokens, log)
     labels = _tick_labels(tokens, log)
     shown = [t for t, label in zip(tokens, labels, strict=True) if label]
-    strip.set_xticks(_positions(shown, tokens, log), [str(t) for t in shown])
+    strip.set_xticks(style.positions(shown, tokens, log), [str(t) for t in shown])
     axes.set_xlim(_limits(tokens, log))
     axes.minorticks_off()
     axes.tick_params(labelbottom=False, length=0)
     axes.set_ylabel(f"Time a call ({'µs' if unit == 'us' else 'ms'})")
-    _time_ticks(axes, log)
+    style.time_ticks(axes, log)
     if not axes.lines:
         axes.text(0.5, 0.5, "no points yet", transform=axes.transAxes, ha="center", color=style.GREY)
         axes.set_yticks([])
@@ -265,7 +251,7 @@ def _finish(axes, strip, tokens, log, unit):
 
 
 def _head(axes, title, lines, notes):
-    """Above the axes: the claim, under it who is who, under that what the faint marks are."""
+    """Above the axes: the claim, under it the legend of the lines, under that the legend of the faint marks."""
     across = 2 if len(lines) == 4 else 3
     rows_of_notes, rows_of_lines = -(-len(notes) // 2), -(-len(lines) // across)
     for handles, columns, rows_below in ((lines, across, rows_of_notes), (notes, 2, 0)):
@@ -279,15 +265,3 @@ def _head(axes, title, lines, notes):
             if before:  # an Axes holds one legend; the one before stays as a plain artist
                 axes.add_artist(before)
     axes.set_title(textwrap.fill(title, 84) or " ", pad=10 + _LINE * (rows_of_notes + rows_of_lines))
-
-
-def _time_ticks(axes, log):
-    if not log:
-        axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_locator(MaxNLocator(6))
-    elif axes.lines:
-        low, high = axes.get_ylim()
-        decades = np.log10(high / low)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.2 else (1, 3) if decades < 3.5 else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    axes.set_ylim(axes.get_ylim())

@@ -2,8 +2,8 @@
 
     python -m kernels sweep rms_norm --tokens 1 8 32 --out data
 
-A point is one (dtype, shape, tokens). All its contenders are timed in one interleaved run, and each is held
-against itself: do the rows at this token count equal, bit for bit, those at the largest of the sweep or of its record?
+A point is one (dtype, shape, tokens). All its contenders are timed in one interleaved run, and each gets a verdict: do
+its rows at this token count equal, bit for bit, its rows at the largest count of the sweep or of its record?
 """
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ KEY = list(records.TOKEN_SWEEP.key)
 
 
 @dataclass
-class Plan:
-    """What to sweep. `passes` repeats the whole list, so that slow drift shows in the percentiles."""
+class Sweep:
+    """What to measure. `passes` repeats all points, so that slow drift shows in the percentiles.
+
+    `again` measures points that are recorded already.
+    """
 
     op: Op
     tokens: Sequence[int] = TOKENS
@@ -61,94 +64,97 @@ class Plan:
 
 @dataclass
 class Verdict:
-    """Bits of one contender at one point: rows equal to those at the largest count, how many differ, a digest."""
+    """Bits of one contender at one point: whether the rows equal those at the largest count, how many elements differ,
+    and a digest.
+    """
 
     same: bool
     differ: int
     digest: str
 
 
-def sweep(plan: Plan, *, done: pd.DataFrame | None = None, stop: threading.Event | None = None,
+def sweep(wanted: Sweep, *, done: pd.DataFrame | None = None, stop: threading.Event | None = None,
           on_error: Callable[[str, Exception], None] | None = None, progress: bool = True) -> Iterator[list[dict]]:
     """Yield the finished rows (dicts of data/'s columns) of each point, pass after pass.
 
-    `done` are rows already recorded: points they cover with this code are skipped, unless the plan says `again`; a
-    contender's bits are held against the largest count it is recorded at. `stop`, once set, ends the sweep after the
-    current point. A contender that fails is told to `on_error(where, exception)`.
+    `done` are rows already recorded: points they cover with this code are skipped, unless `again` is wanted; a
+    contender's bits are compared with those at the largest count it is recorded at. `stop`, once set, ends the sweep
+    after the current point. `on_error(where, exception)` is called with each contender that fails.
     """
     samples: dict[tuple, bench.Timing] = {}
-    checker = _Checker(plan, done)
-    skip = set() if plan.again else _recorded(plan, done)
-    todo = [(n, p) for n in range(plan.passes) for p in plan.points() if p not in skip]
-    for _, point in tqdm(todo, desc=f"{plan.op.name} sweep", disable=not progress, file=sys.stderr):
+    checker = _Checker(wanted, done)
+    skip = set() if wanted.again else _recorded(wanted, done)
+    todo = [(n, p) for n in range(wanted.passes) for p in wanted.points() if p not in skip]
+    for _, point in tqdm(todo, desc=f"{wanted.op.name} sweep", disable=not progress, file=sys.stderr):
         if stop is not None and stop.is_set():
             return
-        yield _measure_point(plan, point, samples, checker, on_error or _tell)
+        yield _measure_point(wanted, point, samples, checker, on_error or _print_error)
 
 
-def _tell(where, error):
+def _print_error(where, error):
     tqdm.write(f"{where}: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
 
 
-def _recorded(plan, done) -> set:
-    """Points whose every wanted row is recorded by this very code with as many repeats."""
+def _recorded(wanted, done) -> set:
+    """Points all of whose wanted rows are recorded by this very code, with at least as many repeats."""
     if done is None or not len(done):
         return set()
-    this_code = provenance.known_as(provenance.of_op(plan.op))
-    enough = done.source.isin(this_code) & (done.repeats >= plan.passes * plan.repeats)
-    rows = done[(done.op == plan.op.name) & enough]
+    this_code = provenance.known_as(provenance.of_op(wanted.op))
+    enough = done.source.isin(this_code) & (done.repeats >= wanted.passes * wanted.repeats)
+    rows = done[(done.op == wanted.op.name) & enough]
     have = set(rows[["implementation", "dtype", "shape", "tokens", "clock"]].itertuples(index=False, name=None))
-    return {p for p in plan.points() if all((i, *p, c) in have for i in plan.implementations for c in plan.clocks)}
+    lines = [(name, clock) for name in wanted.implementations for clock in wanted.clocks]
+    return {point for point in wanted.points() if all((name, *point, clock) in have for name, clock in lines)}
 
 
-def _measure_point(plan, point, samples, checker, on_error) -> list[dict]:
+def _measure_point(wanted, point, samples, checker, on_error) -> list[dict]:
     dtype, shape, tokens = point
-    work = plan.op.work(tokens, shape, DTYPES[dtype])
+    work = wanted.op.work(tokens, shape, DTYPES[dtype])
     contenders = {}
-    for name in plan.implementations:
+    for name in wanted.implementations:
         where = f"{name} at {tokens} tokens, {shape}, {dtype}"
         try:
             checker(name, point)
-            contenders[name] = plan.op.implementation(name)
+            contenders[name] = wanted.op.implementation(name)
         except Exception as error:  # noqa: BLE001 - a failed point shows its error and the sweep goes on
             on_error(where, error)
     rows = []
-    for clock in plan.clocks:
+    for clock in wanted.clocks:
         timings = bench.measure(
-            contenders, lambda i: plan.op.inputs(tokens, shape, DTYPES[dtype], plan.device, i), clock,
-            device=plan.device, set_bytes=work.bytes, repeats=plan.repeats)
+            contenders, lambda i: wanted.op.inputs(tokens, shape, DTYPES[dtype], wanted.device, i), clock,
+            device=wanted.device, set_bytes=work.bytes, repeats=wanted.repeats)
         for name, timing in timings.items():
             if isinstance(timing, Exception):
                 on_error(f"{name} at {tokens} tokens, {shape}, {dtype}, {clock}", timing)
                 continue
             key = (name, *point, clock)
             samples[key] = samples[key] + timing if key in samples else timing
-            rows.append(_row(plan, key, samples[key], work, checker(name, point)))
-    if plan.device.type == "cuda":
+            rows.append(_row(wanted, key, samples[key], work, checker(name, point)))
+    if wanted.device.type == "cuda":
         torch.cuda.empty_cache()
     return rows
 
 
-def _row(plan, key, timing, work, verdict) -> dict:
+def _row(wanted, key, timing, work, verdict) -> dict:
     name, dtype, shape, tokens, clock = key
     percentiles = timing.percentiles()
     us = percentiles["us_p50"]
     return {
-        "op": plan.op.name, "implementation": name, "dtype": dtype, "shape": shape, "tokens": tokens, "clock": clock,
+        "op": wanted.op.name, "implementation": name, "dtype": dtype, "shape": shape, "tokens": tokens, "clock": clock,
         **percentiles, "repeats": len(timing.us),
         "gbytes_per_s": work.bytes / us / 1e3, "tflops": work.flops / us / 1e6,
         "same_bits": verdict.same, "elements_differ": verdict.differ, "digest": verdict.digest,
-        "schedule": plan.op.schedule(tokens, shape, DTYPES[dtype]) if name == "triton" else None,
-        "recorded_at": records.now(), "source": provenance.of_op(plan.op),
+        "schedule": wanted.op.schedule(tokens, shape, DTYPES[dtype]) if name == "triton" else None,
+        "recorded_at": records.now(), "source": provenance.of_op(wanted.op),
     }
 
 
 class _Checker:
-    """Verdicts by (implementation, point), each worked out once; the largest batch's results are kept meanwhile."""
+    """Verdicts by (implementation, point), each worked out once. Keeps the largest batch's results of one shape."""
 
-    def __init__(self, plan: Plan, done: pd.DataFrame | None = None):
-        self.plan, self.verdicts, self.kept = plan, {}, (None, {})
-        rows = done[done.op == plan.op.name] if done is not None and len(done) else None
+    def __init__(self, wanted: Sweep, done: pd.DataFrame | None = None):
+        self.wanted, self.verdicts, self.kept = wanted, {}, (None, {})
+        rows = done[done.op == wanted.op.name] if done is not None and len(done) else None
         key = ["implementation", "dtype", "shape"]
         self.recorded = {} if rows is None else rows.groupby(key).tokens.max().to_dict()
 
@@ -159,7 +165,7 @@ class _Checker:
 
     def _verdict(self, name, point) -> Verdict:
         dtype, shape, tokens = point
-        largest = max((*self.plan.tokens, self.recorded.get((name, dtype, shape), 0)))
+        largest = max((*self.wanted.tokens, self.recorded.get((name, dtype, shape), 0)))
         if self.kept[0] != (dtype, shape):
             self.kept = ((dtype, shape), {})
         reference = self.kept[1]
@@ -170,8 +176,8 @@ class _Checker:
         return Verdict(differ == 0, differ, bits.digest(here)[:16])
 
     def _run(self, name, dtype, shape, tokens) -> tuple:
-        arguments = self.plan.op.inputs(tokens, shape, DTYPES[dtype], self.plan.device, 0)
-        result = self.plan.op.implementation(name)(*arguments)
+        arguments = self.wanted.op.inputs(tokens, shape, DTYPES[dtype], self.wanted.device, 0)
+        result = self.wanted.op.implementation(name)(*arguments)
         return result if isinstance(result, tuple) else (result,)
 
 
@@ -195,17 +201,17 @@ def _arguments(argv=None) -> argparse.Namespace:
 def main(argv=None) -> int:
     a = _arguments(argv)
     try:
-        plan = Plan(OPS[a.op], a.tokens, a.implementations, a.dtypes, a.shapes, a.clocks, a.passes, a.repeats,
-                    a.again)
+        wanted = Sweep(OPS[a.op], a.tokens, a.implementations, a.dtypes, a.shapes, a.clocks, a.passes, a.repeats,
+                       a.again)
         folder = records.open_machine(a.out, a.machine)
         done = records.TOKEN_SWEEP.read(folder)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     records.note_machine(folder, records.TOKEN_SWEEP.file,
-                         **bench.ceilings(plan.device, records.read_machine(folder)))
+                         **bench.ceilings(wanted.device, records.read_machine(folder)))
     try:
-        for rows in sweep(plan, done=done):
+        for rows in sweep(wanted, done=done):
             records.TOKEN_SWEEP.merge(folder, rows)
     except KeyboardInterrupt:
         print(f"stopped; what was measured is in {folder}, and the same command goes on from there", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""TokenSweep: a sweep run and looked at in a notebook; a thin shell over sweep.sweep and chart.sweep_chart.
+"""TokenSweep: a sweep measured and drawn in a notebook; a shell over sweep.sweep and chart.sweep_chart.
 
 A worker thread only measures: it puts rows in a queue, and the thread that made the widget draws them.
 """
@@ -14,14 +14,14 @@ import pandas as pd
 from ... import OPS, runtime
 from ...op import DTYPES, Op, Shape
 from .. import bench, records, style
-from ..widgets import parts as parts
+from ..widgets import parts
 from ..widgets.base import Measuring
 from . import chart
 from . import measure as sweep
 
 CPU_WORDS = {"cuda": "Default (PyTorch on a CPU)"}
 NO_ROWS = pd.DataFrame(columns=list(records.TOKEN_SWEEP.columns))
-FOR_A_CPU = {"rms_norm": "D=1024,residual", "matmul": "N=32,K=64"}  # sizes of a moment in Triton's interpreter
+FOR_A_CPU = {"rms_norm": "D=1024,residual", "matmul": "N=32,K=64"}  # quick in Triton's interpreter
 
 
 class TokenSweep(Measuring):
@@ -29,10 +29,10 @@ class TokenSweep(Measuring):
 
     op       an Op or its name; machine: the recorded machine to open on (default: the first there is)
     out      the data folder that holds recorded machines
-    passes, repeats   as in sweep.Plan (default: few, so that a sweep stays interactive)
+    passes, repeats   as in sweep.Sweep (default: few, so that a sweep stays interactive)
 
     It opens on recorded rows. `rows` are those of the last live sweep, `shown` those in the chart; `run()`,
-    `stop()` and `join()` do from code what the buttons do. ValueError for an op there is not.
+    `stop()` and `join()` do from code what the buttons do. ValueError for an unknown op.
     """
 
     COLUMNS = records.TOKEN_SWEEP.columns
@@ -46,7 +46,7 @@ class TokenSweep(Measuring):
         self._op, self._out = OPS[name], Path(out)
         self._passes, self._repeats = passes or (3 if runtime.HAS_GPU else 1), repeats or 5
         self._device = runtime.device()
-        self._plan, self._failures = None, {}
+        self._asked, self._failures = None, {}
         self._recorded_rows, self._experiments, self._loading = NO_ROWS, {}, False
         self._build(machine)
         self._load()
@@ -86,7 +86,7 @@ class TokenSweep(Measuring):
         counts = (1, 8, 32, 128, 256, 512, 1024, 2048, 4096) if gpu else (1, 2, 4, 8, 16, 32)
         self.op = w.Dropdown(description="Op", options=list(OPS), value=self._op.name, **labelled)
         self.dtype = w.Dropdown(description="Dtype", options=list(DTYPES), **labelled,
-                                value="bfloat16" if gpu else "float32")  # the interpreter is at home in float32
+                                value="bfloat16" if gpu else "float32")  # Triton's interpreter is wrong for bfloat16
         self.shape = w.Combobox(description="Shape", value=shape, options=sorted({shape, *self._op.shapes}),
                                 continuous_update=False, placeholder=self._op.shapes[0], **labelled)
         self.clock = w.Dropdown(description="Clock", options=clocks, **labelled)
@@ -131,9 +131,9 @@ class TokenSweep(Measuring):
         return [measure, compare, self.errors, self.chart, self.downloads, self.table]
 
     def _connect(self):
-        self.op.observe(lambda change: self._at_home(self._change_op), "value")
-        self.machine.observe(lambda change: self._at_home(self._change_machine), "value")
-        self.recording.observe(lambda change: self._at_home(self._change_recording), "value")
+        self.op.observe(lambda change: self._in_own_thread(self._change_op), "value")
+        self.machine.observe(lambda change: self._in_own_thread(self._change_machine), "value")
+        self.recording.observe(lambda change: self._in_own_thread(self._change_recording), "value")
         self._redraw_on(self.overlay, self.published, self.log_axes)
 
     def _change_op(self):
@@ -152,7 +152,7 @@ class TokenSweep(Measuring):
 
     def _change_recording(self):
         if not self._loading:
-            self.overlay.value = True  # whoever picks a recording wants to see it
+            self.overlay.value = True  # a recording just chosen is to be seen
             self._draw()
 
     # --- recorded data
@@ -188,26 +188,26 @@ class TokenSweep(Measuring):
 
     # --- measuring
 
-    def plan(self) -> sweep.Plan:
-        """The sweep the controls ask for. Raises ValueError that says which control is wrong."""
+    def asked(self) -> sweep.Sweep:
+        """The sweep that the controls ask for. Raises ValueError that says which control is wrong."""
         names = [name for name, box in self.implementations.items() if box.value]
         if not names:
             raise ValueError("choose at least one contender")
-        return sweep.Plan(self._op, parts.token_counts(self.tokens.value), names, [self.dtype.value],
-                          [_shape_for(self._op, self.shape.value)], [self.clock.value], self._passes, self._repeats)
+        return sweep.Sweep(self._op, parts.token_counts(self.tokens.value), names, [self.dtype.value],
+                           [_shape_for(self._op, self.shape.value)], [self.clock.value], self._passes, self._repeats)
 
     def _prepare(self):
-        plan = self.plan()
-        self._plan, self._failures, self._clock = plan, {}, _Clock(plan)
-        return len(self._clock.todo), f"measuring {plan.tokens[0]} tokens", (plan,)
+        wanted = self.asked()
+        self._asked, self._failures, self._clock = wanted, {}, _Clock(wanted)
+        return len(self._clock.todo), f"measuring {wanted.tokens[0]} tokens", (wanted,)
 
-    def _measure(self, plan):
+    def _measure(self, wanted):
         """The worker."""
         def failed(where, error):
-            self._tell("failed_point", (where, error))
+            self._report("failed_point", (where, error))
 
-        for rows in sweep.sweep(plan, stop=self._stop, on_error=failed, progress=False):
-            self._tell("rows", rows)
+        for rows in sweep.sweep(wanted, stop=self._stop, on_error=failed, progress=False):
+            self._report("rows", rows)
 
     def _on_rows(self, rows):
         for row in rows:
@@ -218,8 +218,8 @@ class TokenSweep(Measuring):
         if not self._stop.is_set():
             self._say(self._clock.text())
 
-    def _on_failed_point(self, told):
-        where, error = told
+    def _on_failed_point(self, failure):
+        where, error = failure
         name, _, point = where.partition(" at ")
         points = self._failures.setdefault((name, parts.in_a_line(error)), [])
         if point not in points:
@@ -251,7 +251,7 @@ class TokenSweep(Measuring):
 
     def _figure(self, rows, published):
         recorded, look = self.recorded, {"log": self.log_axes.value, "published": published}
-        look["title"] = chart.claim(rows, self._plan.tokens if self._live else ())
+        look["title"] = chart.claim(rows, self._asked.tokens if self._live else ())
         if not self._live:
             clock = recorded.clock.iloc[0] if len(recorded) else self.clock.value
             labels = CPU_WORDS if str(self.machine.value).startswith("cpu") else {}
@@ -260,8 +260,8 @@ class TokenSweep(Measuring):
         overlays = [recorded] if self.overlay.value and len(recorded) else []
         labels = {} if runtime.HAS_GPU else CPU_WORDS
         here = records.device_name() + (", Triton's interpreter" if runtime.where() == "INTERPRETER" else "")
-        return chart.sweep_chart(rows, clock=self._plan.clocks[0], machine=here, overlays=overlays, labels=labels,
-                                 tokens=self._plan.tokens, **look)
+        return chart.sweep_chart(rows, clock=self._asked.clocks[0], machine=here, overlays=overlays, labels=labels,
+                                 tokens=self._asked.tokens, **look)
 
     def _published_points(self):
         self._problems.pop("published", None)
@@ -275,20 +275,20 @@ class TokenSweep(Measuring):
             self._problems["published"] = f"{path}: {error}"
             return None
 
-    def _told(self):
-        told = super()._told()
+    def _messages(self):
+        messages = super()._messages()
         for (name, why), points in self._failures.items():
             more = f" and {len(points) - 1} more points" if len(points) > 1 else ""
             at = f" at {points[0]}{more}" if points[0] else ""
-            told.append(f"{name}{at}: {why}")
-        return told
+            messages.append(f"{name}{at}: {why}")
+        return messages
 
 
 class _Clock:
     """How far a sweep has come, and how long the rest takes: a point costs what it cost in the pass before."""
 
-    def __init__(self, plan):
-        self.todo = plan.points() * plan.passes
+    def __init__(self, wanted: sweep.Sweep):
+        self.todo = wanted.points() * wanted.passes
         self.done, self._costs = 0, {}
         self._last = time.monotonic()
 
@@ -298,7 +298,7 @@ class _Clock:
         self._last, self.done = now, self.done + 1
 
     def text(self) -> str:
-        worst = max(self._costs.values())  # later points are larger, so unknown ones are not taken for cheaper
+        worst = max(self._costs.values())  # later points are larger: an unknown one costs at least this
         left = sum(self._costs.get(point, worst) for point in self.todo[self.done:])
         return f"{self.done} of {len(self.todo)} points, about {parts.seconds(left)} left"
 
@@ -307,7 +307,7 @@ def table_html(rows: pd.DataFrame) -> str:
     """A small table: a line for each token count, a column for each contender, its median time and its verdict."""
     if not len(rows):
         return ""
-    names = chart.in_order(rows)
+    names = style.in_order(rows)
     cells = {(r.implementation, r.tokens): r for r in rows.itertuples()}
     head = "".join(f'<th style="{parts.CELL};color:{style.contender(n)["color"]}">{html.escape(n)}</th><th></th>'
                    for n in names)
@@ -317,7 +317,7 @@ def table_html(rows: pd.DataFrame) -> str:
     return (f'<table style="border-collapse:collapse;font-size:12px;line-height:1.5">'
             f'<tr style="border-bottom:1px solid #bbb"><th style="{parts.CELL}">tokens</th>{head}</tr>{lines}</table>'
             '<div style="font-size:11px;color:#666;margin-top:2px">Median time a call. '
-            '✓ the bits of the largest batch, ✗ so many elements differ from it.</div>')
+            '✓ the bits of the largest batch, ✗ how many elements differ from it.</div>')
 
 
 def _cell(row) -> str:
@@ -327,9 +327,9 @@ def _cell(row) -> str:
     if pd.isna(row.same_bits):
         verdict = ""
     elif row.same_bits:
-        verdict = f'<span style="color:{chart.SAME[2]}">✓</span>'
+        verdict = f'<span style="color:{style.SAME[2]}">✓</span>'
     else:
-        verdict = f'<b style="color:{chart.MOVED[1]}">✗ {row.elements_differ:,}</b>'
+        verdict = f'<b style="color:{style.MOVED[1]}">✗ {row.elements_differ:,}</b>'
     return f'<td style="{parts.CELL}">{time_text}</td><td style="text-align:left">{verdict}</td>'
 
 

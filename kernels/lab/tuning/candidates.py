@@ -7,13 +7,12 @@ from itertools import product
 
 import torch
 
-from ...ops.matmul.op import order
-from ...ops.matmul.plan import SHARED, waiting
-from ...ops.matmul.schedule import Schedule
+from ...ops.matmul.order import order
+from ...ops.matmul.schedule import SHARED, Schedule
 
 
 def candidates(n: int, k: int, tokens: int, dtype=torch.bfloat16, tma: bool = True) -> list[Schedule]:
-    """Schedules worth timing for this many tokens, few enough to time in a second; `tma`: the GPU has bulk copies."""
+    """Schedules worth timing for this many tokens, few enough to time in a second. `tma`: the GPU has bulk copies."""
     if dtype == torch.float32:
         found = list(_float32(tokens))
     else:
@@ -27,7 +26,7 @@ def candidates(n: int, k: int, tokens: int, dtype=torch.bfloat16, tma: bool = Tr
 
 
 def _by_order(found, n, k, tokens):
-    """Those that can carry out the order of (n, k); where it cuts k, also with segments side by side."""
+    """The schedules that can carry out the order of (n, k); where it cuts k, also with segments side by side."""
     cut, length = order(n, k)
     if cut == 1:
         shared = [replace(s, stream=True) for s in found if s.kind == "hopper" and _uneven(s, n, tokens)]
@@ -36,7 +35,7 @@ def _by_order(found, n, k, tokens):
     parallel = [s for s in found if not (s.persistent or s.store)] if tokens <= 2048 else []
     by_last = [replace(s, split=True) for s in parallel] if tokens <= 128 else []
     by_kernel = [replace(s, split=True, reduce=True) for s in parallel] if tokens > 64 else []
-    sequential = [s if s.shared_bytes + waiting(s) <= SHARED else replace(s, stages=s.stages - 1) for s in found
+    sequential = [s if s.shared_bytes + s.waiting_bytes <= SHARED else replace(s, stages=s.stages - 1) for s in found
                   if s.persistent or tokens > 256 or n >= 2048]
     for s in found if 64 < tokens <= 2048 and k % length == 0 else ():
         if s.kind == "hopper" and not s.store:
@@ -45,13 +44,13 @@ def _by_order(found, n, k, tokens):
 
 
 def _uneven(s, n, tokens, cut=1, sms=132) -> bool:
-    """Whether tiles leave some of so many multiprocessors idle at the end, and hands-on would not."""
+    """Whether whole tiles leave some of `sms` multiprocessors idle at the end, and chains carried over would not."""
     units = -(-tokens // s.block_m) * -(-n // s.block_n) * cut
     return not s.pingpong and units > sms and units % sms > 0
 
 
-# For token counts up to a bound. On an H200 one of each list was within 2 % of the best of hundreds at every shape
-# tried; the rest are neighbours, for other shapes and GPUs, and kinds that were not among those hundreds.
+# One list for token counts up to a bound. On an H200 one schedule of each list was within 2 % of the best of hundreds
+# at every shape tried; the others are its neighbours, for other shapes and GPUs, and kinds not among those hundreds.
 _UP_TO_32 = """
 pointer 16x16x256 warps=2 stages=6 group=1 swap
 pointer 16x32x128 warps=2 stages=4 group=1 swap

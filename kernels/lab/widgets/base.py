@@ -1,4 +1,4 @@
-"""What the widgets share: Measuring has a worker thread under Run and Stop, Study draws one picture of its controls."""
+"""The widgets' base classes: Measuring has a worker thread under Run and Stop, Study draws what its controls say."""
 from __future__ import annotations
 
 import asyncio
@@ -10,52 +10,52 @@ import time
 import ipywidgets as w
 import pandas as pd
 
-from . import parts as parts
+from . import parts
 
 SETTLE_SECONDS = 0.15
 
 
-class AtHome(w.VBox):
-    """A widget drawn by the thread that made it, whichever thread a frontend's message arrives on.
+class SingleThreaded(w.VBox):
+    """A widget that is drawn by the thread that made it, whichever thread a frontend's message arrives on.
 
-    A subclass calls `AtHome.__init__` first of all and `VBox.__init__` once it has its children: a widget is closed
-    even if it was never made.
+    A subclass calls `SingleThreaded.__init__` first and `VBox.__init__` once it has its children: ipywidgets closes a
+    widget whose constructor raised, too, and `close` needs what is set here.
     """
 
     def __init__(self):
-        self._home = threading.get_ident()
+        self._thread = threading.get_ident()
         try:
             self._loop = asyncio.get_running_loop()
         except RuntimeError:  # a script or a test: join() draws
             self._loop = None
 
-    def _at_home(self, action):
-        if self._loop is None or threading.get_ident() == self._home:
+    def _in_own_thread(self, action):
+        if self._loop is None or threading.get_ident() == self._thread:
             action()
         else:
             self._loop.call_soon_threadsafe(action)
 
     def _redraw_on(self, *controls):
         for control in controls:
-            control.observe(lambda change: self._at_home(self._redraw), "value")
+            control.observe(lambda change: self._in_own_thread(self._redraw), "value")
 
     def _redraw(self):
         self._draw()
 
 
-class Study(AtHome):
-    """Controls, the picture that a plain function draws of them, and the picture in words.
+class Study(SingleThreaded):
+    """Controls, the picture that a plain function draws from them, and the picture in words.
 
     A subclass gives `_study()`: the figure and its words, or a ValueError to show while the last picture stays.
     """
 
-    def _show(self, controls: w.Widget, width: str, *drawn_anew_by: w.Widget):
+    def _show(self, controls: w.Widget, width: str, *redrawn_by: w.Widget):
         self._waiting = None
         self.errors, self.words = w.HTML(), w.HTML()
         self.chart = w.Image(format="png", layout=w.Layout(width="100%", max_width=width))
         self._draw()
         w.VBox.__init__(self, [controls, self.errors, self.chart, self.words], layout=w.Layout(max_width=width))
-        self._redraw_on(*drawn_anew_by)
+        self._redraw_on(*redrawn_by)
 
     def _redraw(self):
         """Draw once the controls are still, so that a key held down does not queue a picture for each step."""
@@ -76,18 +76,18 @@ class Study(AtHome):
         self.words.value = f"<details><summary>This figure in words</summary>{html.escape(words)}</details>"
 
 
-class Measuring(AtHome):
-    """A widget with one worker thread, which only measures and tells; its maker's thread takes that and shows it.
+class Measuring(SingleThreaded):
+    """A widget with one worker thread, which only measures and reports; the widget's own thread shows the reports.
 
     A subclass gives
 
     COLUMNS           of its table in data/
-    _prepare()        reads the controls: (steps to do, what to say first, the arguments of `_measure`). ValueError says
+    _prepare()        reads the controls: (number of steps, first status, the arguments of `_measure`). ValueError says
                       which control is wrong
-    _measure(*args)   the worker: tells "rows", or anything else there is an `_on_<what>(value)` for
-    _on_rows(rows)    keeps rows in `_rows` and moves the progress on
+    _measure(*args)   the worker: reports "rows", or any other <what> that has a method `_on_<what>(value)`
+    _on_rows(rows)    keeps rows in `_rows` and advances the progress
     _so_far()         (finished, asked for, their name in the plural)
-    _draw()           shows what there is; called when told "rows" and "ended", the worker's last word
+    _draw()           shows what there is; called after the reports "rows" and "ended", which is the worker's last
     """
 
     COLUMNS = ()
@@ -121,7 +121,7 @@ class Measuring(AtHome):
             return
         self._problems.pop("run", None)
         try:
-            steps, said, arguments = self._prepare()
+            steps, status, arguments = self._prepare()
         except ValueError as error:
             self._problems["run"] = str(error)
             self._show_errors()
@@ -129,28 +129,29 @@ class Measuring(AtHome):
         self._rows, self._began = {}, time.monotonic()
         self.run_button.disabled, self.stop_button.disabled = True, False
         self.progress.max, self.progress.value, self.progress.bar_style = steps, 0, "info"
-        self._say(said)
+        self._say(status)
         self._show_errors()
         self._stop.clear()
         self._worker = threading.Thread(target=self._work, args=arguments, name=type(self).__name__, daemon=True)
         self._worker.start()
 
     def _run_soon(self):
-        """Run once edits made before the click are sure to be here: each control's messages find their own way
-        to the kernel, by its main shell or a subshell, and a click may overtake them."""
+        """Run a moment later, when edits made before the click have arrived: each control's messages travel to the
+        kernel on their own, by its main shell or a subshell, and a click may overtake them.
+        """
         if self._loop is None:
             self.run()
         else:
             self._loop.call_soon_threadsafe(self._loop.call_later, SETTLE_SECONDS, self.run)
 
     def stop(self):
-        """Ask the run to end after the round it measures; finished points are kept."""
+        """End the run after the current round; finished points are kept."""
         self._stop.set()
         if self.running:
-            self._at_home(lambda: self.running and self._say("stopping"))
+            self._in_own_thread(lambda: self.running and self._say("stopping"))
 
     def join(self, timeout: float = 600.0):
-        """Wait for the run to end and draw it: for scripts and tests, where no event loop does so."""
+        """Wait for the run to end and draw it: for scripts and tests, which have no event loop to draw."""
         end = time.monotonic() + timeout
         while self.running and time.monotonic() < end:
             self._worker.join(0.02)
@@ -167,29 +168,29 @@ class Measuring(AtHome):
         try:
             self._measure(*arguments)
         except Exception as error:  # noqa: BLE001 - shown in the widget, where the reader looks
-            self._tell("failed", error)
-        self._tell("ended")
+            self._report("failed", error)
+        self._report("ended")
 
-    def _tell(self, what, value=None):
-        """The worker says something, and waits until it is shown, so that drawing does not disturb a timing."""
+    def _report(self, what, value=None):
+        """Queue a report and wait until it is shown, so that drawing does not disturb a timing."""
         self._taken.clear()
         self._queue.put((what, value))
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._take)
         self._taken.wait(0 if what == "ended" else 1.0)
 
-    # --- its maker's side
+    # --- the widget's own side
 
     def _take(self):
-        """Show what the worker told."""
-        told = []
+        """Show the worker's reports."""
+        reports = []
         while not self._queue.empty():
-            told.append(self._queue.get())
-        for what, value in told:
+            reports.append(self._queue.get())
+        for what, value in reports:
             getattr(self, f"_on_{what}")(value)
-        if any(what in ("rows", "ended") for what, _ in told):
+        if any(what in ("rows", "ended") for what, _ in reports):
             self._draw()
-        if told:
+        if reports:
             self._taken.set()
 
     def _on_failed(self, error):
@@ -201,8 +202,8 @@ class Measuring(AtHome):
         self.run_button.disabled, self.stop_button.disabled = False, True
         finished, asked, what = self._so_far()
         self.progress.bar_style = "success" if finished == asked else "warning"
-        said = "done" if finished == asked else f"{self._cut_short()} after {finished} of {asked} {what}"
-        self._say(f"{said}, {parts.seconds(time.monotonic() - self._began)}")
+        how = "done" if finished == asked else f"{self._cut_short()} after {finished} of {asked} {what}"
+        self._say(f"{how}, {parts.seconds(time.monotonic() - self._began)}")
 
     def _cut_short(self) -> str:
         return "stopped" if self._stop.is_set() else "broke off"
@@ -211,7 +212,7 @@ class Measuring(AtHome):
         self.status.value = f'<span style="color:var(--jp-ui-font-color2,#555)">{html.escape(text)}</span>'
 
     def _show_errors(self):
-        self.errors.value = "".join(map(parts.message, self._told()))
+        self.errors.value = "".join(map(parts.message, self._messages()))
 
-    def _told(self) -> list[str]:
+    def _messages(self) -> list[str]:
         return list(self._problems.values())

@@ -10,7 +10,7 @@ import ipywidgets as w
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..sweep.chart import MOVED
+from ..style import MOVED
 
 LABELLED = {"style": {"description_width": "initial"}}
 CELL = "padding:1px 4px 1px 14px;text-align:right;font-variant-numeric:tabular-nums"

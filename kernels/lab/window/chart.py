@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from .. import records, style
-from ..sweep.chart import _positions, _time_ticks
 
 # curve -> colour, marker, words
 CURVES = {
@@ -42,7 +41,7 @@ def window_chart(rows: pd.DataFrame, *, windows: Sequence[int] = (), points: pd.
                  recorded: pd.DataFrame | None = None, title: str = "", caption: str = "") -> Figure:
     """Both forms side by side. `rows` may be empty; what else is drawn is as in `per_token` and `whole_pass`.
 
-    windows: those to leave room for, though no row has them yet.
+    windows: those to leave room for before they are measured.
     """
     tables = [table for table in (rows, points, recorded) if table is not None]
     windows = sorted({*windows, *(int(t) for table in tables for t in table.tokens)})
@@ -120,7 +119,7 @@ def _lines(axes, rows, windows, *, divided=False, faint=False) -> list[Line2D]:
     for curve, ops in in_order(rows):
         mine = rows[(rows.curve == curve) & (rows.ops == ops)].sort_values("tokens")
         color, marker, words = CURVES[curve]
-        x, share = _positions(mine.tokens, windows, log=not divided), mine.tokens if divided else 1
+        x, share = style.positions(mine.tokens, windows, log=not divided), mine.tokens if divided else 1
         low, middle, high = (mine[column] / share for column in ("ms_p05", "ms_p50", "ms_p95"))
         if not faint:
             axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
@@ -136,7 +135,7 @@ def _add_others(axes, windows, points, recorded, divided=False):
         axes.plot([], [], color=style.GREY, **_FAINT, label=f"recorded, {recorded.machine.iloc[0]}")
     if points is not None:
         column = "read_off_ms_per_token" if divided else "logged_total_ms"
-        axes.plot(_positions(points.tokens, windows, log=not divided), points[column], **_PUBLISHED, zorder=4)
+        axes.plot(style.positions(points.tokens, windows, log=not divided), points[column], **_PUBLISHED, zorder=4)
 
 
 def _finish(axes, log):
@@ -149,9 +148,9 @@ def _finish(axes, log):
     elif log:
         low, high = times.min() / 1.25, times.max() * 1.15
         axes.set_ylim(low, high * (high / low) ** 0.3)  # room for the legend above the lines
-        _time_ticks(axes, log)
+        style.time_ticks(axes, log)
         axes.legend(loc="upper left", ncols=2, handlelength=3).set_in_layout(False)
     else:
         axes.set_ylim(0, 1.15 * times.max())
-        _time_ticks(axes, log)
+        style.time_ticks(axes, log)
         axes.legend(loc="upper right", handlelength=3)

@@ -8,7 +8,7 @@ graph  the same, with forward and argmax replayed as one CUDA graph
 floor  what the matrix products alone must take: for each the longer of its bytes at the measured copy
        bandwidth and its FLOPs at the measured rate, summed
 
-Curves are timed turn by turn in one run. Method of `paper`: LLM-42's chart of its verifier's cost.
+The curves are timed interleaved in one run. Method of `paper`: LLM-42's chart of its verifier's cost.
 """
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from tqdm.auto import tqdm
 
 from ... import runtime
 from ...model.cache import free_memory
-from ...model.llama import PRESETS, Config, Llama, preset
+from ...model.config import PRESETS, Config, preset
+from ...model.llama import Llama
 from .. import bench, provenance, records
 
 WINDOWS = (16, 32, 64, 128, 256, 512, 1024)
@@ -77,39 +78,52 @@ def curves_on(device: torch.device) -> tuple[str, ...]:
     return ("paper", "graph") if device.type == "cuda" else ("paper",)
 
 
+@dataclass(frozen=True)
+class Watch:
+    """How a run is followed while it measures, and ended.
+
+    on_point  is called with each row as soon as it is measured
+    on_run    is called after each round with the rounds done and their total
+    stop      once set, ends the run after the current round; the unfinished window is dropped
+    progress  shows a progress bar
+    """
+
+    on_point: Callable[[dict], None] | None = None
+    on_run: Callable[[int, int], None] | None = None
+    stop: threading.Event | None = None
+    progress: bool = False
+
+
 def window_cost(model: Llama | str, windows: Sequence[int] = WINDOWS, curves: Sequence[str] | None = None,
                 ops: Sequence[str] = ("default",), *, runs: int = RUNS, warmups: int = WARMUPS,
                 done: pd.DataFrame | None = None, ceilings: Ceilings | None = None,
-                on_point: Callable[[dict], None] | None = None, on_run: Callable[[int, int], None] | None = None,
-                stop: threading.Event | None = None, progress: bool = False) -> pd.DataFrame:
+                watch: Watch = Watch()) -> pd.DataFrame:
     """Measure windows of tokens; returns VERIFY_COST's columns, one row a (curve, ops, window), times in ms.
 
     model     a Llama, or a preset's name for one with random weights on runtime.device()
-    curves    default: every one this device has
+    curves    default: all that this device has
     done      rows recorded before: those measured by this very code are not measured again
     ceilings  default: measured now
-    on_point  is given each row as soon as it is there; on_run the timed rounds done and all there are
-    stop      once set, ends the run after the current round; the unfinished window is dropped
 
-    Raises ValueError for windows, curves, ops or counts that cannot be, MemoryError that names the sizes.
+    Raises ValueError for windows, curves, ops or counts that cannot be measured, and MemoryError that names the sizes.
     """
     device = runtime.device() if isinstance(model, str) else model.device
     config = preset(model) if isinstance(model, str) else model.config
-    curves = _checked(config, device, windows, curves, ops, runs, warmups)
+    curves = checked(config, device, windows, curves, ops, runs, warmups)
     todo = _todo(windows, curves, ops, done)
     rows: list[dict] = []
     if not todo:
         return pd.DataFrame(rows, columns=list(VERIFY_COST.columns))
     ceilings = ceilings or Ceilings.measured(device)
     model = Llama(model, device=device) if isinstance(model, str) else model
-    rounds = _Rounds(len(todo), warmups, runs, on_run, stop, progress)
+    rounds = _Rounds(len(todo), warmups, runs, watch)
     with rounds.bar:
         for window, keys in todo:
             floor = floor_ms(config, window, model.dtype, ceilings)
             for (curve, name), ms in _measure(model, window, keys, rounds).items():
                 rows.append(_row(curve, name, window, ms, floor))
-                if on_point:
-                    on_point(rows[-1])
+                if watch.on_point:
+                    watch.on_point(rows[-1])
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # a graph's own memory
             if rounds.stopped():
@@ -117,7 +131,9 @@ def window_cost(model: Llama | str, windows: Sequence[int] = WINDOWS, curves: Se
     return pd.DataFrame(rows, columns=list(VERIFY_COST.columns))
 
 
-def _checked(config, device, windows, wanted, ops, runs, warmups) -> tuple[str, ...]:
+def checked(config: Config, device: torch.device, windows: Sequence[int], wanted: Sequence[str] | None,
+            ops: Sequence[str], runs: int, warmups: int) -> tuple[str, ...]:
+    """The curves wanted, or all that this device has. ValueError that says what cannot be measured."""
     for window in windows:
         if not isinstance(window, int) or not 1 <= window <= config.context:
             raise ValueError(f"windows must be whole numbers in 1..{config.context}, the context of {config.name}, "
@@ -153,27 +169,27 @@ def _todo(windows, curves, ops, done: pd.DataFrame | None) -> list[tuple[int, li
 
 
 class _Rounds:
-    """Counts timed rounds for whoever watches, and says when to stop."""
+    """Counts the rounds, reports each one, and says when to stop."""
 
-    def __init__(self, points, warmups, runs, on_run, stop, progress):
-        self.warmups, self.runs, self.on_run, self.stop, self.finished = warmups, runs, on_run, stop, 0
-        self.total = points * (warmups + runs)
-        self.bar = tqdm(total=self.total, desc="windows", unit="round", disable=not progress, file=sys.stderr)
+    def __init__(self, windows: int, warmups: int, runs: int, watch: Watch):
+        self.warmups, self.runs, self.watch, self.finished = warmups, runs, watch, 0
+        self.total = windows * (warmups + runs)
+        self.bar = tqdm(total=self.total, desc="windows", unit="round", disable=not watch.progress, file=sys.stderr)
 
     def stopped(self) -> bool:
-        return self.stop is not None and self.stop.is_set()
+        return self.watch.stop is not None and self.watch.stop.is_set()
 
     def tick(self):
         self.finished += 1
         self.bar.update()
-        if self.on_run:
-            self.on_run(self.finished, self.total)
+        if self.watch.on_run:
+            self.watch.on_run(self.finished, self.total)
 
 
 def _measure(model, window, keys, rounds) -> dict[tuple[str, str], list[float]]:
-    """{(curve, ops): milliseconds, one a run}, taken turn by turn; {} if stopped before the last round."""
+    """{(curve, ops): milliseconds, one a run}, interleaved; {} if stopped before the last round."""
     try:
-        steps = {(c, o): {"paper": _paper, "graph": _graph}[c](model.using(o), window) for c, o in keys}
+        steps = {(c, o): {"paper": paper_pass, "graph": graph_pass}[c](model.using(o), window) for c, o in keys}
         samples = {key: [] for key in steps}
         for _ in range(rounds.warmups + rounds.runs):
             if rounds.stopped():
@@ -190,21 +206,21 @@ def _measure(model, window, keys, rounds) -> dict[tuple[str, str], list[float]]:
     return {key: ms[rounds.warmups:] for key, ms in samples.items()}
 
 
-def _paper(model: Llama, window: int) -> Callable[[], int]:
+def paper_pass(model: Llama, window: int) -> Callable[[], int]:
     """A function that prepares a prompt on the host, runs it and returns the token chosen."""
     cache, ids, places = model.cache(1, window), _prompt(model, window), list(range(window))
 
     def step():
-        tokens = torch.tensor([ids], device=model.device)
-        positions = torch.tensor([places], device=model.device)
+        tokens = torch.tensor([ids], dtype=torch.int64, device=model.device)
+        positions = torch.tensor([places], dtype=torch.int64, device=model.device)
         return model(tokens, positions, cache, prefix=0).argmax(-1).item()
     return step
 
 
-def _graph(model: Llama, window: int) -> Callable[[], int]:
+def graph_pass(model: Llama, window: int) -> Callable[[], int]:
     """The same, with everything on the device captured once and replayed."""
     cache, ids, places = model.cache(1, window), _prompt(model, window), list(range(window))
-    tokens, positions = torch.tensor([[ids], [places]], device=model.device)
+    tokens, positions = torch.tensor([[ids], [places]], dtype=torch.int64, device=model.device)
 
     def chosen():
         return model(tokens, positions, cache, prefix=0).argmax(-1)
@@ -220,8 +236,8 @@ def _graph(model: Llama, window: int) -> Callable[[], int]:
         token = chosen()
 
     def step():
-        tokens.copy_(torch.tensor([ids]))
-        positions.copy_(torch.tensor([places]))
+        tokens.copy_(torch.tensor([ids], dtype=torch.int64, device="cpu"))
+        positions.copy_(torch.tensor([places], dtype=torch.int64, device="cpu"))
         graph.replay()
         return token.item()
     return step
@@ -246,21 +262,22 @@ def table_for(model: str, folder) -> records.Table:
 
 
 def record(model: str, folder, windows: Sequence[int] = WINDOWS, curves: Sequence[str] | None = None,
-           ops: Sequence[str] = ("default",), *, again: bool = False, **options) -> pd.DataFrame:
+           ops: Sequence[str] = ("default",), *, runs: int = RUNS, warmups: int = WARMUPS, again: bool = False,
+           progress: bool = False) -> pd.DataFrame:
     """window_cost of a preset, each point written into `folder` as it is measured; returns the whole table.
 
     Points that this very code has recorded there are skipped, unless `again`. Raises as window_cost does.
     """
     device, table = runtime.device(), table_for(model, folder)
-    curves = _checked(preset(model), device, windows, curves, ops, 1, 0)
+    curves = checked(preset(model), device, windows, curves, ops, runs, warmups)
     done = None if again else table.read(folder)
     if not _todo(windows, curves, ops, done):
         return done
     ceilings, llama = Ceilings.measured(device, records.read_machine(folder)), Llama(model, device=device)
     first = {"verify_cost_model": model} if table is VERIFY_COST else {}
     records.note_machine(folder, table.file, **asdict(ceilings), **first)
-    window_cost(llama, windows, curves, ops, done=done, ceilings=ceilings,
-                on_point=lambda row: table.merge(folder, [row]), **options)
+    watch = Watch(on_point=lambda row: table.merge(folder, [row]), progress=progress)
+    window_cost(llama, windows, curves, ops, runs=runs, warmups=warmups, done=done, ceilings=ceilings, watch=watch)
     return table.read(folder)
 
 
@@ -287,7 +304,7 @@ def main(argv=None) -> int:
         print(f"note: {NO_GRAPH}", file=sys.stderr)
     folder = None
     try:
-        _checked(preset(a.model), runtime.device(), a.windows, a.curves, a.ops, a.runs, WARMUPS)
+        checked(preset(a.model), runtime.device(), a.windows, a.curves, a.ops, a.runs, WARMUPS)
         folder = records.open_machine(a.out, a.machine)
         record(a.model, folder, a.windows, a.curves, a.ops, again=a.again, runs=a.runs, progress=True)
     except ValueError as error:

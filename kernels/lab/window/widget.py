@@ -1,4 +1,4 @@
-"""WindowCost: what a window of tokens costs, measured and looked at in a notebook; a thin shell over window_cost.
+"""WindowCost: what a window of tokens costs, measured and drawn in a notebook; a shell over window_cost.
 
 A worker thread only measures: it puts rows in a queue, and the thread that made the widget draws them.
 """
@@ -12,16 +12,16 @@ import pandas as pd
 import torch
 
 from ... import runtime
-from ...model.llama import PRESETS, preset
+from ...model.config import PRESETS, preset
 from .. import records
-from ..widgets import parts as parts
+from ..widgets import parts
 from ..widgets.base import Measuring
 from . import chart as window_chart
 from . import measure as window_cost
-from .measure import VERIFY_COST, Ceilings
+from .measure import VERIFY_COST, Ceilings, Watch
 
 NO_ROWS = pd.DataFrame(columns=list(VERIFY_COST.columns))
-_BETWEEN_TOLD = 0.3  # seconds: how often the worker says how far it is
+_BETWEEN_REPORTS = 0.3  # seconds between two reports of how far the worker is
 
 
 class WindowCost(Measuring):
@@ -32,7 +32,7 @@ class WindowCost(Measuring):
     runs, warmups   rounds at each window (few, so that a run stays interactive)
 
     It opens on recorded rows. `rows` are those of the last live run, `shown` those in the chart; `run()`,
-    `stop()` and `join()` do from code what the buttons do. ValueError for a model there is not.
+    `stop()` and `join()` do from code what the buttons do. ValueError for an unknown model.
     """
 
     COLUMNS = VERIFY_COST.columns
@@ -97,12 +97,12 @@ class WindowCost(Measuring):
         return [measure, compare, self.errors, self.chart, self.downloads, self.table]
 
     def _connect(self):
-        self.recording.observe(lambda change: self._at_home(self._change_recording), "value")
+        self.recording.observe(lambda change: self._in_own_thread(self._change_recording), "value")
         self._redraw_on(self.overlay, self.published)
 
     def _change_recording(self):
         self._load()
-        self.overlay.value = True  # whoever picks a recording wants to see it
+        self.overlay.value = True  # a recording just chosen is to be seen
         self._draw()
 
     # --- recorded data
@@ -144,8 +144,8 @@ class WindowCost(Measuring):
             wanted[name] = [key for key, box in boxes.items() if box.value]
             if not wanted[name]:
                 raise ValueError(f"choose at least one of {' and '.join(boxes)}")
-        window_cost._checked(preset(self.model.value), runtime.device(), wanted["windows"], wanted["curves"],
-                             wanted["ops"], self._runs, self._warmups)
+        window_cost.checked(preset(self.model.value), runtime.device(), wanted["windows"], wanted["curves"],
+                            wanted["ops"], self._runs, self._warmups)
         return wanted
 
     def _prepare(self):
@@ -156,18 +156,18 @@ class WindowCost(Measuring):
 
     def _measure(self, model, wanted):
         """The worker."""
-        told = time.monotonic()
+        reported = time.monotonic()
 
         def on_run(done, total):
-            nonlocal told
-            if time.monotonic() - told > _BETWEEN_TOLD:
-                self._tell("round", done)
-                told = time.monotonic()
+            nonlocal reported
+            if time.monotonic() - reported > _BETWEEN_REPORTS:
+                self._report("round", done)
+                reported = time.monotonic()
 
         ceilings = self._ceilings or Ceilings.measured(runtime.device())
-        self._tell("ceilings", ceilings)
-        window_cost.window_cost(model, **wanted, ceilings=ceilings, stop=self._stop, on_run=on_run,
-                                on_point=lambda row: self._tell("rows", [row]))
+        self._report("ceilings", ceilings)
+        watch = Watch(on_point=lambda row: self._report("rows", [row]), on_run=on_run, stop=self._stop)
+        window_cost.window_cost(model, **wanted, ceilings=ceilings, watch=watch)
 
     def _on_ceilings(self, ceilings):
         self._ceilings, config = ceilings, preset(self._measured)
@@ -225,7 +225,7 @@ class _Clock:
 
     def text(self, done: int) -> str:
         now = time.monotonic()
-        if self._first is None:  # the rounds before this one began while the model was made
+        if self._first is None:  # the rounds before this one also hold the making of the model
             self._first = done, now
         earlier, then = self._first
         known = sum(self._costs[earlier:done])

@@ -3,12 +3,12 @@
 One warp copies tiles of x and of the weight into shared memory, ahead of one, two or three groups of four warps that
 each walk k in order into one accumulator. So several tensor core instructions are always in flight, and a tile may be
 192 rows high or 160 wide. Two groups may take turns, so that one stores its tile while the other multiplies; and where
-tiles do not divide evenly among the multiprocessors, a program hands a chain it began on to the next. Plain Triton
+tiles do not divide evenly among the multiprocessors, a program carries a chain it began over to the next. Plain Triton
 cannot write these, and products of 128 tokens and more want them.
-kernels/ops/matmul/plan.py imports this file when a schedule of kind `hopper` runs, on sm_90.
-"""
-from __future__ import annotations
+steps.py imports this file when a schedule of kind `hopper` runs, on sm_90.
 
+Annotations are not imported from __future__ here: Triton reads those of an aggregate as classes.
+"""
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -20,9 +20,129 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.core import _aggregate as aggregate
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ...launch import Step
+from .descriptors import tiles_of
+from .product import Product
+from .schedule import SHARED, Schedule, Unsuitable
+
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name before and after Triton 3.7
+
+
+def suits(schedule: Schedule, product: Product) -> None:
+    """Raise Unsuitable for tiles and switches that the kernel cannot carry out."""
+    s = schedule
+    rows, wide, more, _ = _sides(s)
+    high = s.block_n if s.swap else s.block_m
+    if (product.dtype == torch.float32 or s.warps not in (4, 8, 12) or high not in (rows, rows * (s.warps // 4))
+            or rows not in (64, 128) or not 16 <= wide + more <= 256 or more & (more - 1) or 0 < more < 16):
+        raise Unsuitable("schedules of kind hopper take 16-bit numbers, have 4, 8 or 12 warps with 64 or 128 rows for "
+                         f"each four, and up to 256 columns, a sum of two powers of 2, got {s}")
+    if s.pingpong and (s.warps != 8 or rows * (wide + more) > 128 * 128 or product.cut or s.stream):
+        raise Unsuitable(f"two groups of four warps that take turns walk one chain of a tile up to 128x128, got {s}")
+    if s.split and (not s.reduce or product.k % product.order.length):
+        raise Unsuitable(f"kind hopper splits into segments of one length, which a second kernel adds, got {s}")
+    if s.stream and product.cut and not s.split:
+        raise Unsuitable(f"a chain is carried over where segments have programs of their own, got {s}")
+    held = _waiting(s, product)
+    if held and (more or rows * wide > 64 * 256 or s.shared_bytes + held > SHARED):
+        raise Unsuitable(f"there is no room for the sums while the next segment is made, got {s}")
+
+
+def memory(schedule: Schedule, product: Product) -> tuple[int, int]:
+    """(float32 numbers, counters) with which programs carry chains over."""
+    if not schedule.stream:
+        return 0, 0
+    programs = product.programs(schedule)
+    return programs * schedule.block_m * schedule.block_n, programs * schedule.warps // 4
+
+
+def step(s: Schedule, product: Product) -> Step:
+    """The launch of a schedule. Raises Unsuitable for strides that bulk copies cannot read."""
+    p = product
+    rows, most, more, consumers = _sides(s)
+    sides = {"x": ((p.m, p.k), p.x_strides), "weight": ((p.n, p.k), p.weight_strides)}
+    high, wide = ("weight", "x") if s.swap else ("x", "weight")
+    a, b, rest = (size and tiles_of(p.dtype, *sides[side], (size, s.block_k), with_layout) or None
+                  for side, size in ((high, rows), (wide, most), (wide, more)))
+    return Step(kernel, p.programs(s),
+                {"a_desc": a, "b_desc": b, "more_desc": rest, "y_ptr": p.dtype, "bias_ptr": p.dtype,
+                 "work_ptr": torch.float32, "flag_ptr": torch.int32},
+                {**p.sizes, **p.segments},
+                {"ROWS": rows, "B_TILE": most, "MORE": more, "BLOCK_K": s.block_k, "GROUP": s.group,
+                 "CONSUMERS": consumers, "STAGES": s.stages, "SWAP": s.swap, "CUT": p.cut,
+                 "HALVES": _waiting(s, p) > 0, "BIAS": p.bias, "STORE": s.store, "PINGPONG": s.pingpong,
+                 "SPLIT": s.split, "STREAM": s.stream, "REGISTERS": 160 if consumers == 3 else 232},
+                {"num_warps": 4},
+                {"a_desc": high, "b_desc": wide, "more_desc": wide})
+
+
+def _sides(s: Schedule) -> tuple[int, int, int, int]:
+    """(rows a consumer, columns as their largest power of 2, the rest of them, consumers)."""
+    consumers = s.warps // 4
+    high, wide = (s.block_n, s.block_m) if s.swap else (s.block_m, s.block_n)
+    most = 1 << wide.bit_length() - 1
+    return high if s.pingpong else high // max(consumers, 1), most, wide - most, consumers
+
+
+def _waiting(s: Schedule, product: Product) -> int:
+    """Bytes of shared memory in which half of the sums wait, if segments follow each other."""
+    return s.waiting_bytes if product.cut and not s.split else 0
+
+
+def with_layout(descriptor) -> TensorDescriptor:
+    """A plain descriptor of a matrix as Gluon wants it: with the layout of its tiles in shared memory."""
+    block = list(descriptor.block_shape)
+    dtype = gl.bfloat16 if descriptor.base.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    return TensorDescriptor(descriptor.base, descriptor.shape, descriptor.strides, block, layout)
+
+
+@aggregate
+class Program:
+    """What the warps of one program share: the stages in shared memory, the product's sizes and the schedule."""
+
+    a_tiles: gl.shared_memory_descriptor
+    b_tiles: gl.shared_memory_descriptor
+    more_tiles: gl.shared_memory_descriptor
+    held: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    turn: gl.shared_memory_descriptor
+    A: gl.tensor
+    B: gl.tensor
+    K: gl.tensor
+    segments: gl.tensor
+    length: gl.tensor
+    ROWS: gl.constexpr
+    B_TILE: gl.constexpr
+    MORE: gl.constexpr
+    BLOCK_K: gl.constexpr
+    GROUP: gl.constexpr
+    GROUPS: gl.constexpr
+    STAGES: gl.constexpr
+    SWAP: gl.constexpr
+    CUT: gl.constexpr
+    HALVES: gl.constexpr
+    BIAS: gl.constexpr
+    STORE: gl.constexpr
+    PINGPONG: gl.constexpr
+    SPLIT: gl.constexpr
+    STREAM: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, shared, sizes, constants):
+        shared_names = ("a_tiles", "b_tiles", "more_tiles", "held", "full", "empty", "turn")
+        for name, value in zip(shared_names, shared, strict=True):
+            setattr(self, name, value)
+        for name, value in zip(("A", "B", "K", "segments", "length"), sizes, strict=True):
+            setattr(self, name, value)
+        constant_names = ("ROWS", "B_TILE", "MORE", "BLOCK_K", "GROUP", "GROUPS", "STAGES", "SWAP", "CUT", "HALVES",
+                          "BIAS", "STORE", "PINGPONG", "SPLIT", "STREAM")
+        for name, value in zip(constant_names, constants, strict=True):
+            setattr(self, name, gl.constexpr(value))
 
 
 @gluon.jit
@@ -60,7 +180,7 @@ def _job(number, units, steps, STREAM: gl.constexpr):
         rest = units - waves * programs
         begin = program * rest * steps // programs
         end = (program + 1) * rest * steps // programs
-        if number == 0:  # leading steps, to be handed on
+        if number == 0:  # leading steps, which the next program takes over
             unit = waves * programs + end // steps
             first = 0
             last = end % steps
@@ -85,102 +205,99 @@ def _job(number, units, steps, STREAM: gl.constexpr):
 
 
 @gluon.jit
-def _produce(a_desc, b_desc, more_desc, a_tiles, b_tiles, more_tiles, full, empty, A, B, K, segments, length,
-             ROWS: gl.constexpr, B_TILE: gl.constexpr, MORE: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr,
-             GROUPS: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr, STREAM: gl.constexpr):
+def _produce(p, a_desc, b_desc, more_desc):
     """Keep every stage of shared memory filled, job after job."""
-    steps = gl.cdiv(length if SPLIT else K, BLOCK_K)
-    parts = segments if SPLIT else 1
-    units = gl.cdiv(A, ROWS * GROUPS) * gl.cdiv(B, B_TILE + MORE) * parts
+    steps = gl.cdiv(p.length if p.SPLIT else p.K, p.BLOCK_K)
+    parts = p.segments if p.SPLIT else 1
+    units = gl.cdiv(p.A, p.ROWS * p.GROUPS) * gl.cdiv(p.B, p.B_TILE + p.MORE) * parts
     step = 0
-    for number in range(_jobs(units, STREAM)):
-        unit, first, last = _job(number, units, steps, STREAM)
-        a0, b0 = _place(unit // parts, A, B, ROWS * GROUPS, B_TILE + MORE, GROUP)
-        base = unit % parts * length
+    for number in range(_jobs(units, p.STREAM)):
+        unit, first, last = _job(number, units, steps, p.STREAM)
+        a0, b0 = _place(unit // parts, p.A, p.B, p.ROWS * p.GROUPS, p.B_TILE + p.MORE, p.GROUP)
+        base = unit % parts * p.length
         for k in range(first, last):
-            stage = step % STAGES
-            mbarrier.wait(empty.index(stage), (step // STAGES + 1) & 1)
-            ready = full.index(stage)
-            mbarrier.expect(ready, 2 * BLOCK_K * (ROWS * GROUPS + B_TILE + MORE))
-            for c in gl.static_range(GROUPS):
-                tma.async_copy_global_to_shared(a_desc, [a0 + c * ROWS, base + k * BLOCK_K], ready,
-                                                a_tiles.index(stage * GROUPS + c))
-            tma.async_copy_global_to_shared(b_desc, [b0, base + k * BLOCK_K], ready, b_tiles.index(stage))
-            if MORE:
-                tma.async_copy_global_to_shared(more_desc, [b0 + B_TILE, base + k * BLOCK_K], ready,
-                                                more_tiles.index(stage))
+            stage = step % p.STAGES
+            mbarrier.wait(p.empty.index(stage), (step // p.STAGES + 1) & 1)
+            ready = p.full.index(stage)
+            mbarrier.expect(ready, 2 * p.BLOCK_K * (p.ROWS * p.GROUPS + p.B_TILE + p.MORE))
+            for c in gl.static_range(p.GROUPS):
+                tma.async_copy_global_to_shared(a_desc, [a0 + c * p.ROWS, base + k * p.BLOCK_K], ready,
+                                                p.a_tiles.index(stage * p.GROUPS + c))
+            tma.async_copy_global_to_shared(b_desc, [b0, base + k * p.BLOCK_K], ready, p.b_tiles.index(stage))
+            if p.MORE:
+                tma.async_copy_global_to_shared(more_desc, [b0 + p.B_TILE, base + k * p.BLOCK_K], ready,
+                                                p.more_tiles.index(stage))
             step += 1
 
 
 @gluon.jit
-def _chain(chain, more, first, last, step, a_tiles, b_tiles, more_tiles, full, empty, turn, NUMBER: gl.constexpr,
-           MORE: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr):
+def _chain(p, chain, more, first, last, step, NUMBER: gl.constexpr, PINGPONG: gl.constexpr):
     """Steps first to last of a tile's chains, two products in flight: the chains, and the number of the next step.
 
     Step 0 begins a chain and reads nothing of `chain`. `more` are the chains of MORE further columns.
     """
     for k in range(first, last):
-        stage = step % STAGES
-        mbarrier.wait(full.index(stage), step // STAGES & 1)
-        a = a_tiles.index(stage * GROUPS + NUMBER % GROUPS)
-        chain = warpgroup_mma(a, b_tiles.index(stage).permute((1, 0)), chain, use_acc=k > 0, is_async=True)
-        if MORE:
-            more = warpgroup_mma(a, more_tiles.index(stage).permute((1, 0)), more, use_acc=k > 0, is_async=True)
+        stage = step % p.STAGES
+        mbarrier.wait(p.full.index(stage), step // p.STAGES & 1)
+        a = p.a_tiles.index(stage * p.GROUPS + NUMBER % p.GROUPS)
+        chain = warpgroup_mma(a, p.b_tiles.index(stage).permute((1, 0)), chain, use_acc=k > 0, is_async=True)
+        if p.MORE:
+            more = warpgroup_mma(a, p.more_tiles.index(stage).permute((1, 0)), more, use_acc=k > 0, is_async=True)
             chain, more = warpgroup_mma_wait(2, (chain, more))
         else:
             chain = warpgroup_mma_wait(1, (chain,))
         if k > first:  # the last step's product has been made, so its tiles may be overwritten
-            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+            mbarrier.arrive(p.empty.index((step + p.STAGES - 1) % p.STAGES))
         step += 1
     if PINGPONG:  # no load of ours is waited for any more: the other group's tile is next
-        mbarrier.arrive(turn.index(1 - NUMBER))
-    if MORE:
+        mbarrier.arrive(p.turn.index(1 - NUMBER))
+    if p.MORE:
         chain, more = warpgroup_mma_wait(0, (chain, more))
     else:
         chain = warpgroup_mma_wait(0, (chain,))
-    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+    mbarrier.arrive(p.empty.index((step + p.STAGES - 1) % p.STAGES))
     return chain, more, step
 
 
 @gluon.jit
-def _store(y, y_ptr, a0, b0, A, B, ROWS: gl.constexpr, B_TILE: gl.constexpr, SWAP: gl.constexpr):
+def _store(p, y, y_ptr, a0, b0, WIDE: gl.constexpr):
+    """A tile of y, or of a segment's sums, with its first row of the high and of the wide side."""
     layout: gl.constexpr = y.type.layout
-    a_rows = a0 + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    b_rows = b0 + gl.arange(0, B_TILE, gl.SliceLayout(0, layout))
-    if SWAP:
-        place = a_rows[:, None] + b_rows.to(gl.int64)[None, :] * A
+    a_rows = a0 + gl.arange(0, p.ROWS, gl.SliceLayout(1, layout))
+    b_rows = b0 + gl.arange(0, WIDE, gl.SliceLayout(0, layout))
+    if p.SWAP:
+        place = a_rows[:, None] + b_rows.to(gl.int64)[None, :] * p.A
     else:
-        place = a_rows.to(gl.int64)[:, None] * B + b_rows[None, :]
-    gl.store(y_ptr + place, y, (a_rows < A)[:, None] & (b_rows < B)[None, :])
+        place = a_rows.to(gl.int64)[:, None] * p.B + b_rows[None, :]
+    gl.store(y_ptr + place, y, (a_rows < p.A)[:, None] & (b_rows < p.B)[None, :])
 
 
 @gluon.jit
-def _finish(total, staging, y_ptr, bias_ptr, a0, b0, A, B, ROWS: gl.constexpr, B_TILE: gl.constexpr,
-            SWAP: gl.constexpr, BIAS: gl.constexpr, STORE: gl.constexpr, STAGED: gl.constexpr):
+def _finish(p, total, staging, y_ptr, bias_ptr, a0, b0, WIDE: gl.constexpr, STAGED: gl.constexpr):
     """The bias, one rounding, the store; with STAGED it is turned in `staging`, shared memory that is ours."""
     layout: gl.constexpr = total.type.layout
-    if BIAS:
-        if SWAP:
-            a_rows = a0 + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-            total += gl.load(bias_ptr + a_rows, a_rows < A, 0.0).to(gl.float32)[:, None]
+    if p.BIAS:
+        if p.SWAP:
+            a_rows = a0 + gl.arange(0, p.ROWS, gl.SliceLayout(1, layout))
+            total += gl.load(bias_ptr + a_rows, a_rows < p.A, 0.0).to(gl.float32)[:, None]
         else:
-            b_rows = b0 + gl.arange(0, B_TILE, gl.SliceLayout(0, layout))
-            total += gl.load(bias_ptr + b_rows, b_rows < B, 0.0).to(gl.float32)[None, :]
+            b_rows = b0 + gl.arange(0, WIDE, gl.SliceLayout(0, layout))
+            total += gl.load(bias_ptr + b_rows, b_rows < p.B, 0.0).to(gl.float32)[None, :]
     y = total.to(y_ptr.dtype.element_ty)
-    if STORE:
-        WIDE: gl.constexpr = 32 if B_TILE > 128 else B_TILE // 8
+    if p.STORE:
+        LINE: gl.constexpr = 32 if WIDE > 128 else WIDE // 8
         turned: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
-        straight: gl.constexpr = gl.BlockedLayout([1, 8], [32 // WIDE, WIDE], [4, 1], [1, 0])
-        out: gl.constexpr = turned if SWAP else straight
+        straight: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LINE, LINE], [4, 1], [1, 0])
+        out: gl.constexpr = turned if p.SWAP else straight
         if STAGED:
-            lines = staging._reinterpret(y.dtype, [ROWS, B_TILE], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+            lines = staging._reinterpret(y.dtype, [p.ROWS, WIDE], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
             lines.store(y)
             y = lines.load(out)
         else:
             y = gl.convert_layout(y, out)
-        _store(y, y_ptr, a0, b0, A, B, ROWS, B_TILE, SWAP)
+        _store(p, y, y_ptr, a0, b0, WIDE)
     else:
-        _store(y, y_ptr, a0, b0, A, B, ROWS, B_TILE, SWAP)
+        _store(p, y, y_ptr, a0, b0, WIDE)
 
 
 @gluon.constexpr_function
@@ -225,51 +342,46 @@ def _slot(pointer, ROWS: gl.constexpr, WIDE: gl.constexpr):
 
 
 @gluon.jit
-def _consume(a_tiles, b_tiles, more_tiles, held, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A, B, K,
-             segments, length, NUMBER: gl.constexpr, ROWS: gl.constexpr, B_TILE: gl.constexpr, MORE: gl.constexpr,
-             BLOCK_K: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-             SWAP: gl.constexpr, CUT: gl.constexpr, HALVES: gl.constexpr, BIAS: gl.constexpr, STORE: gl.constexpr,
-             PINGPONG: gl.constexpr, SPLIT: gl.constexpr, STREAM: gl.constexpr):
+def _consume(p, y_ptr, bias_ptr, work_ptr, flag_ptr, NUMBER: gl.constexpr):
     """Group NUMBER's rows of each tile, or with PINGPONG all rows of every second tile."""
-    FIRST: gl.constexpr = NUMBER if PINGPONG else 0
-    TURNS: gl.constexpr = 2 if PINGPONG else 1
-    SIZE: gl.constexpr = ROWS * (B_TILE + MORE)
-    sums = held.index(NUMBER)
-    steps = gl.cdiv(length if SPLIT else K, BLOCK_K)
-    parts = segments if SPLIT else 1
-    units = gl.cdiv(A, ROWS * GROUPS) * gl.cdiv(B, B_TILE + MORE) * parts
-    mine = gl.program_id(0) * GROUPS + NUMBER % GROUPS
-    slot = _slot(work_ptr + mine * SIZE, ROWS, B_TILE)
-    more_slot = _slot(work_ptr + mine * SIZE + ROWS * B_TILE, ROWS, MORE)
+    FIRST: gl.constexpr = NUMBER if p.PINGPONG else 0
+    TURNS: gl.constexpr = 2 if p.PINGPONG else 1
+    SIZE: gl.constexpr = p.ROWS * (p.B_TILE + p.MORE)
+    sums = p.held.index(NUMBER)
+    steps = gl.cdiv(p.length if p.SPLIT else p.K, p.BLOCK_K)
+    parts = p.segments if p.SPLIT else 1
+    units = gl.cdiv(p.A, p.ROWS * p.GROUPS) * gl.cdiv(p.B, p.B_TILE + p.MORE) * parts
+    mine = gl.program_id(0) * p.GROUPS + NUMBER % p.GROUPS
+    slot = _slot(work_ptr + mine * SIZE, p.ROWS, p.B_TILE)
+    more_slot = _slot(work_ptr + mine * SIZE + p.ROWS * p.B_TILE, p.ROWS, p.MORE)
     step = FIRST * steps
     lap = 0
-    for number in range(FIRST, _jobs(units, STREAM), TURNS):
-        unit, first, last = _job(number, units, steps, STREAM)
+    for number in range(FIRST, _jobs(units, p.STREAM), TURNS):
+        unit, first, last = _job(number, units, steps, p.STREAM)
         if last > first:
-            a0, b0 = _place(unit // parts, A, B, ROWS * GROUPS, B_TILE + MORE, GROUP)
-            a0 += NUMBER % GROUPS * ROWS
-            if PINGPONG:  # a stage's phase tells our step from one two laps before only if all between have been made
-                mbarrier.wait(turn.index(NUMBER), (lap + 1 - NUMBER) & 1)
+            a0, b0 = _place(unit // parts, p.A, p.B, p.ROWS * p.GROUPS, p.B_TILE + p.MORE, p.GROUP)
+            a0 += NUMBER % p.GROUPS * p.ROWS
+            if p.PINGPONG:  # a stage's phase tells our step from one two laps before only if all between have been made
+                mbarrier.wait(p.turn.index(NUMBER), (lap + 1 - NUMBER) & 1)
                 lap += 1
-            chain = _nothing(ROWS, B_TILE)
-            more = _nothing(ROWS, MORE)
-            total = _nothing(ROWS, B_TILE // 2 if HALVES else B_TILE)
-            more_total = _nothing(ROWS, MORE)
-            if STREAM:  # noqa: SIM102 - the second condition is run-time
+            chain = _nothing(p.ROWS, p.B_TILE)
+            more = _nothing(p.ROWS, p.MORE)
+            total = _nothing(p.ROWS, p.B_TILE // 2 if p.HALVES else p.B_TILE)
+            more_total = _nothing(p.ROWS, p.MORE)
+            if p.STREAM:  # noqa: SIM102 - the second condition is run-time
                 if first > 0:  # what the program before us began
-                    while gl.atomic_cas(flag_ptr + mine - GROUPS, 1, 0, sem="acquire") == 0:
+                    while gl.atomic_cas(flag_ptr + mine - p.GROUPS, 1, 0, sem="acquire") == 0:
                         pass
                     barrier()
-                    chain = gl.load(slot - GROUPS * SIZE, cache_modifier=".cg")
-                    if MORE:
-                        more = gl.load(more_slot - GROUPS * SIZE, cache_modifier=".cg")
-            if CUT and not SPLIT:  # segments in sequence
-                each = length // BLOCK_K
+                    chain = gl.load(slot - p.GROUPS * SIZE, cache_modifier=".cg")
+                    if p.MORE:
+                        more = gl.load(more_slot - p.GROUPS * SIZE, cache_modifier=".cg")
+            if p.CUT and not p.SPLIT:  # segments in sequence
+                each = p.length // p.BLOCK_K
                 for start in range(0, steps, each):
-                    chain, more, step = _chain(chain, more, 0, gl.minimum(each, steps - start), step, a_tiles, b_tiles,
-                                               more_tiles, full, empty, turn, NUMBER, MORE, GROUPS, STAGES, False)
-                    if HALVES:
-                        chain_a, chain_b = _halves(chain, ROWS, B_TILE)
+                    chain, more, step = _chain(p, chain, more, 0, gl.minimum(each, steps - start), step, NUMBER, False)
+                    if p.HALVES:
+                        chain_a, chain_b = _halves(chain, p.ROWS, p.B_TILE)
                         total += chain_a
                         if start > 0:
                             chain_b += sums.load(chain_b.type.layout)
@@ -278,35 +390,32 @@ def _consume(a_tiles, b_tiles, more_tiles, held, full, empty, turn, y_ptr, bias_
                         total += chain
                         more_total += more
             else:
-                chain, more, step = _chain(chain, more, first, last, step, a_tiles, b_tiles, more_tiles, full, empty,
-                                           turn, NUMBER, MORE, GROUPS, STAGES, PINGPONG)
+                chain, more, step = _chain(p, chain, more, first, last, step, NUMBER, p.PINGPONG)
                 step += (TURNS - 1) * steps
             if last < steps:
                 gl.store(slot, chain)
-                if MORE:
+                if p.MORE:
                     gl.store(more_slot, more)
                 barrier()  # every thread's numbers are stored before one thread says so
                 gl.atomic_xchg(flag_ptr + mine, 1, sem="release")
-            elif SPLIT:
-                handed = gl.num_programs(0) * GROUPS * SIZE if STREAM else 0
-                part_ptr = work_ptr + handed + (unit % parts).to(gl.int64) * A * B
-                _store(chain, part_ptr, a0, b0, A, B, ROWS, B_TILE, SWAP)
-                if MORE:
-                    _store(more, part_ptr, a0, b0 + B_TILE, A, B, ROWS, MORE, SWAP)
+            elif p.SPLIT:
+                carried = gl.num_programs(0) * p.GROUPS * SIZE if p.STREAM else 0
+                part_ptr = work_ptr + carried + (unit % parts).to(gl.int64) * p.A * p.B
+                _store(p, chain, part_ptr, a0, b0, p.B_TILE)
+                if p.MORE:
+                    _store(p, more, part_ptr, a0, b0 + p.B_TILE, p.MORE)
             else:
-                if not CUT:
+                if not p.CUT:
                     total += chain
                     more_total += more
-                if HALVES:
-                    rest = _nothing(ROWS, B_TILE // 2) + sums.load(total.type.layout)
-                    _finish(total, sums, y_ptr, bias_ptr, a0, b0, A, B, ROWS, B_TILE // 2, SWAP, BIAS, STORE, not SWAP)
-                    _finish(rest, sums, y_ptr, bias_ptr, a0, b0 + B_TILE // 2, A, B, ROWS, B_TILE // 2, SWAP, BIAS,
-                            STORE, not SWAP)
+                if p.HALVES:
+                    rest = _nothing(p.ROWS, p.B_TILE // 2) + sums.load(total.type.layout)
+                    _finish(p, total, sums, y_ptr, bias_ptr, a0, b0, p.B_TILE // 2, not p.SWAP)
+                    _finish(p, rest, sums, y_ptr, bias_ptr, a0, b0 + p.B_TILE // 2, p.B_TILE // 2, not p.SWAP)
                 else:
-                    _finish(total, sums, y_ptr, bias_ptr, a0, b0, A, B, ROWS, B_TILE, SWAP, BIAS, STORE, False)
-                if MORE:
-                    _finish(more_total, sums, y_ptr, bias_ptr, a0, b0 + B_TILE, A, B, ROWS, MORE, SWAP, BIAS, STORE,
-                            False)
+                    _finish(p, total, sums, y_ptr, bias_ptr, a0, b0, p.B_TILE, False)
+                if p.MORE:
+                    _finish(p, more_total, sums, y_ptr, bias_ptr, a0, b0 + p.B_TILE, p.MORE, False)
 
 
 @gluon.jit(do_not_specialize=["M"])
@@ -329,8 +438,8 @@ def kernel(a_desc, b_desc, more_desc, y_ptr, bias_ptr, work_ptr, flag_ptr, M, N,
         if SPLIT:
             gdc_launch_dependents()
     GROUPS: gl.constexpr = 1 if PINGPONG else CONSUMERS
-    A = N if SWAP else M
-    B = M if SWAP else N
+    A = gl.to_tensor(N if SWAP else M)
+    B = gl.to_tensor(M if SWAP else N)
     a_tiles = gl.allocate_shared_memory(a_desc.dtype, [STAGES * GROUPS, ROWS, BLOCK_K], a_desc.layout)
     b_tiles = gl.allocate_shared_memory(b_desc.dtype, [STAGES, B_TILE, BLOCK_K], b_desc.layout)
     if MORE:
@@ -351,44 +460,19 @@ def kernel(a_desc, b_desc, more_desc, y_ptr, bias_ptr, work_ptr, flag_ptr, M, N,
     for number in gl.static_range(2):
         mbarrier.init(turn.index(number), count=1)
     fence_async_shared()
+    shared = (a_tiles, b_tiles, more_tiles, held, full, empty, turn)
+    sizes = (A, B, gl.to_tensor(K), gl.to_tensor(segments), gl.to_tensor(length))
+    p = Program(shared, sizes, (ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT, HALVES, BIAS, STORE,
+                                PINGPONG, SPLIT, STREAM))
     if CONSUMERS == 1:
-        gl.warp_specialize([
-            (_consume, (a_tiles, b_tiles, more_tiles, held, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A,
-                        B, K, segments, length, 0, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT,
-                        HALVES, BIAS, STORE, PINGPONG, SPLIT, STREAM)),
-            (_produce, (a_desc, b_desc, more_desc, a_tiles, b_tiles, more_tiles, full, empty, A, B, K, segments,
-                        length, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SPLIT, STREAM)),
-        ], [1], [24])
+        gl.warp_specialize([(_consume, (p, y_ptr, bias_ptr, work_ptr, flag_ptr, 0)),
+                            (_produce, (p, a_desc, b_desc, more_desc))], [1], [24])
     elif CONSUMERS == 2:
-        gl.warp_specialize([
-            (_consume, (a_tiles, b_tiles, more_tiles, held, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A,
-                        B, K, segments, length, 0, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT,
-                        HALVES, BIAS, STORE, PINGPONG, SPLIT, STREAM)),
-            (_consume, (a_tiles, b_tiles, more_tiles, held, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A,
-                        B, K, segments, length, 1, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT,
-                        HALVES, BIAS, STORE, PINGPONG, SPLIT, STREAM)),
-            (_produce, (a_desc, b_desc, more_desc, a_tiles, b_tiles, more_tiles, full, empty, A, B, K, segments,
-                        length, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SPLIT, STREAM)),
-        ], [4, 1], [REGISTERS, 24])
+        gl.warp_specialize([(_consume, (p, y_ptr, bias_ptr, work_ptr, flag_ptr, 0)),
+                            (_consume, (p, y_ptr, bias_ptr, work_ptr, flag_ptr, 1)),
+                            (_produce, (p, a_desc, b_desc, more_desc))], [4, 1], [REGISTERS, 24])
     else:
-        gl.warp_specialize([
-            (_consume, (a_tiles, b_tiles, more_tiles, held, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A,
-                        B, K, segments, length, 0, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT,
-                        HALVES, BIAS, STORE, PINGPONG, SPLIT, STREAM)),
-            (_consume, (a_tiles, b_tiles, more_tiles, held, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A,
-                        B, K, segments, length, 1, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT,
-                        HALVES, BIAS, STORE, PINGPONG, SPLIT, STREAM)),
-            (_consume, (a_tiles, b_tiles, more_tiles, held, full, empty, turn, y_ptr, bias_ptr, work_ptr, flag_ptr, A,
-                        B, K, segments, length, 2, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SWAP, CUT,
-                        HALVES, BIAS, STORE, PINGPONG, SPLIT, STREAM)),
-            (_produce, (a_desc, b_desc, more_desc, a_tiles, b_tiles, more_tiles, full, empty, A, B, K, segments,
-                        length, ROWS, B_TILE, MORE, BLOCK_K, GROUP, GROUPS, STAGES, SPLIT, STREAM)),
-        ], [4, 4, 1], [REGISTERS, REGISTERS, 24])
-
-
-def with_layout(descriptor) -> TensorDescriptor:
-    """A plain descriptor of a matrix as Gluon wants it: with the layout of its tiles in shared memory."""
-    block = list(descriptor.block_shape)
-    dtype = gl.bfloat16 if descriptor.base.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    return TensorDescriptor(descriptor.base, descriptor.shape, descriptor.strides, block, layout)
+        gl.warp_specialize([(_consume, (p, y_ptr, bias_ptr, work_ptr, flag_ptr, 0)),
+                            (_consume, (p, y_ptr, bias_ptr, work_ptr, flag_ptr, 1)),
+                            (_consume, (p, y_ptr, bias_ptr, work_ptr, flag_ptr, 2)),
+                            (_produce, (p, a_desc, b_desc, more_desc))], [4, 4, 1], [REGISTERS, REGISTERS, 24])

@@ -1,35 +1,28 @@
 """Which schedule for which shape and token count. A schedule decides speed, never a bit.
 
 A schedule is data: a kernel's kind, its tile and how it is walked, written as one line of text such as
-``pointer 16x32x256 warps=4 stages=5 group=1 swap split``. Tables of measured choices are shipped in
-data/schedules/<gpu>.json:
-
-    {"machine": "NVIDIA H200", "triton": "3.6.0", "torch": "2.11.0",
-     "matmul": {"bfloat16": {"N=4096,K=4096": {"16": "pointer ...", "64": "tma ..."}}}}
-
-A number beside a schedule is the largest token count it was measured best for. What no table covers follows a
-rule. A table that cannot be used costs speed and is warned about; the bits stay those of the order.
+``pointer 16x32x256 warps=4 stages=5 group=1 swap split``. Measured choices are in a GPU's table (kernels/tables.py);
+what no table covers follows a rule.
 """
 from __future__ import annotations
 
-import json
 import math
 import re
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
 from functools import cache
-from pathlib import Path
 
 import torch
 
+from ... import tables
 from ...op import Shape, dtype_name
+from .order import order
 
-FOLDER = Path(__file__).resolve().parents[3] / "data" / "schedules"
 _SWITCHES = {"pointer": ("swap", "split", "reduce"),
              "tma": ("swap", "split", "reduce", "persistent", "flatten", "store", "specialize"),
              "hopper": ("swap", "split", "reduce", "persistent", "store", "pingpong", "stream")}
 KINDS = tuple(_SWITCHES)
+SHARED = 227 * 1024  # bytes of shared memory that a block of sm_90 may use
 _SHARED = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}  # KiB a block may use
 _NEAR = 1.0  # how many doublings of N and K together a table's shape may be away
 
@@ -48,7 +41,7 @@ class Schedule:
     store       the result leaves by bulk copies as well (hopper: in whole lines, turned in shared memory)
     specialize  the compiler gives loads and products to different warps
     pingpong    hopper: each group of four warps has tiles of its own, and stores one while the other multiplies
-    stream      hopper: the last tiles are shared out evenly; a program hands the chain it began on to the next
+    stream      hopper: the last tiles are shared out evenly; a chain that a program began is carried over to the next
     """
 
     kind: str = "pointer"
@@ -102,63 +95,15 @@ class Schedule:
         """What the tiles in flight take of a block's shared memory, for numbers of two bytes."""
         return 2 * self.stages * self.block_k * (self.block_m + self.block_n)
 
-
-@cache
-def slug(index: int) -> str:
-    """GPU `index` as the name of its table: h200, h100, b200 and so on."""
-    name = torch.cuda.get_device_name(index)
-    known = re.search(r"\b([HABL]\d{2,3}|GH200|GB200|RTX.*)\b", name)
-    return re.sub(r"[^a-z0-9]+", "-", (known[1] if known else name.removeprefix("NVIDIA ")).lower()).strip("-")
+    @property
+    def waiting_bytes(self) -> int:
+        """Shared memory in which half of a tile's sums wait while the next segment fills the registers."""
+        large = self.kind == "hopper" and self.block_m * self.block_n > 64 * 192 * (self.warps // 4)
+        return 2 * self.block_m * self.block_n if large else 0
 
 
-_KIN = {"h100": ("h200",), "h200": ("h100",), "gh200": ("h200", "h100")}  # whose table serves where there is none
-
-
-def load(name: str, folder=None) -> dict:
-    """The table of one GPU: {op: {dtype: {(N, K): {tokens: Schedule}}}}; {} and a warning if it cannot be used."""
-    path = Path(folder or FOLDER) / f"{name}.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        return {op: {dtype: {_sizes(shape): _column(choices) for shape, choices in shapes.items()}
-                     for dtype, shapes in dtypes.items()}
-                for op, dtypes in raw.items() if isinstance(dtypes, dict)}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
-        warnings.warn(f"{path} cannot be used ({error}): products take schedules of a general rule, which may be "
-                      "slower. Their bits do not change. Run `python -m kernels tune` to measure new ones.",
-                      RuntimeWarning, stacklevel=2)
-        return {}
-
-
-def _sizes(shape: str) -> tuple[int, int]:
-    sizes = Shape.parse(shape)
-    if set(sizes) != {"N", "K"} or not all(type(v) is int and v > 0 for v in sizes.values()):
-        raise ValueError(f"a shape must read like 'N=4096,K=4096', got {shape!r}")
-    return sizes["N"], sizes["K"]
-
-
-def _column(choices) -> dict[int, Schedule]:
-    if not isinstance(choices, dict) or not choices:
-        raise ValueError(f"a shape needs at least one schedule, got {choices!r}")
-    column = dict(sorted((int(tokens), Schedule.parse(text)) for tokens, text in choices.items()))
-    if min(column) < 1:
-        raise ValueError(f"a token count must be at least 1, got {min(column)}")
-    return column
-
-
-@cache
-def _tables(index: int) -> dict:
-    """The table for GPU `index`: its own, or a near relative's; {} if there is none."""
-    if index < 0:
-        return {}
-    name = slug(index)
-    return next((table for table in map(load, (name, *_KIN.get(name, ()))) if table), {})
-
-
-def forget() -> None:
-    """Read the tables again at the next choice; the tuner calls it after writing one."""
-    _tables.cache_clear()
+class Unsuitable(ValueError):
+    """This schedule cannot carry out this product."""
 
 
 def choose(op: str, shape, dtype: torch.dtype, tokens: int, index: int = -1) -> Iterator[Schedule]:
@@ -176,10 +121,12 @@ def choose(op: str, shape, dtype: torch.dtype, tokens: int, index: int = -1) -> 
 
 
 def _measured(op, n, k, dtype, tokens, index) -> Iterator[Schedule]:
-    shapes = _tables(index).get(op, {})
+    shapes = tables.of_gpu(index, Schedule.parse).get(op, {})
     shapes = shapes.get(dtype_name(dtype)) or (shapes.get("bfloat16", {}) if dtype == torch.float16 else {})
+
     def distance(sizes):
         return abs(math.log2(sizes[0] / n)) + abs(math.log2(sizes[1] / k))
+
     for sizes in sorted((s for s in shapes if distance(s) <= _NEAR), key=distance)[:2]:
         column = shapes[sizes]
         yield column[next((bound for bound in column if tokens <= bound), max(column))]
@@ -220,3 +167,28 @@ def _guesses(n, dtype, tokens, tma, sms):
     if tma and tiles >= sms // 2:
         yield Schedule("tma", 128, 128, 64, warps=8, stages=4, split=tiles < sms, reduce=tiles < sms)
     yield Schedule("pointer", 64, 64, 64, warps=4, stages=4, split=tiles < sms, reduce=tiles < sms)
+
+
+def tested(n: int, k: int, dtype: torch.dtype, gpus: Iterable[int] = (-1,)) -> list[Schedule]:
+    """Schedules of every kind that can carry out the order of (n, k), those that are chosen on `gpus` among them."""
+    chosen = [s for tokens in (1 << i for i in range(18)) for index in gpus
+              for s in choose("matmul", Shape(N=n, K=k), dtype, tokens, index)]
+    if dtype == torch.float32:
+        tiles = [Schedule("pointer", *tile, warps=4, stages=2) for tile in ((16, 16, 16), (32, 64, 32), (64, 16, 32))]
+    else:
+        tiles = [Schedule("pointer", m, n, k, warps=w, stages=s) for m, n, k, w, s in (
+            (16, 16, 16, 1, 2), (16, 128, 64, 4, 3), (64, 32, 128, 4, 2), (128, 128, 64, 8, 3), (128, 64, 32, 4, 4))]
+        tiles += [Schedule("hopper", m, n, k, warps=w, stages=s, swap=swap, persistent=True, stream=stream)
+                  for m, n, k, w, s, swap, stream in (
+                      (128, 256, 64, 8, 3, False, False), (256, 128, 64, 8, 3, True, False),
+                      (16, 64, 64, 4, 8, True, True), (32, 128, 64, 8, 6, True, True), (64, 16, 64, 4, 8, False, True),
+                      (64, 160, 64, 4, 6, False, False), (64, 80, 64, 4, 8, False, True))]
+        tiles.append(Schedule("hopper", 128, 256, 64, warps=8, stages=3, persistent=True, store=True))
+    every = list(dict.fromkeys(chosen + tiles + [replace(s, swap=not s.swap) for s in tiles if s.kind == "pointer"]))
+    segments, length = order(n, k)
+    if segments > 1:
+        every += [replace(s, split=not s.split, reduce=False) for s in every
+                  if not (s.persistent or s.store or s.kind == "hopper")]
+        every += [replace(s, split=True, reduce=True) for s in every if s.kind == "hopper" or not s.persistent]
+        every = [s for s in every if not length % s.block_k and (s.split or length >= 2 * s.block_k and not s.stream)]
+    return list(dict.fromkeys(every))

@@ -109,7 +109,7 @@ def graded(nb) -> set[str]:
 
 def exercise_faults(nb, path):
     number = path.name[:2]
-    registered = {name for name in exercises.CHECKERS if name.startswith(f"{number}.")}
+    registered = {name for name in exercises.checkers() if name.startswith(f"{number}.")}
     if not 2 <= len(graded(nb)) <= 4:
         yield f"{len(graded(nb))} exercises; two to four"
     if not graded(nb) == set(solutions(nb)) == registered:

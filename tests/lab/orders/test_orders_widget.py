@@ -13,7 +13,7 @@ from kernels.lab.orders import chart as orders_chart
 from kernels.lab.orders import measure as orders
 from kernels.lab.orders.widget import LENGTHS, SumOrders
 from kernels.lab.widgets.base import SETTLE_SECONDS
-from kernels.lab.widgets.parts import png as _png
+from kernels.lab.widgets.parts import png
 from kernels.op import DTYPES
 
 
@@ -155,7 +155,7 @@ def test_overlaps_are_found():
 def test_it_is_a_thin_shell():
     widget = SumOrders(16, "bfloat16")
     figure, words = orders_chart.study(16, torch.bfloat16)
-    assert widget.chart.value == _png(figure)
+    assert widget.chart.value == png(figure)
     assert words in widget.words.value.replace("&#x27;", "'")
     assert repr(widget) == "SumOrders(16, 'bfloat16'): run this cell in JupyterLab to use it"
 
@@ -169,7 +169,7 @@ def test_every_control_redraws_the_chart():
         seen.add(widget.chart.value)
     assert len(seen) == 7
     others = [name for name in orders.KINDS if name != "split"]
-    assert widget.chart.value == _png(orders_chart.study(64, torch.float16, others, 8, True, 3)[0])
+    assert widget.chart.value == png(orders_chart.study(64, torch.float16, others, 8, True, 3)[0])
 
 
 def test_no_way_to_add_is_said_and_the_chart_stays():
@@ -197,7 +197,7 @@ def test_sliders_draw_once_when_let_go():
     assert not any(w.continuous_update for w in (widget.length, widget.spread, widget.seed))
 
 
-def test_many_changes_on_another_thread_are_drawn_once_and_at_home(monkeypatch):
+def test_many_changes_on_another_thread_are_drawn_once_and_by_its_own_thread(monkeypatch):
     drawn = []
 
     async def in_a_notebook():

@@ -15,20 +15,11 @@ from kernels.lab import records
 from kernels.lab.atlas import measure as atlas
 from kernels.lab.notebook import exercises
 from kernels.lab.notebook import run as notebook
-from kernels.lab.sources import (
-    chart as sources_chart,
-)
-from kernels.lab.sources import (
-    claims as sources,
-)
-from kernels.lab.sources import (
-    collectives as sources_collectives,
-)
-from kernels.lab.sources import device as device
-from kernels.lab.sources import (
-    host as sources_host,
-)
-from kernels.lab.sources import server as server
+from kernels.lab.sources import chart as sources_chart
+from kernels.lab.sources import claims as sources
+from kernels.lab.sources import collectives as sources_collectives
+from kernels.lab.sources import device, server
+from kernels.lab.sources import host as sources_host
 
 HERE = runtime.device()
 needs_triton = pytest.mark.skipif(bool(runtime.WHY_NOT), reason=runtime.WHY_NOT or "-")

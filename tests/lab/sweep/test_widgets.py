@@ -87,9 +87,9 @@ def test_a_sweep_gives_the_rows_the_plain_function_gives(out):
     widget = small(out, ("cuda", "python", "triton"))
     before = widget.chart.value
     ran(widget)
-    plan = sweep.Plan(OPS["rms_norm"], [1, 2, 4], ("cuda", "python", "triton"), [widget.dtype.value],
+    wanted = sweep.Sweep(OPS["rms_norm"], [1, 2, 4], ("cuda", "python", "triton"), [widget.dtype.value],
                       ["D=256,residual"], [widget.clock.value], 1, 2)
-    plain = pd.DataFrame([row for rows in sweep.sweep(plan, progress=False) for row in rows], columns=COLUMNS)
+    plain = pd.DataFrame([row for rows in sweep.sweep(wanted, progress=False) for row in rows], columns=COLUMNS)
     key = [*records.TOKEN_SWEEP.key, "same_bits", "elements_differ", "digest", "schedule", "repeats", "source"]
     assert list(widget.rows.columns) == COLUMNS
     pd.testing.assert_frame_equal(widget.rows[key], plain[key])
@@ -393,8 +393,8 @@ def test_its_text_form_is_one_line(out):
 
 
 def test_a_time_estimate_uses_what_points_took():
-    plan = sweep.Plan(OPS["rms_norm"], [1, 2], ("cuda",), shapes=["D=16"], passes=2, device=torch.device("cpu"))
-    clock = widgets._Clock(plan)
+    wanted = sweep.Sweep(OPS["rms_norm"], [1, 2], ("cuda",), shapes=["D=16"], passes=2, device=torch.device("cpu"))
+    clock = widgets._Clock(wanted)
     clock._last -= 3.0
     clock.tick()
     assert clock.text() == "1 of 4 points, about 9 s left"  # two unknown points and one known, at 3 s

@@ -1,21 +1,21 @@
-"""The tuner: few candidates that can run, no schedule that moves a bit, workers that hang are ended, whole files."""
+"""The tuner: few candidates that can run, no schedule that moves a bit is kept, whole files."""
 import json
 import math
-import sys
-import time
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
-from kernels import runtime
+from kernels import runtime, tables
 from kernels.lab import bench, records
+from kernels.lab.proofs import certificates as proofs
+from kernels.lab.proofs.certificates import CERTIFICATES, TRUSTED, prove
 from kernels.lab.tuning import tune
-from kernels.lab.tuning.tune import TRUSTED, best_schedule, candidates, certificates, fastest, prove, prove_all, store
-from kernels.ops.matmul import schedule as schedules
-from kernels.ops.matmul.op import order
-from kernels.ops.matmul.plan import waiting
+from kernels.lab.tuning.candidates import candidates
+from kernels.lab.tuning.tune import best_schedule, fastest, store
+from kernels.op import Op
+from kernels.ops.matmul.order import order
 from kernels.ops.matmul.schedule import Schedule
 
 needs_triton = pytest.mark.skipif(bool(runtime.WHY_NOT), reason=runtime.WHY_NOT or "Triton runs here")
@@ -23,13 +23,9 @@ SHAPES = ((4096, 4096), (28672, 4096), (1280, 8192), (512, 4096), (4096, 14336),
 GOOD = Schedule("pointer", 16, 16, 32, 1, 2)
 
 
-@pytest.fixture(autouse=True)
-def few_rows(monkeypatch):
-    """The interpreter takes a millisecond a program and step of k."""
-    monkeypatch.setattr(tune, "ROWS", 19)
-    tune._case.cache_clear()
-    yield
-    tune._case.cache_clear()
+def stored(folder) -> dict:
+    """The table of an H200 in this folder, as the ops read it."""
+    return tables.load("h200", Schedule.parse, folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -40,7 +36,7 @@ def test_candidates_suit_the_order_and_the_gpu(dtype):
             found = candidates(n, k, tokens, dtype)
             assert 8 <= len(found) <= 80 and len(set(found)) == len(found), (n, k, tokens, len(found))
             assert all(segments == 1 or length % s.block_k == 0 for s in found)
-            held = [waiting(s) if segments > 1 and not s.split else 0 for s in found]
+            held = [s.waiting_bytes if segments > 1 and not s.split else 0 for s in found]
             assert all(s.shared_bytes * dtype.itemsize // 2 + h <= 227 * 1024 for s, h in zip(found, held, strict=True))
             assert dtype == torch.float32 or any(held) == (segments > 1 and tokens > 128)
             assert segments == 1 or tokens > 1024 or any(s.split for s in found)
@@ -48,113 +44,6 @@ def test_candidates_suit_the_order_and_the_gpu(dtype):
 
 def test_a_gpu_without_bulk_copies_gets_no_candidates_with_them():
     assert {s.kind for tokens in tune.TOKENS for s in candidates(4096, 4096, tokens, tma=False)} == {"pointer"}
-
-
-@needs_triton
-def test_a_schedule_that_keeps_its_bits_is_certified():
-    rows = certificates(GOOD, 6, 20, torch.float32, runtime.device())
-    assert [row["input"] for row in rows] == list(tune.KINDS)
-    assert len({row["digest"] for row in rows}) == len(rows) and {row["trusted"] for row in rows} == {str(TRUSTED)}
-    assert set(rows[0]) == set(tune.CERTIFICATES.columns)
-    tune.check_trusted(6, 20, torch.float32, runtime.device(), columns=4)
-
-
-@needs_triton
-def test_a_schedule_that_moves_one_bit_is_not(monkeypatch):
-    real = tune.run_schedule
-
-    def off(schedule, x, weight, bias):
-        y = real(schedule, x, weight, bias)
-        if schedule != TRUSTED:
-            y[-1, -1] += 1
-        return y
-
-    monkeypatch.setattr(tune, "run_schedule", off)
-    with pytest.raises(RuntimeError, match="16x16x32.*moved bits of portable inputs"):
-        certificates(GOOD, 7, 20, torch.float32, runtime.device())
-
-
-@needs_triton
-def test_a_trusted_schedule_that_is_not_the_specification_is_noticed(monkeypatch):
-    real = tune.run_schedule
-    monkeypatch.setattr(tune, "run_schedule", lambda *a: -real(*a))
-    with pytest.raises(RuntimeError, match="trusted schedule and the specification differ on portable"):
-        tune.check_trusted(8, 20, torch.float32, runtime.device(), columns=4)
-
-
-@pytest.mark.parametrize("n, k", [(1, 33), (4096, 4096), (6144, 14336), (28672, 4096), (128256, 8192), (5001, 5001),
-                                  (512, 4096), (1280, 8192), (2048, 1000)])
-def test_a_stand_in_has_the_same_order_and_remainders(n, k):
-    small, short = tune.stand_in(n, k)
-    assert small <= 4351 and (short <= 4607 or order(n, k)[0] > 1)
-    assert order(small, short) == (order(n, k) if order(n, k)[0] > 1 else (1, short))
-    for block in (16, 32, 64, 128, 256, 512):
-        assert (short % block == 0) == (k % block == 0) and (block > 256 or (small % block == 0) == (n % block == 0))
-
-
-@needs_triton
-def test_the_residue_shows_a_last_bit_that_rounding_hides():
-    """One in the 24th bit of a sum: lost in bfloat16, plain once the rounded product has been taken away."""
-    (x, weight, bias), _ = tune._case(64, 40, torch.bfloat16, "residue", runtime.device())
-    with_bias, without = (tune.run_schedule(TRUSTED, x, weight, b).float() for b in (bias, None))
-    total = x.double() @ weight.double().t()
-    assert (with_bias.double() - (total + bias.double())).abs().max() < 1e-4 * total.abs().max()
-    assert 0 < with_bias.abs().max() <= without.abs().max() * 2.0**-8
-
-
-# workers
-
-
-ECHO = "import sys\nfor line in sys.stdin:\n    print({!r} if 'bad' in line else '\"\"', flush=True)\n"
-
-
-def workers(monkeypatch, script):
-    class Worker(tune._Process):
-        started = 0
-
-        def start(self):
-            Worker.started += 1
-            import subprocess
-            self.process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE,
-                                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-
-    monkeypatch.setattr(tune, "_Process", Worker)
-    return Worker
-
-
-def test_answers_come_in_the_order_of_the_jobs(monkeypatch):
-    workers(monkeypatch, ECHO.format('"ValueError: no"'))
-    seen = []
-    jobs = [{"schedule": "bad" if i % 3 == 0 else "fine"} for i in range(12)]
-    answers = prove_all(jobs, 2, progress=lambda done, total: seen.append((done, total)))
-    assert answers == ["ValueError: no" if i % 3 == 0 else "" for i in range(12)]
-    assert sorted(seen) == [(i + 1, 12) for i in range(12)]
-
-
-def test_a_broken_context_gets_a_new_process(monkeypatch):
-    worker = workers(monkeypatch, ECHO.format('"RuntimeError: CUDA error: an illegal access"'))
-    assert prove_all([{"schedule": "bad"}, {"schedule": "fine"}], 1)[1] == ""
-    assert worker.started == 2
-
-
-def test_a_job_that_hangs_is_ended_and_the_next_one_runs(monkeypatch):
-    script = ECHO.format("x").replace("print", "import time; 'bad' in line and time.sleep(60); print")
-    workers(monkeypatch, script.replace("'x' if 'bad' in line else '\"\"'", "'\"\"'"))
-    start = time.monotonic()
-    answers = prove_all([{"schedule": "bad"}, {"schedule": "fine"}], 1, limit_s=2)
-    assert answers == ["the process died or took too long", ""] and time.monotonic() - start < 30
-
-
-def test_jobs_after_the_deadline_are_not_begun(monkeypatch):
-    workers(monkeypatch, ECHO.format("x"))
-    assert prove_all([{"schedule": "fine"}] * 3, 1, deadline=time.monotonic() - 1) == ["not begun in time"] * 3
-
-
-@pytest.mark.skipif(not runtime.HAS_TRITON or runtime.HAS_GPU, reason="a worker without a GPU")
-def test_a_real_worker_answers_with_what_went_wrong():
-    job = {"schedule": str(GOOD), "n": 8, "k": 16, "dtype": "float32"}
-    answer, = prove_all([job], 1)
-    assert "Unavailable" in answer and "no GPU" in answer
 
 
 # timing and keeping
@@ -191,7 +80,7 @@ def test_what_is_stored_is_what_is_chosen_and_the_rest_stays(tmp_path):
     store("h200", "bfloat16", "N=4096,K=4096", {16: GOOD, 64: TRUSTED}, tmp_path)
     store("h200", "bfloat16", "N=512,K=4096", {16: TRUSTED}, tmp_path)
     path = store("h200", "bfloat16", "N=4096,K=4096", {16: TRUSTED}, tmp_path)
-    assert schedules.load("h200", tmp_path) == {"matmul": {"bfloat16": {(4096, 4096): {16: TRUSTED, 64: TRUSTED},
+    assert stored(tmp_path) == {"matmul": {"bfloat16": {(4096, 4096): {16: TRUSTED, 64: TRUSTED},
                                                                          (512, 4096): {16: TRUSTED}}}}
     table = json.loads(path.read_text())
     assert table["machine"] == records.this_machine()["device"] and table["torch"] == torch.__version__
@@ -201,14 +90,14 @@ def test_what_is_stored_is_what_is_chosen_and_the_rest_stays(tmp_path):
 def test_a_damaged_table_is_moved_aside(text, tmp_path, capsys):
     (tmp_path / "h200.json").write_text(text)
     store("h200", "bfloat16", "N=4096,K=4096", {16: GOOD}, tmp_path)
-    assert schedules.load("h200", tmp_path) == {"matmul": {"bfloat16": {(4096, 4096): {16: GOOD}}}}
+    assert stored(tmp_path) == {"matmul": {"bfloat16": {(4096, 4096): {16: GOOD}}}}
     assert (tmp_path / "h200.json.damaged").read_text() == text and "is damaged" in capsys.readouterr().out
 
 
 def test_an_interrupted_write_leaves_the_old_table(tmp_path, monkeypatch):
     path = store("h200", "bfloat16", "N=4096,K=4096", {16: GOOD}, tmp_path)
     before = path.read_bytes()
-    monkeypatch.setattr(records.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         store("h200", "bfloat16", "N=4096,K=4096", {16: TRUSTED}, tmp_path)
     assert path.read_bytes() == before and not list(tmp_path.glob("*.tmp"))
@@ -234,31 +123,32 @@ def test_a_shape_of_another_form_is_refused(text, capsys):
 def test_several_shapes_are_proved_together_and_stored_one_by_one(monkeypatch, tmp_path, capsys):
     """The command, with three candidates: one that would cost a bit, and one that the order of one shape forbids."""
     few = [GOOD, replace(GOOD, block_m=32), replace(GOOD, block_n=32)]
-    real, here = tune.run_schedule, runtime.device()
-    def off(schedule, x, weight, bias=None):
-        return real(schedule, x, weight, bias) + (schedule == few[1])
+    real, here = Op.run_schedule, runtime.device()
+    monkeypatch.setattr(proofs, "ROWS", 19)
+    def off(op, schedule, *given):
+        return real(op, schedule, *given) + (schedule == few[1])
     def in_this_process(jobs, workers, progress):
         asked.extend(jobs)
         return [_answer(job, here) for job in jobs]
     asked: list = []
-    monkeypatch.setattr(tune, "run_schedule", off)
+    monkeypatch.setattr(Op, "run_schedule", off)
     monkeypatch.setattr(tune, "prove_all", in_this_process)
     monkeypatch.setattr(tune, "candidates", lambda *a, **k: few)
     monkeypatch.setattr(tune, "fastest", partial(tune.fastest, repeats=1))
     monkeypatch.setattr(tune.runtime, "HAS_GPU", True)
     monkeypatch.setattr(tune.runtime, "has_pdl", lambda index: False)
     monkeypatch.setattr(tune.runtime, "device", lambda: here)
-    monkeypatch.setattr(schedules, "slug", lambda index: "h200")
+    monkeypatch.setattr(runtime, "slug", lambda index: "h200")
     monkeypatch.setattr(records, "this_machine", lambda: {"device": "a GPU", "torch": "1", "triton": "1"})
     command = ["--shape", "6,4", "9,4", "--tokens", "2", "3", "--dtype", "float32", "--out", str(tmp_path),
                "--machine", "here"]
     assert tune.main(command) == 0
-    table = schedules.load("h200", tmp_path / "schedules")["matmul"]["float32"]
+    table = stored(tmp_path / "schedules")["matmul"]["float32"]
     assert set(table) == {(6, 4), (9, 4)} and all(set(column) == {2, 3} for column in table.values())
     assert all(schedule in (few[0], few[2]) for column in table.values() for schedule in column.values())
-    rows = tune.CERTIFICATES.read(tmp_path / "here")
+    rows = CERTIFICATES.read(tmp_path / "here")
     kept = {(shape, str(schedule)) for shape, column in table.items() for schedule in column.values()}
-    assert len(asked) == 6 and len(rows) == len(kept) * len(tune.KINDS)
+    assert len(asked) == 6 and len(rows) == len(kept) * len(proofs.KINDS)
     assert rows.groupby(["shape", "input"]).digest.nunique().max() == 1
     assert capsys.readouterr().out.count("left out") == 2
 
@@ -276,7 +166,7 @@ def test_a_small_shape_is_tuned_from_end_to_end(tmp_path, monkeypatch, capsys):
     few = [GOOD, replace(GOOD, block_k=64), Schedule("tma", 64, 64, 64)]
     monkeypatch.setattr(tune, "candidates", lambda *a, **k: few)
     assert tune.main(["--shape", "512,1024", "--tokens", "4", "70", "--out", str(tmp_path), "--machine", "here"]) == 0
-    table = schedules.load(schedules.slug(runtime.device().index), tmp_path / "schedules")
+    table = tables.load(runtime.slug(runtime.device().index), Schedule.parse, tmp_path / "schedules")
     assert set(table["matmul"]["bfloat16"][512, 1024]) == {4, 70}
-    assert len(tune.CERTIFICATES.read(tmp_path / "here")) >= len(tune.KINDS)
+    assert len(CERTIFICATES.read(tmp_path / "here")) >= len(proofs.KINDS)
     assert "compiled and compared" in capsys.readouterr().out

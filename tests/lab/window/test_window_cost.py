@@ -9,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from kernels import runtime
 from kernels.lab import bench, records
 from kernels.lab.window import measure as window_cost
-from kernels.lab.window.measure import VERIFY_COST, Ceilings
-from kernels.model.llama import PRESETS, Llama
+from kernels.lab.window.measure import VERIFY_COST, Ceilings, Watch
+from kernels.model.config import PRESETS
+from kernels.model.llama import Llama
 
 CEILINGS = Ceilings(copy_gbytes_per_s=20.0, matmul_tflops=0.1)
 CURVES = window_cost.curves_on(runtime.device())
@@ -55,20 +56,21 @@ def test_percentiles_are_those_of_the_timed_runs_after_the_warm_ups(monkeypatch)
 
 def test_callbacks_see_every_row_and_every_round():
     seen, counted = [], []
-    rows = measure(windows=(1, 2), on_point=seen.append, on_run=lambda done, total: counted.append((done, total)))
+    watch = Watch(on_point=seen.append, on_run=lambda done, total: counted.append((done, total)))
+    rows = measure(windows=(1, 2), watch=watch)
     assert seen == rows.to_dict("records")
     assert counted == [(i, 8) for i in range(1, 9)]
 
 
 def test_stop_ends_after_the_round_and_keeps_the_finished_windows():
-    stop = threading.Event()
+    stop, counted = threading.Event(), []
 
-    def watch(done, total):
+    def on_run(done, total):
+        counted.append(done)
         if done == 6:  # the second of the second window's four rounds
             stop.set()
 
-    counted = []
-    rows = measure(windows=(1, 2, 4), stop=stop, on_run=lambda *n: (counted.append(n), watch(*n)))
+    rows = measure(windows=(1, 2, 4), watch=Watch(on_run=on_run, stop=stop))
     assert list(rows.tokens.unique()) == [1]
     assert len(counted) == 6
 
@@ -76,14 +78,14 @@ def test_stop_ends_after_the_round_and_keeps_the_finished_windows():
 def test_a_stop_set_beforehand_measures_nothing():
     stop = threading.Event()
     stop.set()
-    assert measure(stop=stop, model=Llama("tiny")).empty
+    assert measure(watch=Watch(stop=stop), model=Llama("tiny")).empty
 
 
 def test_rows_of_this_code_are_not_measured_again():
     first = measure(windows=(1, 2))
     older = first.assign(source="0123456789ab")
     counted = []
-    again = measure(windows=(1, 2, 3), done=first, on_run=lambda *n: counted.append(n))
+    again = measure(windows=(1, 2, 3), done=first, watch=Watch(on_run=lambda *n: counted.append(n)))
     assert list(again.tokens.unique()) == [3] and len(counted) == 4
     assert list(measure(windows=(1, 2), done=older).tokens.unique()) == [1, 2]
     assert measure(windows=(2, 1), done=first).empty
@@ -141,7 +143,7 @@ def test_a_window_that_does_not_fit_names_the_sizes(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     model = Llama("tiny")
-    monkeypatch.setattr(window_cost, "_paper", full)
+    monkeypatch.setattr(window_cost, "paper_pass", full)
     with pytest.raises(MemoryError, match=r"window of 8 tokens does not fit beside tiny, whose weights take 0\.0 GB"):
         measure(windows=(8,), model=model)
 
@@ -220,4 +222,4 @@ def test_the_command_refuses_what_it_cannot_record(arguments, tmp_path, capsys):
 @pytest.mark.parametrize("ops", ["default", "invariant"])
 def test_the_graph_chooses_the_token_that_eager_code_does(ops):
     model = Llama("tiny", ops=ops, dtype=torch.float32)
-    assert window_cost._graph(model, 8)() == window_cost._paper(model, 8)()
+    assert window_cost.graph_pass(model, 8)() == window_cost.paper_pass(model, 8)()

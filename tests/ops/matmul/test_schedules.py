@@ -8,12 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import runtime
+from kernels import runtime, tables
 from kernels.op import DTYPES
 from kernels.ops.matmul import schedule as schedules
-from kernels.ops.matmul.op import order
-from kernels.ops.matmul.plan import waiting
-from kernels.ops.matmul.schedule import KINDS, Schedule, choose, load, rule
+from kernels.ops.matmul.order import order
+from kernels.ops.matmul.schedule import KINDS, SHARED, Schedule, choose, rule
 
 FAST = Schedule("tma", 128, 256, 64, warps=8, stages=4, persistent=True, flatten=True)
 SLOW = Schedule("pointer", 16, 32, 128, warps=4, stages=4, group=1, swap=True, split=True)
@@ -34,12 +33,12 @@ def shapes(**choices):
 @pytest.fixture
 def on_an_h200(monkeypatch, tmp_path):
     """GPU 0 is an H200 whose tables are in tmp_path."""
-    monkeypatch.setattr(schedules, "FOLDER", tmp_path)
-    monkeypatch.setattr(schedules, "slug", lambda index: "h200")
+    monkeypatch.setattr(tables, "FOLDER", tmp_path)
+    monkeypatch.setattr(tables, "slug", lambda index: "h200")
     monkeypatch.setattr(schedules, "_gpu", lambda index: ((9, 0), 132))
-    schedules.forget()
+    tables.forget()
     yield tmp_path
-    schedules.forget()
+    tables.forget()
 
 
 @given(many)
@@ -124,8 +123,8 @@ def test_a_near_shape_serves_and_a_far_one_does_not(on_an_h200):
 def test_a_relative_of_the_gpu_serves(on_an_h200, monkeypatch):
     written(on_an_h200, matmul=shapes(N_4096x4096={"16": str(SLOW)}))
     for name, serves in (("h100", True), ("gh200", True), ("a100", False)):
-        monkeypatch.setattr(schedules, "slug", lambda index, name=name: name)
-        schedules.forget()
+        monkeypatch.setattr(tables, "slug", lambda index, name=name: name)
+        tables.forget()
         assert (next(choose("matmul", "N=4096,K=4096", torch.bfloat16, 4, 0)) == SLOW) == serves
 
 
@@ -161,27 +160,29 @@ def test_a_damaged_table_costs_speed_and_says_so(case, on_an_h200):
 def test_no_table_is_no_reason_to_warn(on_an_h200):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert load("h200") == {} and list(choose("matmul", "N=4096,K=4096", torch.bfloat16, 4, 0))
+        assert tables.load("h200", Schedule.parse) == {}
+        assert list(choose("matmul", "N=4096,K=4096", torch.bfloat16, 4, 0))
 
 
 def test_shipped_tables_are_sound():
     """Every stored schedule suits its shape: its block of k divides the order's segments, and it fits in memory."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tables = {path.stem: load(path.stem) for path in sorted(schedules.FOLDER.glob("*.json"))}
-    for table in tables.values():
+        shipped = [tables.load(path.stem, Schedule.parse) for path in sorted(tables.FOLDER.glob("*.json"))]
+    assert shipped
+    for table in shipped:
         assert set(table) == {"matmul"}
         for dtype, columns in table["matmul"].items():
             for (n, k), column in columns.items():
                 segments, length = order(n, k)
                 for schedule in column.values():
                     assert segments == 1 or length % schedule.block_k == 0, (n, k, schedule)
-                    held = waiting(schedule) if segments > 1 and not schedule.split else 0
+                    held = schedule.waiting_bytes if segments > 1 and not schedule.split else 0
                     size = schedule.shared_bytes * DTYPES[dtype].itemsize // 2 + held
-                    assert size <= 227 * 1024, (n, k, schedule)
+                    assert size <= SHARED, (n, k, schedule)
 
 
 @pytest.mark.gpu
 def test_the_table_of_this_gpu_is_named_after_it():
-    name = schedules.slug(runtime.device().index)
+    name = runtime.slug(runtime.device().index)
     assert name and name == name.lower() and " " not in name

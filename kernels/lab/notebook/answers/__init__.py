@@ -1,0 +1,1 @@
+"""The checkers of the notebooks' exercises, one file a notebook."""

@@ -1,0 +1,201 @@
+"""Certificates: schedules of the matrix product whose bits were compared with those of one trusted schedule.
+
+The trusted schedule is held to the specification on a few elements, every other one to the trusted schedule on whole
+results, over adversarial inputs. Schedules are compared in processes of their own, because a kernel that hangs or
+reads outside its arguments breaks the process it runs in. Rows go to certificates.csv; `python -m kernels tune`
+writes them.
+"""
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from ... import bits, runtime
+from ...op import DTYPES, Shape, dtype_name
+from ...ops.matmul.op import matmul as op
+from ...ops.matmul.order import chain, order
+from ...ops.matmul.schedule import Schedule
+from .. import provenance, records
+
+TRUSTED = Schedule("pointer", 32, 32, 32, warps=4, stages=2)
+ROWS = 259  # of an input to prove on: whole tiles of every schedule, and three more
+STREAM_ROWS = 1283  # enough tiles that programs carry chains over to one another
+KINDS = ("portable", "residue", "cancellation", "wide", "subnormal", "signed_zero")
+CERTIFICATES = records.Table(
+    "certificates.csv",
+    ("op", "dtype", "shape", "schedule", "tokens", "input", "digest", "trusted", "recorded_at", "source"),
+    ("op", "dtype", "shape", "schedule", "tokens", "input"),
+)
+
+
+@cache
+def _weight(n: int, k: int, dtype: torch.dtype, device) -> torch.Tensor:
+    return op.inputs(0, Shape(N=n, K=k), dtype, device)[1]
+
+
+@cache
+def _case(n: int, k: int, dtype: torch.dtype, kind: str, device, rows: int = ROWS) -> tuple[tuple, torch.Tensor]:
+    """Arguments of this kind of input, and the trusted schedule's result for them.
+
+    `residue` subtracts the rounded product again, as a bias: what is left are the last bits of the sum in float32,
+    which the rounding to 16 bits would hide.
+    """
+    weight, bias = _weight(n, k, dtype, device), None
+    if kind == "portable":
+        x = op.inputs(rows, Shape(N=1, K=k), dtype, device)[0]
+    elif kind == "residue":
+        x = op.inputs(1, Shape(N=1, K=k), dtype, device)[0].repeat(rows, 1)
+        bias = -op.run_schedule(TRUSTED, x[:1], weight)[0]
+    else:
+        x = bits.adversarial(kind, rows, k, dtype, device, 7)
+    return (x, weight, bias), op.run_schedule(TRUSTED, x, weight, bias)
+
+
+def stand_in(n: int, k: int) -> tuple[int, int]:
+    """A weight with the order and the remainders of (n, k), small enough for every process to hold."""
+    short = k if k <= 4096 or order(n, k)[0] > 1 else 4096 + k % 512
+    return n if n <= 4096 else 4096 + n % 256, short
+
+
+def prove(schedule: Schedule, n: int, k: int, dtype: torch.dtype, device) -> None:
+    """Compare the schedule with the trusted one, over adversarial inputs.
+
+    Raises whatever the schedule raises, and RuntimeError if a bit moved.
+    """
+    n, k = stand_in(n, k)
+    for kind in KINDS:
+        given, trusted = _case(n, k, dtype, kind, device, _rows(schedule))
+        if not bits.same_bits(op.run_schedule(schedule, *given), trusted):
+            raise RuntimeError(f"{schedule} moved bits of {kind} inputs")
+
+
+def certificates(schedule: Schedule, n: int, k: int, dtype: torch.dtype, device) -> list[dict]:
+    """What `prove` compares, as rows of certificates.csv: one a kind of input. Raises RuntimeError if a bit moved."""
+    prove(schedule, n, k, dtype, device)
+    (n, k), rows = stand_in(n, k), _rows(schedule)
+    same = {"op": "matmul", "dtype": dtype_name(dtype), "shape": f"N={n},K={k}", "schedule": str(schedule),
+            "tokens": rows, "trusted": str(TRUSTED), "recorded_at": records.now(), "source": provenance.of_op(op)}
+    results = {kind: op.run_schedule(schedule, *_case(n, k, dtype, kind, device, rows)[0]) for kind in KINDS}
+    return [{**same, "input": kind, "digest": bits.digest(y)} for kind, y in results.items()]
+
+
+def _rows(schedule: Schedule) -> int:
+    return STREAM_ROWS if schedule.stream else ROWS
+
+
+def check_trusted(n: int, k: int, dtype: torch.dtype, device, tokens: int = 3, columns: int = 64) -> None:
+    """Hold the trusted schedule to the specification on a few elements. Raises RuntimeError if they differ."""
+    n, k = stand_in(n, k)
+    for kind in KINDS:
+        (x, weight, bias), _ = _case(n, k, dtype, kind, device)
+        y = op.run_schedule(TRUSTED, x, weight, bias)[:tokens, :columns]
+        if not bits.same_bits(y, _elements(x[:tokens], weight, bias, columns)):
+            raise RuntimeError(f"the trusted schedule and the specification differ on {kind} inputs at N={n}, K={k}")
+
+
+def _elements(x, weight, bias, columns):
+    """The specification's first columns, in the order of the whole weight: fewer rows would have another one."""
+    segments, length = order(*weight.shape)
+    columns = min(columns, len(weight))
+    total = torch.zeros(len(x), columns, dtype=torch.float32, device=x.device)
+    for start in range(0, segments * length, length):
+        total = total + chain(x[:, start : start + length], weight[:columns, start : start + length])
+    return (total if bias is None else total + bias[:columns].float()).to(x.dtype)
+
+
+# compiling and comparing in processes
+
+
+class _Process:
+    """One worker: it is killed and started again when a job hangs or breaks it."""
+
+    def __init__(self):
+        self.start()
+
+    def start(self):
+        command = [sys.executable, "-m", "kernels.lab.proofs.certificates", "--worker"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL, text=True, cwd=records.ROOT,
+                                        env={**os.environ, "TRITON_INTERPRET": "0"})
+
+    def ask(self, job: dict, limit_s: float):
+        timer = threading.Timer(limit_s, self.process.kill)
+        timer.start()
+        try:
+            self.process.stdin.write(json.dumps(job) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        timer.cancel()
+        answer = json.loads(line) if line else "the process died or took too long"
+        if not line or "CUDA error" in answer or "illegal" in answer:  # a broken context fails every later job
+            self.stop()
+            self.start()
+        return answer
+
+    def stop(self):
+        self.process.kill()
+        self.process.communicate()
+
+
+def prove_all(jobs: list[dict], workers: int, limit_s: float = 60, deadline: float | None = None,
+              progress: Callable[[int, int], None] = lambda done, total: None) -> list:
+    """A line of text for each job that says what is wrong with it, "" if it keeps its bits, in the order of the jobs.
+
+    A job is a dict with the arguments of `prove` as text and numbers: schedule, n, k and dtype. Jobs still waiting at
+    `deadline` (of time.monotonic) are not begun.
+    """
+    waiting, answers, finished = queue.SimpleQueue(), ["not begun in time"] * len(jobs), [0]
+    for number in range(len(jobs)):
+        waiting.put(number)
+
+    def work():
+        process = _Process()
+        try:
+            while deadline is None or time.monotonic() < deadline:
+                number = waiting.get_nowait()
+                left = limit_s if deadline is None else min(limit_s, max(deadline - time.monotonic(), 1))
+                answers[number] = process.ask(jobs[number], left)
+                finished[0] += 1
+                progress(finished[0], len(jobs))
+        except queue.Empty:
+            pass
+        finally:
+            process.stop()
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(workers, len(jobs)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return answers
+
+
+def _worker() -> None:
+    """Jobs as JSON lines from stdin, one answer a line to stdout; anything else that prints goes to stderr."""
+    out, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        job = json.loads(line)
+        try:
+            prove(Schedule.parse(job["schedule"]), job["n"], job["k"], DTYPES[job["dtype"]], runtime.device())
+            torch.cuda.synchronize()
+            answer = ""
+        except Exception as error:  # noqa: BLE001 - one candidate's failure is that candidate's answer
+            answer = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        print(json.dumps(answer), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--worker"]:
+        sys.exit("error: `python -m kernels tune` starts this file as its worker")
+    _worker()

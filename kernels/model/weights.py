@@ -1,0 +1,43 @@
+"""Weights for a model: random ones with the same bits on every machine, or those of a transformers model."""
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping
+
+import torch
+
+from .. import bits
+
+
+def random_weights(seed: int, dtype: torch.dtype, device) -> Callable[[str, tuple], torch.Tensor]:
+    """(name, shape) -> a weight with the same bits on every machine, made where it will stay.
+
+    A matrix keeps its input's size (standard deviation about 1 / sqrt(in)); a norm's weights lie around 1.
+    """
+    def weight(name, shape):
+        own_seed = zlib.crc32(f"{seed}.{name}".encode()) >> 1
+        if len(shape) == 1:
+            return 1 + bits.portable(1, *shape, dtype, device, own_seed)[0] / 4
+        return bits.portable(*shape, dtype, device, own_seed, scale=round(math.log2(3 / math.sqrt(shape[1]))))
+    return weight
+
+
+_IN_TRANSFORMERS = {
+    "embedding": ["model.embed_tokens"], "norm": ["model.norm"], "head": ["lm_head"],
+    "attention_norm": ["model.layers.{}.input_layernorm"],
+    "qkv": [f"model.layers.{{}}.self_attn.{x}_proj" for x in "qkv"],
+    "output": ["model.layers.{}.self_attn.o_proj"],
+    "mlp_norm": ["model.layers.{}.post_attention_layernorm"],
+    "gate_up": [f"model.layers.{{}}.mlp.{x}_proj" for x in ("gate", "up")],
+    "down": ["model.layers.{}.mlp.down_proj"],
+}
+
+
+def transformers_weights(state: Mapping[str, torch.Tensor], dtype: torch.dtype, device):
+    """(name, shape) -> a weight out of the state dict of transformers' LlamaForCausalLM (or its safetensors)."""
+    def weight(name, shape):
+        layer, _, part = name.rpartition(".")
+        pieces = [state[f"{piece.format(layer)}.weight"] for piece in _IN_TRANSFORMERS[part]]
+        return torch.cat(pieces).to(device, dtype)
+    return weight

@@ -1,0 +1,76 @@
+"""What shapes decide of a product, and what every kind of schedule asks of it."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from . import order as orders
+from .order import Order
+from .schedule import Schedule, Unsuitable
+
+
+@dataclass(frozen=True)
+class Product:
+    """y (m, n) = x (m, k) @ weight (n, k).T + bias, in an order.
+
+    x_strides, weight_strides  in elements
+    bias                       whether there is one
+    multiprocessors            of the GPU
+    adder                      in Triton's interpreter, whose product has NumPy's order: the dtype to add as, else ""
+    """
+
+    m: int
+    n: int
+    k: int
+    dtype: torch.dtype
+    x_strides: tuple[int, int]
+    weight_strides: tuple[int, int]
+    order: Order
+    bias: bool
+    multiprocessors: int = 132
+    adder: str = ""
+
+    @classmethod
+    def of(cls, x, weight, bias, order, multiprocessors: int = 132, adder: str = "") -> Product:
+        """The product of these arguments; an x of more or fewer dimensions than two is read as contiguous rows."""
+        n, k = weight.shape
+        return cls(math.prod(x.shape[:-1]), n, k, x.dtype, x.stride() if x.dim() == 2 else (k, 1), weight.stride(),
+                   orders.checked(order, n, k), bias is not None, multiprocessors, adder)
+
+    @property
+    def cut(self) -> bool:
+        """Whether the order has more than one segment."""
+        return self.order.segments > 1
+
+    def carried_out(self, schedule: Schedule) -> Schedule:
+        """The schedule without switches that say nothing where there is one segment.
+
+        Raises Unsuitable if it cannot carry out the order.
+        """
+        length = self.order.length
+        if self.cut and (length % schedule.block_k or length < 2 * schedule.block_k and not schedule.split):
+            raise Unsuitable(f"block_k must divide the order's segments of {length}, at least twice in sequence, got "
+                             f"{schedule}")
+        split = schedule.split and self.cut
+        return replace(schedule, split=split, reduce=schedule.reduce and split)
+
+    def tiles(self, schedule: Schedule) -> int:
+        """How many tiles of y there are."""
+        return -(-self.m // schedule.block_m) * -(-self.n // schedule.block_n)
+
+    def programs(self, schedule: Schedule) -> int:
+        """How many programs to launch."""
+        units = self.tiles(schedule) * (self.order.segments if schedule.split else 1)
+        return min(units, self.multiprocessors) if schedule.persistent else units
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The kernels' run-time sizes."""
+        return {"M": self.m, "N": self.n, "K": self.k}
+
+    @property
+    def segments(self) -> dict[str, int]:
+        """The order as the kernels take it."""
+        return {"segments": self.order.segments, "length": self.order.length}

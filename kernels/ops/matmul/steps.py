@@ -1,0 +1,58 @@
+"""Which launches carry out a schedule of a product, and what memory they share."""
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from ...launch import Step
+from . import pointer, tma
+from .product import Product
+from .schedule import Schedule, Unsuitable
+from .tiles import reduce_kernel
+
+REDUCED = 1024  # numbers of y that a program of the second kernel adds up
+
+
+class Memory(NamedTuple):
+    """What a call needs besides x, the weight and y: float32 numbers, and counters that are zero."""
+
+    floats: int
+    counters: int
+
+
+def kind_of(schedule: Schedule) -> ModuleType:
+    """The file of a schedule's kind: its kernel, what it suits, its memory and its launch."""
+    if schedule.kind == "hopper":  # written in Gluon, which is there if Triton is
+        from . import hopper
+
+        return hopper
+    return {"pointer": pointer, "tma": tma}[schedule.kind]
+
+
+def steps(schedule: Schedule, product: Product) -> list[Step]:
+    """One launch, or a second one that adds segments. Raises Unsuitable if the schedule does not suit the product."""
+    s = product.carried_out(schedule)
+    kind = kind_of(s)
+    kind.suits(s, product)
+    if not s.reduce:
+        return [kind.step(s, product)]
+    return [kind.step(s, product), _reduce(product)]
+
+
+def memory(schedule: Schedule, product: Product) -> Memory:
+    """What `schedule`, as `Product.carried_out` gives it, needs. Raises Unsuitable where that cannot be counted."""
+    s, size = schedule, product.m * product.n * product.order.segments
+    if s.reduce and size >= 2**31:
+        raise Unsuitable(f"too many sums for a second kernel to count, got {s}")
+    floats, counters = kind_of(s).memory(s, product)
+    return Memory(floats + (size if s.reduce else 0), counters)
+
+
+def _reduce(product: Product) -> Step:
+    size = product.m * product.n
+    return Step(reduce_kernel, -(-size // REDUCED),
+                {"partial_ptr": torch.float32, "bias_ptr": product.dtype, "y_ptr": product.dtype},
+                {"size": size, "N": product.n},
+                {"SEGMENTS": product.order.segments, "BLOCK": REDUCED, "BIAS": product.bias}, {})

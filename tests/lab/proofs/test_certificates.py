@@ -1,0 +1,132 @@
+"""Certificates: no schedule that moves a bit gets one, and workers that hang are ended."""
+import sys
+import time
+
+import pytest
+import torch
+
+from kernels import runtime
+from kernels.lab.proofs import certificates as proofs
+from kernels.lab.proofs.certificates import TRUSTED, certificates, prove_all
+from kernels.op import Op
+from kernels.ops.matmul.order import order
+from kernels.ops.matmul.schedule import Schedule
+
+needs_triton = pytest.mark.skipif(bool(runtime.WHY_NOT), reason=runtime.WHY_NOT or "Triton runs here")
+GOOD = Schedule("pointer", 16, 16, 32, 1, 2)
+
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch):
+    """The interpreter takes a millisecond a program and step of k."""
+    monkeypatch.setattr(proofs, "ROWS", 19)
+    proofs._case.cache_clear()
+    yield
+    proofs._case.cache_clear()
+
+
+@needs_triton
+def test_a_schedule_that_keeps_its_bits_is_certified():
+    rows = certificates(GOOD, 6, 20, torch.float32, runtime.device())
+    assert [row["input"] for row in rows] == list(proofs.KINDS)
+    assert len({row["digest"] for row in rows}) == len(rows) and {row["trusted"] for row in rows} == {str(TRUSTED)}
+    assert set(rows[0]) == set(proofs.CERTIFICATES.columns)
+    proofs.check_trusted(6, 20, torch.float32, runtime.device(), columns=4)
+
+
+@needs_triton
+def test_a_schedule_that_moves_one_bit_is_not(monkeypatch):
+    real = Op.run_schedule
+
+    def off(op, schedule, *given):
+        y = real(op, schedule, *given)
+        if schedule != TRUSTED:
+            y[-1, -1] += 1
+        return y
+
+    monkeypatch.setattr(Op, "run_schedule", off)
+    with pytest.raises(RuntimeError, match="16x16x32.*moved bits of portable inputs"):
+        certificates(GOOD, 7, 20, torch.float32, runtime.device())
+
+
+@needs_triton
+def test_a_trusted_schedule_that_is_not_the_specification_is_noticed(monkeypatch):
+    real = Op.run_schedule
+    monkeypatch.setattr(Op, "run_schedule", lambda *given: -real(*given))
+    with pytest.raises(RuntimeError, match="trusted schedule and the specification differ on portable"):
+        proofs.check_trusted(8, 20, torch.float32, runtime.device(), columns=4)
+
+
+@pytest.mark.parametrize("n, k", [(1, 33), (4096, 4096), (6144, 14336), (28672, 4096), (128256, 8192), (5001, 5001),
+                                  (512, 4096), (1280, 8192), (2048, 1000)])
+def test_a_stand_in_has_the_same_order_and_remainders(n, k):
+    small, short = proofs.stand_in(n, k)
+    assert small <= 4351 and (short <= 4607 or order(n, k)[0] > 1)
+    assert order(small, short) == (order(n, k) if order(n, k)[0] > 1 else (1, short))
+    for block in (16, 32, 64, 128, 256, 512):
+        assert (short % block == 0) == (k % block == 0) and (block > 256 or (small % block == 0) == (n % block == 0))
+
+
+@needs_triton
+def test_the_residue_shows_a_last_bit_that_rounding_hides():
+    """One in the 24th bit of a sum: lost in bfloat16, plain once the rounded product has been taken away."""
+    (x, weight, bias), _ = proofs._case(64, 40, torch.bfloat16, "residue", runtime.device())
+    with_bias, without = (proofs.op.run_schedule(TRUSTED, x, weight, b).float() for b in (bias, None))
+    total = x.double() @ weight.double().t()
+    assert (with_bias.double() - (total + bias.double())).abs().max() < 1e-4 * total.abs().max()
+    assert 0 < with_bias.abs().max() <= without.abs().max() * 2.0**-8
+
+
+# workers
+
+
+ECHO = "import sys\nfor line in sys.stdin:\n    print({!r} if 'bad' in line else '\"\"', flush=True)\n"
+
+
+def workers(monkeypatch, script):
+    class Worker(proofs._Process):
+        started = 0
+
+        def start(self):
+            Worker.started += 1
+            import subprocess
+            self.process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE,
+                                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+    monkeypatch.setattr(proofs, "_Process", Worker)
+    return Worker
+
+
+def test_answers_come_in_the_order_of_the_jobs(monkeypatch):
+    workers(monkeypatch, ECHO.format('"ValueError: no"'))
+    seen = []
+    jobs = [{"schedule": "bad" if i % 3 == 0 else "fine"} for i in range(12)]
+    answers = prove_all(jobs, 2, progress=lambda done, total: seen.append((done, total)))
+    assert answers == ["ValueError: no" if i % 3 == 0 else "" for i in range(12)]
+    assert sorted(seen) == [(i + 1, 12) for i in range(12)]
+
+
+def test_a_broken_context_gets_a_new_process(monkeypatch):
+    worker = workers(monkeypatch, ECHO.format('"RuntimeError: CUDA error: an illegal access"'))
+    assert prove_all([{"schedule": "bad"}, {"schedule": "fine"}], 1)[1] == ""
+    assert worker.started == 2
+
+
+def test_a_job_that_hangs_is_ended_and_the_next_one_runs(monkeypatch):
+    script = ECHO.format("x").replace("print", "import time; 'bad' in line and time.sleep(60); print")
+    workers(monkeypatch, script.replace("'x' if 'bad' in line else '\"\"'", "'\"\"'"))
+    start = time.monotonic()
+    answers = prove_all([{"schedule": "bad"}, {"schedule": "fine"}], 1, limit_s=2)
+    assert answers == ["the process died or took too long", ""] and time.monotonic() - start < 30
+
+
+def test_jobs_after_the_deadline_are_not_begun(monkeypatch):
+    workers(monkeypatch, ECHO.format("x"))
+    assert prove_all([{"schedule": "fine"}] * 3, 1, deadline=time.monotonic() - 1) == ["not begun in time"] * 3
+
+
+@pytest.mark.skipif(not runtime.HAS_TRITON or runtime.HAS_GPU, reason="a worker without a GPU")
+def test_a_real_worker_answers_with_what_went_wrong():
+    job = {"schedule": str(GOOD), "n": 8, "k": 16, "dtype": "float32"}
+    answer, = prove_all([job], 1)
+    assert "Unavailable" in answer and "no GPU" in answer

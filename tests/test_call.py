@@ -1,0 +1,327 @@
+"""How every op is called: plans kept under all that decides them, launches as data, and launches on a GPU that is
+played: its compiled kernels run in Triton's interpreter, on the addresses that they are given."""
+import ctypes
+import inspect
+import itertools
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from kernels import OPS, launch, runtime
+from kernels.bits import portable, same_bits
+from kernels.launch import Step, Tiles
+from kernels.op import DTYPES
+from kernels.ops.matmul import plan as matmul_plan
+from kernels.ops.matmul import schedule as products
+
+needs_triton = pytest.mark.skipif(bool(runtime.WHY_NOT), reason=runtime.WHY_NOT or "Triton runs here")
+needs_interpreter = pytest.mark.skipif(runtime.where() != "INTERPRETER", reason="the GPU is played by the interpreter")
+every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+SUM, MEAN, SOFTMAX, NORM, MATMUL = (OPS[name] for name in ("sum", "mean", "softmax", "rms_norm", "matmul"))
+SHAPES = {"rms_norm": "D=40,residual", "matmul": "N=5,K=18,bias"}
+
+
+def arguments_of(op, tokens=3, dtype=torch.float32, seed=0):
+    return op.inputs(tokens, SHAPES.get(op.name, "D=40"), dtype, runtime.device(), seed)
+
+
+@pytest.fixture(autouse=True)
+def no_plan_is_kept():
+    for op in OPS.values():
+        op.call.plans.clear()
+    yield
+    for op in OPS.values():
+        op.call.plans.clear()
+
+
+# a launch as data
+
+
+@pytest.mark.skipif(not runtime.HAS_TRITON, reason="a stand-in does not say its arguments' names")
+@pytest.mark.parametrize(("pointers", "scalars", "constants"), [
+    ({"y_ptr": None, "x_ptr": None}, {"n": 1}, {"BLOCK": 2}), ({"x_ptr": None}, {"n": 1}, {"BLOCK": 2}),
+    ({"x_ptr": None, "y_ptr": None}, {"BLOCK": 2}, {"n": 1}),
+    ({"x_ptr": None, "y_ptr": None}, {"n": 1}, {"BLOCK": 2, "PDL": False})])
+def test_a_step_refuses_arguments_that_are_not_its_kernels_in_order(pointers, scalars, constants):
+    kernel = SimpleNamespace(arg_names=["x_ptr", "y_ptr", "n", "BLOCK", "PDL"])
+    assert Step(kernel, 1, {"x_ptr": None, "y_ptr": None}, {"n": 1}, {"BLOCK": 2}, {}).arguments(True) == (1, 2, True)
+    with pytest.raises(TypeError, match="takes x_ptr, y_ptr, n, BLOCK, PDL, got .*PDL"):
+        Step(kernel, 1, pointers, scalars, constants, {})
+
+
+@needs_triton
+def test_examples_stand_for_tiles_numbers_and_nothing():
+    def laid_out(descriptor):
+        return "laid out", descriptor
+
+    tiles = Tiles(torch.bfloat16, (300, 64), (72, 1), (16, 32))
+    step = Step("kernel", 4, {"a": tiles, "b": replace(tiles, layout=laid_out), "c": torch.bfloat16, "d": None,
+                              "e": torch.int32}, {}, {}, {"num_warps": 2})
+    a, (how, b), c, d, e = step.examples("cpu")
+    assert (how, d, c.dtype, e.dtype) == ("laid out", None, torch.bfloat16, torch.int32)
+    for descriptor in (a, b):
+        assert (descriptor.shape, descriptor.strides, descriptor.block_shape) == ([300, 64], [72, 1], [16, 32])
+        assert descriptor.base.dtype == torch.bfloat16
+    assert [t.data_ptr() % 16 for t in (c, e)] == [0, 0]
+    *_, c, d, e = step.examples("cpu", (True, True, False, True, True))
+    assert (c.data_ptr() % 16, d, e.data_ptr() % 16) == (2, None, 0)
+    assert step.compile_options(True) == {"enable_fp_fusion": False, "launch_pdl": True, "num_warps": 2}
+
+
+@pytest.mark.skipif(not runtime.HAS_TRITON, reason="schedules of kind hopper are written in Gluon")
+@every_op
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_every_schedule_names_its_kernels_arguments(op, dtype):
+    """Without memory: tensors of the device meta say all that a launch takes from them."""
+    shapes = (*op.shapes, "D=1000", "D=40000", *["D=300,inner=50"] * (op in (SUM, MEAN)))
+    shapes = ("N=640,K=1200,bias", "N=40,K=1536", "N=4096,K=4096") if op is MATMUL else shapes
+    kinds = set()
+    for shape in shapes:
+        arguments = op.inputs(300, shape, dtype, "meta")
+        schedules = products.tested(*arguments[1].shape, dtype) if op is MATMUL else op.schedules(shape, dtype)
+        for schedule in schedules:
+            try:
+                steps = op.call.launches(schedule, *arguments)
+            except products.Unsuitable:
+                assert op is MATMUL and schedule.kind != "pointer", schedule
+                continue
+            kinds.add(getattr(schedule, "kind", None))
+            assert 1 <= len(steps) <= 2 and all(step.programs >= 1 for step in steps), schedule
+            for step in steps:
+                assert (*step.pointers, *step.scalars, *step.constants, "PDL") == tuple(step.kernel.arg_names)
+                assert all(isinstance(value, (int, float)) for value in step.scalars.values()), schedule
+            assert "y_ptr" in steps[-1].pointers or "y" in steps[-1].pointers, schedule
+    every = {"rms_norm": {None}, "matmul": {"pointer", "hopper"} if dtype.itemsize == 2 else {"pointer"}}
+    assert kinds == every.get(op.name, {"rows", "stream", "split", "inner"} if op in (SUM, MEAN) else
+                              {"resident", "stream", "columns"})
+
+
+# the look-up of a plan
+
+
+@needs_triton
+@every_op
+def test_plans_are_kept_under_all_that_decides_them(op):
+    def kept_after(*arguments):
+        op.triton(*arguments)
+        return len(op.call.plans)
+
+    x, *rest = arguments_of(op)
+    more = arguments_of(op, tokens=4)
+    wide = torch.zeros(3, x.shape[1] + 8, dtype=x.dtype, device=x.device)[:, :x.shape[1]].copy_(x)
+    assert [kept_after(x, *rest), kept_after(x, *rest), kept_after(*arguments_of(op, seed=1))] == [1, 1, 1]
+    assert [kept_after(*more), kept_after(wide, *rest), kept_after(*arguments_of(op, dtype=torch.float16))] == [2, 3, 4]
+    assert kept_after(x, *rest) == 4 and kept_after(wide, *rest) == 4
+    assert same_bits(op.triton(x, *rest), op.triton(wide, *rest))
+
+
+@needs_triton
+def test_numbers_that_are_equal_but_not_of_one_class_have_plans_of_their_own():
+    x, weight, residual = arguments_of(NORM)
+    for eps in (1, 1.0, 1, 1.0):
+        assert same_bits(NORM.triton(x, weight, residual, eps), NORM.python(x, weight, residual, eps))
+    assert len(NORM.call.plans) == 2
+    for op, good, bad in ((SOFTMAX, (1,), [(True,), (1.0,)]), (SUM, (1, True), [(True, True), (1.0, True), (1, 1)])):
+        op.triton(x, *good)
+        for arguments in bad:
+            with pytest.raises(TypeError, match="dim|keepdim"):
+                op.triton(x, *arguments)
+        assert len(op.call.plans) == 1
+
+
+@needs_triton
+@pytest.mark.parametrize("op", [SUM, MEAN], ids=["sum", "mean"])
+def test_dims_may_be_a_list_of_integers_and_of_nothing_else(op):
+    x = portable(6, 20, device=runtime.device()).view(2, 3, 20)
+    schedule = op.call.Schedule("split", 1, flight=4, columns=64)
+    for call in (op.triton, lambda *arguments: op.run_schedule(schedule, *arguments)):
+        for dims in ([1], [0, 1], [], [-1, 1]):
+            assert same_bits(call(x, dims), call(x, tuple(dims))) and same_bits(call(x, dims), op.python(x, dims))
+        for bad in ([True], (True,), [1.0], [0, True], [[1]], ["1"]):
+            with pytest.raises(TypeError, match="dim must be None, an int or a tuple of ints, got"):
+                call(x, bad)
+    assert len(op.call.plans) == 8
+
+
+@needs_triton
+@every_op
+def test_a_schedule_has_a_plan_of_its_own(op):
+    arguments = arguments_of(op)
+    first, second = list(op.schedules(SHAPES.get(op.name, "D=40"), torch.float32))[:2]
+    wanted = op.python(*arguments)
+    for count, schedule in ((1, first), (1, first), (2, second), (2, first)):
+        assert same_bits(op.run_schedule(schedule, *arguments), wanted)
+        assert len(op.call.plans) == count
+    assert same_bits(op.triton(*arguments), wanted) and len(op.call.plans) == 3
+
+
+@needs_triton
+@pytest.mark.parametrize(("op", "other"), [(op, other) for op, other in itertools.permutations(OPS.values(), 2)
+                                           if op.call.Schedule is not other.call.Schedule], ids=lambda op: op.name)
+def test_a_schedule_of_another_op_is_refused_by_name(op, other):
+    schedule = other.schedules(SHAPES.get(other.name, "D=40"), torch.float32)[0]
+    for wrong, shown in ((schedule, f"Schedule {type(schedule).__name__}"), (str(schedule), "str '")):
+        with pytest.raises(TypeError, match=rf"schedule must be a Schedule of {op.name}, got {shown}"):
+            op.run_schedule(wrong, *arguments_of(op))
+    assert not op.call.plans
+
+
+@needs_triton
+@every_op
+def test_a_lazily_negated_argument_is_read_as_its_negative(op):
+    arguments = arguments_of(op)
+    schedule = op.schedules(SHAPES.get(op.name, "D=40"), torch.float32)[0]
+    for i, a in enumerate(arguments):
+        if isinstance(a, torch.Tensor):
+            given = (*arguments[:i], torch._neg_view(a), *arguments[i + 1:])
+            wanted = op.python(*arguments[:i], -a, *arguments[i + 1:])
+            assert same_bits(op.triton(*given), wanted) and same_bits(op.run_schedule(schedule, *given), wanted)
+    assert len(op.call.plans) == 2
+
+
+@needs_triton
+@every_op
+def test_a_gradient_is_refused_or_made(op):
+    x, *rest = arguments_of(op)
+    x.requires_grad_()
+    if op is MATMUL:
+        assert op.triton(x, *rest).requires_grad
+        return
+    with pytest.raises(RuntimeError, match=rf"{op.name}\.triton has no backward yet: call it under torch\.no_grad\(\)"):
+        op.triton(x, *rest)
+    for calm in (torch.no_grad(), torch.inference_mode()):
+        with calm:
+            assert same_bits(op.triton(x, *rest), op.python(x, *rest))
+
+
+@every_op
+def test_what_is_written_out_can_be_read(op):
+    """By inspect, in tracebacks, and with the names and defaults of the specification."""
+    source, one = inspect.getsource(op.triton), inspect.getsource(op.call.run_schedule)
+    assert source.startswith("def triton(x") and "plans.get(key)" in source and "differentiate" in source
+    assert one.startswith("def run_schedule(schedule, x") and "plans.get(key)" in one and "differentiate" not in one
+    triton, python = (inspect.signature(call).parameters for call in (op.triton, op.python))
+    assert [(p.name, p.default) for p in triton.values()] == [(p.name, p.default) for p in python.values()]
+    assert op.triton.__doc__ and op.triton.__doc__ == op.call.__doc__
+
+
+# a launch
+
+
+class Played:
+    """A compiled kernel: notes what it is given, and runs in Triton's interpreter on these addresses."""
+
+    notes: list = []
+
+    def __init__(self, kernel, programs, examples, arguments, **options):
+        self.kernel, self.programs, self.examples, self.arguments = kernel, programs, examples, arguments
+        assert options["enable_fp_fusion"] is False
+
+    def __call__(self, stream, *pointers):
+        assert stream == "the stream of GPU 0"
+        for example, pointer in zip(self.examples, pointers, strict=True):
+            assert example.data_ptr() % 16 or not pointer % 16, "compiled for a multiple of 16"
+        self.notes.append(dict(zip(self.kernel.arg_names, pointers, strict=False)))
+        tensors = [torch.frombuffer((ctypes.c_char * 8).from_address(pointer), dtype=example.dtype)
+                   for example, pointer in zip(self.examples, pointers, strict=True)]
+        with np.errstate(all="ignore"):
+            self.kernel[(self.programs,)](*tensors, *self.arguments)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """GPU 0, on which every tensor lies. -> what was launched: the kernel's pointers by name."""
+    empty, zeros = torch.empty, torch.zeros(64, dtype=torch.int32)
+    monkeypatch.setattr(torch, "empty", lambda *size, device=None, **kwargs: empty(*size, **kwargs))
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 0)
+    monkeypatch.setattr(Played, "notes", [])
+    monkeypatch.setattr(launch, "Compiled", Played)
+    monkeypatch.setattr(launch, "has_pdl", lambda index: False)
+    for module in (launch, matmul_plan):
+        monkeypatch.setattr(module, "current_device", lambda: 0)
+        monkeypatch.setattr(module, "current_stream", lambda index: f"the stream of GPU {index}")
+    monkeypatch.setattr(matmul_plan, "multiprocessors", lambda index: 132)
+    monkeypatch.setattr(matmul_plan, "_add_otherwise", lambda index: None)
+    monkeypatch.setattr(matmul_plan, "COUNTERS", SimpleNamespace(take=lambda index, stream, count: zeros.data_ptr()))
+    return Played.notes
+
+
+def moved(tensor, by):
+    """The same numbers `by` elements after an address that is a multiple of 16."""
+    flat = torch.zeros(tensor.numel() + by, dtype=tensor.dtype)
+    flat[by:] = tensor.reshape(-1)
+    return flat[by:].view(tensor.shape)
+
+
+LAUNCHED = [(NORM, "D=5,residual"), (NORM, "D=5"), (SOFTMAX, "D=5"), (OPS["log_softmax"], "D=5"), (SUM, "D=70"),
+            (MEAN, "D=3,inner=5"), (MEAN, "D=1100"), (MATMUL, "N=5,K=20,bias"), (MATMUL, "N=5,K=520")]
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])
+@pytest.mark.parametrize(("op", "shape"), LAUNCHED, ids=lambda value: getattr(value, "name", value))
+def test_a_launch_hands_a_kernel_its_pointers_in_order(gpu, op, shape, dtype):
+    """Every kernel and switch, where pointers are multiples of 16 and where one is not; the same plan serves both."""
+    arguments = op.inputs(2, shape, dtype)
+    if op is MATMUL:  # NumPy's product: whole numbers have one sum
+        arguments = tuple(a if a is None else (a * 4).round() for a in arguments)
+    schedules = {}
+    for schedule in op.schedules(shape, dtype):
+        steps = op.call.launches(schedule, *arguments)
+        schedules[str([(s.kernel, [c for c in s.constants.values() if type(c) is bool]) for s in steps])] = schedule
+    wanted, which = op.python(*arguments), [i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor)]
+    for schedule, i in zip(schedules.values(), itertools.cycle(which), strict=False):
+        for given in (arguments, (*arguments[:i], moved(arguments[i], 1), *arguments[i + 1:]), arguments):
+            assert same_bits(op.run_schedule(schedule, *given), wanted), (schedule, i)
+    assert 2 <= len(schedules) == len(op.call.plans)
+
+
+@needs_interpreter
+def test_the_pointers_of_rms_norm(gpu):
+    x, weight, residual = NORM.inputs(2, "D=40,residual", torch.float16)
+    y, stream = NORM.triton(x, weight, residual)
+    alone = NORM.triton(x, weight)
+    both = [t.data_ptr() for t in (x, residual, weight, y, stream)]
+    one = [t.data_ptr() for t in (x, x, weight, alone, alone)]
+    assert gpu == [dict(zip(("x_ptr", "residual_ptr", "weight_ptr", "y_ptr", "stream_ptr"), pointers, strict=True))
+                   for pointers in (both, one)]
+
+
+@needs_interpreter
+def test_the_second_launch_reads_what_the_first_one_leaves(gpu):
+    x = portable(2, 40)
+    y = SOFTMAX.run_schedule(SOFTMAX.call.Schedule("columns", 1, columns=16), x)
+    first, second = gpu
+    assert first["x_ptr"] == second["x_ptr"] == x.data_ptr() and second["y_ptr"] == y.data_ptr()
+    assert first["columns_ptr"] == second["columns_ptr"] not in (x.data_ptr(), y.data_ptr())
+    gpu.clear()
+    y = MEAN.run_schedule(MEAN.call.Schedule("split", 1, flight=4, columns=32), x, 1)
+    first, second = gpu
+    assert first["x_ptr"] == x.data_ptr() and second == {"x_ptr": first["sums_ptr"], "y_ptr": y.data_ptr()}
+    gpu.clear()
+    weight = portable(5, 1024, seed=1)
+    reduced = products.Schedule("pointer", 16, 16, 64, split=True, reduce=True)
+    y = MATMUL.run_schedule(reduced, portable(2, 1024), weight)
+    first, second = gpu
+    assert first["weight_ptr"] == weight.data_ptr() and second["y_ptr"] == y.data_ptr()
+    assert second["partial_ptr"] == first["partial_ptr"] != y.data_ptr()
+
+
+@needs_interpreter
+@every_op
+def test_a_plan_that_is_kept_launches_without_another_check(gpu, op, monkeypatch):
+    """But a call of another form is checked and has a plan of its own."""
+    checked, check = [], op.call.check
+    monkeypatch.setattr(op.call, "check", lambda *arguments: checked.append(arguments) or check(*arguments))
+    schedule = op.schedules(SHAPES.get(op.name, "D=40"), torch.float32)[0]
+    for tokens in (2, 2, 2, 3, 2):
+        op.run_schedule(schedule, *arguments_of(op, tokens))
+    if op is not MATMUL:  # whose plan checks by itself
+        assert [len(arguments[0]) for arguments in checked] == [2, 3]
+    assert len(op.call.plans) == 2
+    with pytest.raises(TypeError, match="x must be one of"):
+        op.run_schedule(schedule, *(a.double() if isinstance(a, torch.Tensor) else a for a in arguments_of(op)))
+    assert len(op.call.plans) == 2
