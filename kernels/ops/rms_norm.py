@@ -234,7 +234,7 @@ class _RMSNorm(KernelCall):
         return {"x_ptr": x, "residual_ptr": x, "weight_ptr": weight, "y_ptr": y, "stream_ptr": y}
 
     def in_float32(self, x, weight, residual, eps):
-        return x.float(), weight.float(), None, eps
+        return x.float().contiguous(), weight.float(), None, eps  # as a stream made here is
 
     def interpret(self, plan, x, weight, residual, eps):
         """The residual is added before: a kernel of float32 would not round the stream to x's dtype."""
