@@ -160,13 +160,13 @@ class KernelCall(Call):
         return results[0] if len(results) == 1 else results
 
     def in_float32(self, *arguments: Any) -> tuple:
-        """The arguments for Triton's interpreter, which is wrong for bfloat16."""
+        """Readable arguments for Triton's interpreter, which is wrong for bfloat16."""
         return tuple(a.float() if isinstance(a, torch.Tensor) else a for a in arguments)
 
     def interpret(self, plan: Plan, *arguments: Any) -> Any:
         """One call in Triton's interpreter: it gets float32 copies, and torch rounds."""
         self.check(*arguments)  # a key does not tell a CPU from other devices without an index
-        memory = self.memory(plan, *self.readable(*self.in_float32(*arguments)))
+        memory = self.memory(plan, *self.in_float32(*self.readable(*arguments)))
         for step in plan.steps:
             step.interpret(memory)
         return self.finish(memory["y_ptr"].to(arguments[0].dtype), *arguments)
@@ -183,12 +183,11 @@ class Plan:
             self.launch = call.empty
             return
         schedule = schedule or call.schedule(*arguments)
-        if index < 0:
-            arguments, self.launch = call.in_float32(*arguments), call.interpret
-        else:
-            self.launch = call.launch
         readable = call.readable(*arguments)
         self.copies = any(a is not b for a, b in zip(arguments, readable, strict=True))
+        self.launch = call.launch
+        if index < 0:
+            readable, self.launch = call.in_float32(*readable), call.interpret
         self.steps = call.steps(schedule, *readable)
         self.first, self.second = ([Launch(step, index) for step in self.steps] + [None])[:2]
         self.scratch = self.steps[0].leaves

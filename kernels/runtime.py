@@ -9,7 +9,7 @@ import inspect
 import os
 import platform
 import re
-from functools import cache
+from functools import cache, wraps
 
 import torch
 
@@ -69,6 +69,22 @@ except ImportError as error:
     WHY_NOT = (f"Triton cannot be imported here ({error}). It has wheels for Linux alone; on "
                f"{platform.system()} use .python, which gives the same bits.")
     triton = tl = _StandIn(WHY_NOT)
+
+
+def device_function(fn):
+    """`triton.jit` for what kernels call.
+
+    In the interpreter it calls the rewritten function itself: Triton's wrapper would patch triton.language anew at
+    every call, which takes milliseconds.
+    """
+    made = triton.jit(fn)
+    if not hasattr(made, "rewrite"):
+        return made
+
+    @wraps(fn)
+    def call(*arguments, **named):
+        return made.rewrite()(*arguments, **named)
+    return call
 
 
 def require_triton(name: str) -> None:

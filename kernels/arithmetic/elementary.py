@@ -30,7 +30,7 @@ from ctypes import c_float
 
 import torch
 
-from ..runtime import HAS_TRITON, tl, triton, where
+from ..runtime import HAS_TRITON, device_function, tl, where
 
 LOWEST_FLOAT = torch.finfo(torch.float32).min  # -3.4e38
 LOWEST, HIGHEST = -104.0, 89.0  # e**-104 rounds to 0, e**89 to infinity
@@ -188,7 +188,7 @@ _LOWEST, _HIGHEST, _LOG2_E, _LN2, _LN2_REST, _MAGIC, _TWICE_SHIFT = map(for_kern
     LOWEST, HIGHEST, LOG2_E, LN2, LN2_REST, MAGIC, 2 * SHIFT))
 
 
-@triton.jit
+@device_function
 def tl_fma(a, b, c):
     """`fma` in a kernel: one instruction on a GPU. The interpreter's own rounds twice, so float64 does it there."""
     if _INTERPRETED:
@@ -205,7 +205,7 @@ def tl_fma(a, b, c):
         return tl.fma(a, b, c)
 
 
-@triton.jit
+@device_function
 def opaque(x):
     """x, hidden from LLVM, whose vectoriser otherwise takes minutes over long chains of maxima and exponentials."""
     if _INTERPRETED:
@@ -214,7 +214,7 @@ def opaque(x):
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
-@triton.jit
+@device_function
 def tl_exp(x, NONPOSITIVE: tl.constexpr = False):
     """`exp` in a kernel: 14 instructions a number if the caller promises that none is above zero, else 19."""
     x = tl.maximum(x, _LOWEST, propagate_nan=tl.PropagateNan.ALL)
@@ -235,7 +235,7 @@ def tl_exp(x, NONPOSITIVE: tl.constexpr = False):
         return y * tl.where(x > 0, _UP, _DOWN)
 
 
-@triton.jit
+@device_function
 def tl_log(x):
     """`log` in a kernel."""
     small = x < _SMALLEST_NORMAL
@@ -249,7 +249,7 @@ def tl_log(x):
     return tl.where(x == float("inf"), x, y)
 
 
-@triton.jit
+@device_function
 def _tl_horner(x, COEFFICIENTS: tl.constexpr, COUNT: tl.constexpr):
     total = tl_fma(x, COEFFICIENTS[COUNT - 1], COEFFICIENTS[COUNT - 2])
     for i in tl.static_range(COUNT - 2):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from ..runtime import tl, triton
+from ..runtime import device_function, tl
 
 CHUNK = 1024
 
@@ -48,7 +48,7 @@ def ordered_sum(x: torch.Tensor) -> torch.Tensor:
     return add_neighbours(add_chunks(x))
 
 
-@triton.jit
+@device_function
 def tree(x):
     """[rows, a power of two] -> [rows, 1]: neighbours added in pairs; a sum of two has no order."""
     for _ in tl.static_range(20):
@@ -57,7 +57,7 @@ def tree(x):
     return x
 
 
-@triton.jit
+@device_function
 def tree_down(x):
     """[a power of two, columns] -> [1, columns]: neighbours in a column added in pairs."""
     for _ in tl.static_range(20):
@@ -66,7 +66,7 @@ def tree_down(x):
     return x
 
 
-@triton.jit
+@device_function
 def add_in_sequence(x_ptr, at, column, inside, length, step, WIDTH: tl.constexpr, FLIGHT: tl.constexpr):
     """A chunk's columns, its numbers at the offsets `at`, each added up over the chunks, which are `step` apart.
 

@@ -28,7 +28,7 @@ from fractions import Fraction
 import torch
 
 from .. import bits, runtime
-from ..runtime import tl, triton
+from ..runtime import device_function, tl
 
 _SMALLEST_EXPONENT = {torch.bfloat16: -126, torch.float16: -14}  # of a normal number
 _SIGNIFICAND_BITS = {torch.bfloat16: 7, torch.float16: 10}  # stored ones
@@ -141,7 +141,7 @@ def _power(total, adder: Adder) -> torch.Tensor:
     return power.masked_fill_(total == 0, 2.0 ** (_UNIT + adder.zero_exponent))
 
 
-@triton.jit
+@device_function
 def tl_chain(x, weight, total, SMALLEST: tl.constexpr):
     """`chain` on Hopper in Triton's interpreter, which holds 16-bit numbers as float32.
 
@@ -152,11 +152,11 @@ def tl_chain(x, weight, total, SMALLEST: tl.constexpr):
     xs = tl.reshape(x, [x.shape[0], BLOCKS, 16])
     weights = tl.reshape(weight, [weight.shape[0], BLOCKS, 16])
     for block in range(BLOCKS):
-        here = tl.arange(0, BLOCKS)[None, :, None] == block
-        a = tl.sum(tl.where(here, xs, 0.0), axis=1)
-        b = tl.sum(tl.where(here, weights, 0.0), axis=1)
-        products = a.to(tl.float64)[:, None, :] * b.to(tl.float64)[None, :, :]
-        powers = _tl_power(a, SMALLEST, 0.0)[:, None, :] * _tl_power(b, SMALLEST, 0.0)[None, :, :]
+        a = tl.gather(xs, tl.full([x.shape[0], 1, 16], block, tl.int32), axis=1)
+        b = tl.gather(weights, tl.full([weight.shape[0], 1, 16], block, tl.int32), axis=1)
+        b = tl.permute(b, [1, 0, 2])
+        products = a.to(tl.float64) * b.to(tl.float64)
+        powers = _tl_power(a, SMALLEST, 0.0) * _tl_power(b, SMALLEST, 0.0)
         grid = tl.maximum(tl.max(powers, axis=2), _tl_power(total, 2.0**-126, 2.0**-133)) * 2.0**-25
         cut = tl.sum(_tl_trunc(products / grid[:, :, None]), axis=2) + _tl_trunc(total.to(tl.float64) / grid)
         exact = _tl_trunc(cut * grid * 2.0**149) * 2.0**-149  # whole units of the smallest float32
@@ -165,7 +165,7 @@ def tl_chain(x, weight, total, SMALLEST: tl.constexpr):
     return total
 
 
-@triton.jit
+@device_function
 def _tl_power(x, SMALLEST: tl.constexpr, ZERO: tl.constexpr):
     """The power of two that a float32's exponent stands for, as float64: at least SMALLEST, but ZERO for a zero."""
     power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
@@ -173,7 +173,7 @@ def _tl_power(x, SMALLEST: tl.constexpr, ZERO: tl.constexpr):
     return tl.where(x == 0.0, ZERO, power)
 
 
-@triton.jit
+@device_function
 def _tl_trunc(x):
     return tl.where(x < 0.0, tl.ceil(x), tl.floor(x))
 

@@ -238,9 +238,10 @@ class _RMSNorm(KernelCall):
 
     def interpret(self, plan, x, weight, residual, eps):
         """The residual is added before: a kernel of float32 would not round the stream to x's dtype."""
+        self.check(x, weight, residual, eps)
         if residual is None:
             return super().interpret(plan, x, weight, None, eps)
-        stream = (x.float() + residual.float()).to(x.dtype)
+        stream = (x.float() + residual.float()).to(x.dtype).contiguous()
         return super().interpret(plan, stream, weight, None, eps), stream
 
 

@@ -43,7 +43,7 @@ from ..arithmetic.sums import add_neighbours, ordered_sum, tree, tree_width
 from ..call import KernelCall, check_tensors, refuse_dual, row_stride
 from ..launch import Step, compiled
 from ..op import Op, Shape, Work
-from ..runtime import tl, triton
+from ..runtime import device_function, tl, triton
 
 WHOLE, SEGMENT = 32, 8  # chunks: rows of up to WHOLE are one segment, wider ones are cut into segments of SEGMENT
 _LOWEST = for_kernels(LOWEST_FLOAT)
@@ -106,7 +106,7 @@ def _columns(chunks) -> tuple[torch.Tensor, torch.Tensor]:
     return m, s
 
 
-@triton.jit
+@device_function
 def _load(x_ptr, start, column, length, WIDTH: tl.constexpr, COUNT: tl.constexpr, KEEP: tl.constexpr):
     """COUNT chunks of a row from `start` on, all loads issued at once. KEEP: they will be read again soon."""
     xs = ()
@@ -117,21 +117,21 @@ def _load(x_ptr, start, column, length, WIDTH: tl.constexpr, COUNT: tl.constexpr
     return xs
 
 
-@triton.jit
+@device_function
 def _largest(m, xs, FIRST: tl.constexpr, COUNT: tl.constexpr):
     for c in tl.static_range(COUNT):
         m = tl.maximum(m, xs[FIRST + c].to(tl.float32))
     return m
 
 
-@triton.jit
+@device_function
 def _add_exponentials(s, m, xs, FIRST: tl.constexpr, COUNT: tl.constexpr):
     for c in tl.static_range(COUNT):
         s += tl_exp(xs[FIRST + c].to(tl.float32) - m, NONPOSITIVE=True)
     return s
 
 
-@triton.jit
+@device_function
 def _walk(x_ptr, column, length, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, SEGMENT: tl.constexpr,
           SEGMENTS: tl.constexpr):
     """m and s of these columns of one row, SEGMENTS times SEGMENT chunks in flight. CHUNKS: the row's if it is one
@@ -160,7 +160,7 @@ def _walk(x_ptr, column, length, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, SEGM
     return m, s
 
 
-@triton.jit
+@device_function
 def _close(m, s, LOG: tl.constexpr):
     """[rows, columns] of m and s -> M, and what a result takes from the whole row: log(S), or its column's factor."""
     top = tl.max(m, axis=1, keep_dims=True)
@@ -173,7 +173,7 @@ def _close(m, s, LOG: tl.constexpr):
     return top, rest
 
 
-@triton.jit
+@device_function
 def _store_results(x_ptr, y_ptr, start, column, length, m, top, rest, COUNT: tl.constexpr, LOG: tl.constexpr):
     """The results of COUNT chunks from `start` on. Called in a loop: in one long block, LLVM takes minutes."""
     xs = _load(x_ptr, start, column, length, column.shape[1], COUNT, False)

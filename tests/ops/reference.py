@@ -76,7 +76,7 @@ def e(x):
     return exp(torch.from_numpy(np.atleast_1d(x))).numpy().reshape(np.shape(x))
 
 
-def softmax(op, x, dim=-1, whole=32, segment=8):
+def softmax(op, x, dim=-1, *, whole=32, segment=8):
     one, rows = np.float32(1), []
     for row in x.float().numpy():
         width = next((2**i for i in range(10) if 2**i >= len(row)), 1024)

@@ -365,7 +365,6 @@ BLOCKS = {"rms_norm": (norms, ("6 D=200,residual", "3 D=200,residual"), ("64 D=4
           "softmax": (softmaxes, ("4 D=30", "2 D=30"), ("8 D=1000", "600 D=1000")),
           "sum": (sums, ("6 D=200", "3 D=200"), ("64 D=4096", "500 D=4096")),
           "matmul": (two_products, ("6 N=10,K=24,bias", "3 N=10,K=24,bias"), ())}
-two_dtypes = pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 
 
 def keeps_the_bits(name, points, dtype, monkeypatch, **options):
@@ -379,15 +378,15 @@ def keeps_the_bits(name, points, dtype, monkeypatch, **options):
 
 
 @needs_triton
-@two_dtypes
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("block", BLOCKS)
-def test_torch_compile_keeps_the_bits(block, dynamic, dtype, monkeypatch):
+@pytest.mark.parametrize(("block", "dtype", "dynamic"), [
+    (block, dtype, dynamic) for block in BLOCKS for dtype in ("bfloat16", "float32") for dynamic in (False, True)
+    if block != "softmax" or (dtype, dynamic) == ("bfloat16", True)])  # whose 34 programs take the interpreter long
+def test_torch_compile_keeps_the_bits(block, dtype, dynamic, monkeypatch):
     keeps_the_bits(block, BLOCKS[block][1], dtype, monkeypatch, backend="aot_eager", dynamic=dynamic)
 
 
 @pytest.mark.gpu
-@two_dtypes
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("block", [block for block in BLOCKS if BLOCKS[block][2]])
 def test_inductor_keeps_the_bits_on_a_gpu(block, dtype, monkeypatch):
     keeps_the_bits(block, BLOCKS[block][2], dtype, monkeypatch)

@@ -86,10 +86,10 @@ def test_the_specification_of_long_rows_is_the_pencil(op, width):
     ids=["one segment", "segments of 2", "segments of 8"])
 def test_other_segments_move_bits(op, x, whole, segment, others):
     """Inverse test: the rows that kernels are tested with tell every other length of segments from the right one."""
-    wanted = pencil(op, x, whole, segment)
+    wanted = pencil(op, x, whole=whole, segment=segment)
     assert whole == 2 or same_bits(op.python(x), wanted)
     for other in others:
-        assert elements_differ(wanted, pencil(op, x, 1, other)) > 0, other
+        assert elements_differ(wanted, pencil(op, x, whole=1, segment=other)) > 0, other
 
 
 # schedules against the specification

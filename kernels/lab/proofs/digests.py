@@ -3,7 +3,8 @@
     python -m kernels digests                  record this machine into data/<machine>/digests.csv
     python -m kernels digests softmax mean     the same, these ops alone
     python -m kernels digests --check          redo every recorded digest here, with the specification,
-                                                   and those in token sweeps that are quickly redone
+                                               and those in token sweeps that are quickly redone
+    python -m kernels digests --check --every 8    every eighth of them
 
 A GPU records `triton`, after finding `python` on the same GPU equal to it; a CPU records `python`.
 """
@@ -109,11 +110,12 @@ def record(folder, device=None, ops=tuple(OPS)) -> int:
     return count
 
 
-def check(out=records.DATA) -> tuple[int, list[str]]:
-    """Redo every digest recorded under `out` on this CPU: how many there are, and one line for each that differs."""
+def check(out=records.DATA, every: int = 1) -> tuple[int, list[str]]:
+    """Redo every n-th digest recorded under `out` on this CPU: how many these are, and one line for each that differs.
+    """
     count, wrong = 0, []
     for path in sorted(Path(out).glob(f"*/{DIGESTS.file}")):
-        for row in DIGESTS.read(path.parent).itertuples():
+        for row in DIGESTS.read(path.parent)[::every].itertuples():
             case = Case(row.op, row.dtype, row.shape, int(row.rows), int(row.seed), row.input)
             count += 1
             if specified(case) != row.digest:
@@ -122,24 +124,24 @@ def check(out=records.DATA) -> tuple[int, list[str]]:
     return count, wrong
 
 
-def check_sweeps(out=records.DATA, most_bytes: int = 1 << 22) -> tuple[int, list[str]]:
-    """Redo on this CPU what GPUs' token sweeps recorded for `triton`, at points that touch up to `most_bytes`.
+def check_sweeps(out=records.DATA, every: int = 1) -> tuple[int, list[str]]:
+    """Redo on this CPU every n-th of the `quick_points`: how many these are, and one line for each that differs."""
+    points, wrong = quick_points(out)[::every], []
+    for machine, row in points:
+        if redo(row) != row.digest:
+            wrong.append(f"{machine} {row.op} {row.dtype} {row.shape} {row.tokens} tokens: recorded {row.digest}, "
+                         f"here {redo(row)}")
+    return len(points), wrong
 
-    A sweep keeps the first 16 digits of each point's digest. Returns how many there are, and one line for each that
-    differs.
-    """
-    count, wrong = 0, []
-    for machine, row in sweep_points(out):
-        if OPS[row.op].work(row.tokens, row.shape, DTYPES[row.dtype]).bytes <= most_bytes:
-            count += 1
-            if redo(row) != row.digest:
-                wrong.append(f"{machine} {row.op} {row.dtype} {row.shape} {row.tokens} tokens: recorded {row.digest}, "
-                             f"here {redo(row)}")
-    return count, wrong
+
+def quick_points(out=records.DATA, most_bytes: int = 1 << 22) -> list[tuple]:
+    """The `sweep_points` that touch up to `most_bytes`."""
+    return [(machine, row) for machine, row in sweep_points(out)
+            if OPS[row.op].work(row.tokens, row.shape, DTYPES[row.dtype]).bytes <= most_bytes]
 
 
 def sweep_points(out=records.DATA) -> list[tuple]:
-    """(machine, row) of every point at which a GPU's token sweep recorded `triton`."""
+    """(machine, row) of every point at which a GPU's token sweep recorded `triton`: 16 digits of a digest."""
     found = []
     for machine in records.machines(out=out):
         rows = records.load(machine=machine, out=out)
@@ -160,12 +162,15 @@ def main(argv=None) -> int:
     parser.add_argument("--out", default=records.DATA, help="the data folder")
     parser.add_argument("--machine", help="the folder's name under it (default: from the device)")
     parser.add_argument("--check", action="store_true", help="redo what is recorded instead of recording")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="redo every N-th alone")
     a = parser.parse_args(argv)
+    if a.every < 1:
+        parser.error(f"--every must be at least 1, got {a.every}")
     if unknown := set(a.ops) - set(OPS):
         parser.error(f"op must be one of {', '.join(OPS)}, got {', '.join(sorted(unknown))}")
     try:
         if a.check:
-            return _report(*map(operator.add, check(a.out), check_sweeps(a.out)))
+            return _report(*map(operator.add, check(a.out, a.every), check_sweeps(a.out, a.every)))
         folder = records.open_machine(a.out, a.machine)
         print(f"recorded {record(folder, ops=a.ops or tuple(OPS))} digests in {folder / DIGESTS.file}")
         records.note_machine(folder, DIGESTS.file)

@@ -91,20 +91,29 @@ class Plan:
     def interpret(self, x, weight, bias, order):
         """Triton's interpreter is wrong for bfloat16: it gets float32 copies, and torch rounds."""
         orders.check(x, weight, bias, order)  # a key does not tell a CPU from other devices without an index
-        schedule = next(s for s in self.wanted if self.forced or s.kind == "pointer")
-        if schedule.kind != "pointer":
-            raise Unsuitable(f"the interpreter runs schedules of kind pointer alone, got {schedule}")
-        p = Product.of(x.reshape(-1, self.product.k).float(), weight.float(), bias, self.product.order,
-                       adder=self.product.adder)
-        s = p.carried_out(schedule)
-        needs = memory(s, p)
-        x, y = x.reshape(-1, p.k).float(), torch.empty(self.shape, dtype=torch.float32, device="cpu")
-        held = {"x_ptr": x, "weight_ptr": weight.float(), "bias_ptr": x if bias is None else bias.float(), "y_ptr": y,
+        x, weight = x.reshape(-1, self.product.k).float(), weight.float()
+        bias = None if bias is None else bias.contiguous().float()
+        p = Product.of(x, weight, bias, self.product.order, adder=self.product.adder)
+        schedule = self._first_to_interpret(p)
+        needs, y = memory(schedule, p), torch.empty(self.shape, dtype=torch.float32, device="cpu")
+        held = {"x_ptr": x, "weight_ptr": weight, "bias_ptr": x if bias is None else bias, "y_ptr": y,
                 "partial_ptr": torch.empty(max(needs.floats, 1), dtype=torch.float32, device="cpu"),
                 "counter_ptr": torch.zeros(max(needs.counters, 1), dtype=torch.int32, device="cpu")}
-        for step in steps(s, p):
+        for step in steps(schedule, p):
             step.interpret(held)
         return y.to(self.product.dtype)
+
+    def _first_to_interpret(self, product):
+        """The first schedule that the interpreter runs, and that suits the product."""
+        failures = []
+        for schedule in self.wanted:
+            try:
+                if schedule.kind != "pointer":
+                    raise Unsuitable(f"the interpreter runs schedules of kind pointer alone, got {schedule}")
+                return product.carried_out(schedule)
+            except Unsuitable as error:
+                failures.append(error)
+        raise failures[-1]
 
 
 class Chosen:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from ...arithmetic.elementary import tl_fma
 from ...arithmetic.tensor_core import tl_chain
-from ...runtime import tl, triton
+from ...runtime import device_function, tl, triton
 from .product import Product
 from .schedule import Schedule
 
@@ -15,7 +15,7 @@ def memory(schedule: Schedule, product: Product) -> tuple[int, int]:
     return product.programs(schedule) * schedule.block_m * schedule.block_n, product.tiles(schedule)
 
 
-@triton.jit
+@device_function
 def place(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
     """Tile number -> first token, first weight row: GROUP tiles of tokens pass over the weights together."""
     m_tiles = tl.cdiv(M, BLOCK_M)
@@ -25,7 +25,7 @@ def place(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.co
     return (first + tile % width % size) * BLOCK_M, tile % width // size * BLOCK_N
 
 
-@triton.jit
+@device_function
 def dot(x, weight, total, SWAP: tl.constexpr, ADDER: tl.constexpr):
     """total + x @ weight.T, or its transpose: tiles x [BLOCK_M, BLOCK_K], weight [BLOCK_N, BLOCK_K].
 
@@ -50,18 +50,17 @@ def dot(x, weight, total, SWAP: tl.constexpr, ADDER: tl.constexpr):
     return total
 
 
-@triton.jit
+@device_function
 def _fma_chain(a, b, total):
     """[A, K], [B, K] float32 -> total [A, B] and the products, one fused multiply-add after the other."""
     for k in range(a.shape[1]):
-        here = tl.arange(0, a.shape[1])[None, :] == k
-        a_k = tl.sum(tl.where(here, a, 0.0), axis=1)
-        b_k = tl.sum(tl.where(here, b, 0.0), axis=1)
-        total = tl_fma(a_k[:, None], b_k[None, :], total)
+        a_k = tl.gather(a, tl.full([a.shape[0], 1], k, tl.int32), axis=1)
+        b_k = tl.gather(b, tl.full([b.shape[0], 1], k, tl.int32), axis=1)
+        total = tl_fma(a_k, tl.trans(b_k), total)
     return total
 
 
-@triton.jit
+@device_function
 def finish(total, y_ptr, bias_ptr, m0, n0, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr,
             BIAS: tl.constexpr):
     """Add the bias, round once, store: total [BLOCK_M, BLOCK_N] (or its transpose) at token m0, weight row n0."""
@@ -77,7 +76,7 @@ def finish(total, y_ptr, bias_ptr, m0, n0, M, N, BLOCK_M: tl.constexpr, BLOCK_N:
     tl.store(y_ptr + place, y, mask=(m < M)[:, None] & (n < N)[None, :])
 
 
-@triton.jit
+@device_function
 def add_segments(chain, partial_ptr, counter_ptr, tile, segment, segments):
     """Leave this segment's chain; whoever comes last adds all of them in sequence. -> the sum, whether we are last."""
     SIZE: tl.constexpr = chain.shape[0] * chain.shape[1]
@@ -94,7 +93,7 @@ def add_segments(chain, partial_ptr, counter_ptr, tile, segment, segments):
     return total, last
 
 
-@triton.jit
+@device_function
 def keep_segment(chain, partial_ptr, segment, m0, n0, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                   SWAP: tl.constexpr):
     """Leave this segment's chain in partial (segments, M, N), for reduce_kernel to add."""

@@ -72,6 +72,7 @@ def ran(widget):
 
 # --- the widget
 
+@pytest.mark.serial  # it is timed
 def test_it_opens_on_recorded_rows_within_a_second(out):
     TokenSweep("rms_norm", out=out)  # the first figure of a process also loads fonts
     start = time.perf_counter()
