@@ -133,7 +133,12 @@ class KernelCall(Call):
 
     def outputs(self, *arguments: Any, **named: Any) -> tuple[torch.Tensor, ...]:
         """One result of x's shape, unless a subclass says otherwise."""
-        return (torch.empty_like(arguments[0], memory_format=torch.contiguous_format),)
+        return (torch.empty_like(arguments[0], memory_format=torch.contiguous_format,
+                                 dtype=self.result_dtype(*arguments)),)
+
+    def result_dtype(self, *arguments: Any) -> torch.dtype:
+        """The dtype of what is returned: x's, unless a subclass says otherwise."""
+        return arguments[0].dtype
 
     @abstractmethod
     def schedule(self, *arguments: Any, **named: Any) -> Any:
@@ -169,7 +174,7 @@ class KernelCall(Call):
         memory = self.memory(plan, *self.in_float32(*self.readable(*arguments)))
         for step in plan.steps:
             step.interpret(memory)
-        return self.finish(memory["y_ptr"].to(arguments[0].dtype), *arguments)
+        return self.finish(memory["y_ptr"].to(plan.dtype), *arguments)
 
 
 class Plan:
@@ -188,7 +193,7 @@ class Plan:
         self.launch = call.launch
         if index < 0:
             readable, self.launch = call.in_float32(*readable), call.interpret
-        self.steps = call.steps(schedule, *readable)
+        self.steps, self.dtype = call.steps(schedule, *readable), call.result_dtype(*arguments)
         self.first, self.second = ([Launch(step, index) for step in self.steps] + [None])[:2]
         self.scratch = self.steps[0].leaves
         call.prepare(self, *arguments)
@@ -374,7 +379,7 @@ def _straight(call: Call, name: str, function: Callable | None = None) -> Callab
         "transform": torch._C._functorch.peek_interpreter_stack}
     exec(compile(source, file, "exec"), scope)  # noqa: S102 - this file's text and a class's parameter names alone
     written = scope[name]
-    written.__doc__ = call.__doc__
+    written.__doc__, written.__qualname__ = call.__doc__, f"{call.name}.{name}"
     if function is None:
         written.shows = call.kernel
     return written

@@ -66,8 +66,9 @@ try:
                    "Restart the kernel and import kernels first.")
 except ImportError as error:
     HAS_TRITON = False
-    WHY_NOT = (f"Triton cannot be imported here ({error}). It has wheels for Linux alone; on "
-               f"{platform.system()} use .python, which gives the same bits.")
+    way_out = ("install it with pip install -r requirements.txt, or" if platform.system() == "Linux" else
+               f"it has wheels for Linux alone, so on {platform.system()}")
+    WHY_NOT = f"Triton cannot be imported here ({error}): {way_out} use .python, which gives the same bits."
     triton = tl = _StandIn(WHY_NOT)
 
 

@@ -36,6 +36,22 @@ def test_a_transform_of_torch_func_is_refused_by_name(op):
 
 
 @every_op
+def test_torch_func_differentiates_a_specification_as_autograd_does(op):
+    """Also for each row of a batch of arguments."""
+    given = arguments(op)
+
+    def total(x):
+        result = op.python(x, *given[1:])
+        return ((result[0] if isinstance(result, tuple) else result) * 3).sum()
+
+    leaf = given[0].clone().requires_grad_()
+    total(leaf).backward()
+    assert same_bits(torch.func.grad(total)(given[0]), leaf.grad)
+    batch = torch.stack([given[0] * 2, given[0]])
+    assert same_bits(torch.func.vmap(torch.func.grad(total))(batch)[1], leaf.grad)
+
+
+@every_op
 @pytest.mark.parametrize("how", ["python", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_forward_derivative_is_kept_or_refused(op, how, dtype):

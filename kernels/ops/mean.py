@@ -328,7 +328,7 @@ class _Reduction(KernelCall):
         return _steps(schedule, view, {"x_ptr": x.dtype, "y_ptr": x.dtype}, 1.0 / view.length if self.mean else 1.0)
 
     def prepare(self, plan, x, dim, keepdim):
-        plan.shape, plan.dtype, plan.device = _shape(x, _dims(x, dim), keepdim), x.dtype, x.device
+        plan.shape, plan.device = _shape(x, _dims(x, dim), keepdim), x.device
 
     def launch(self, plan, x, dim, keepdim):
         if plan.copies:

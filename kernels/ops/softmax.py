@@ -49,10 +49,10 @@ WHOLE, SEGMENT = 32, 8  # chunks: rows of up to WHOLE are one segment, wider one
 _LOWEST = for_kernels(LOWEST_FLOAT)
 
 
-def _specify(x, dim, logarithm):
-    dim = _check(x, dim)
+def _specify(x, dim, logarithm, dtype=None):
+    dim, dtype = _check(x, dim, dtype), dtype or x.dtype
     if x.numel() == 0:
-        return torch.empty_like(x)
+        return torch.empty_like(x, dtype=dtype)
     rows = x.float().reshape(x.shape or (1,)).movedim(dim, -1)
     width = tree_width(rows.shape[-1])
     padded = F.pad(rows, (0, -rows.shape[-1] % width), value=float("-inf"))
@@ -66,30 +66,35 @@ def _specify(x, dim, logarithm):
     else:
         factor = exp(m - top) * (1.0 / total)
         y = [exp(chunk - m) * factor for chunk in chunks]
-    y = torch.cat([chunk.to(x.dtype) for chunk in y], -1)[..., :rows.shape[-1]]
+    y = torch.cat([chunk.to(dtype) for chunk in y], -1)[..., :rows.shape[-1]]
     return y.movedim(-1, dim).contiguous().view(x.shape)
 
 
 class _Differentiable(torch.autograd.Function):
     """The specification with a gradient, whose one sum a row has the order of arithmetic/sums.py."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, dim, logarithm):
-        y = _specify(x, dim, logarithm)
-        ctx.save_for_backward(y)
-        ctx.dim, ctx.logarithm = dim, logarithm
-        return y
+    def forward(x, dim, logarithm, dtype):
+        return _specify(x, dim, logarithm, dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # apart from `forward`, as torch.func needs it
+        ctx.save_for_backward(output)
+        x, ctx.dim, ctx.logarithm, _ = inputs
+        ctx.dtype = x.dtype
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         result, = ctx.saved_tensors
         if result.numel() == 0:
-            return dy, None, None
+            return dy.to(ctx.dtype), None, None, None
         y, dy = (t.float().reshape(t.shape or (1,)) for t in (result, dy))
         total = ordered_sum((dy if ctx.logarithm else dy * y).movedim(ctx.dim, -1)).movedim(-1, ctx.dim)
         dx = dy - exp(y) * total if ctx.logarithm else y * (dy - total)
-        return dx.to(result.dtype).view(result.shape), None, None
+        return dx.to(ctx.dtype).view(result.shape), None, None, None
 
 
 def _columns(chunks) -> tuple[torch.Tensor, torch.Tensor]:
@@ -323,20 +328,22 @@ def _schedules(shape, dtype=torch.bfloat16, logarithm: bool = False) -> list[Sch
     return list(dict.fromkeys(found + [_schedule(1 << i, length, dtype.itemsize, logarithm) for i in range(21)]))
 
 
-def _check(x, dim=-1) -> int:
+def _check(x, dim=-1, dtype=None) -> int:
     """The dimension counted from 0. Raises TypeError or ValueError for what softmax cannot take."""
     check_tensors(x=x)
     if not isinstance(dim, int) or isinstance(dim, bool):
         raise TypeError(f"dim must be an int, got {dim!r}")
     if not -max(x.dim(), 1) <= dim < max(x.dim(), 1):
         raise ValueError(f"dim must name a dimension of x, which has {x.dim()}, got {dim}")
+    if dtype not in (None, x.dtype, torch.float32):
+        raise TypeError(f"dtype must be None, x's {x.dtype} or torch.float32, got {dtype!r}")
     return dim % max(x.dim(), 1)
 
 
 class _Softmax(KernelCall):
     """A schedule of choice: the arguments, results and bits of the specification, as fast as we can make it."""
 
-    parameters = "Tensor x, int dim=-1"
+    parameters = "Tensor x, int dim=-1, ScalarType? dtype=None"
     Schedule, kernel = Schedule, _resident_kernel
     check = staticmethod(_check)
 
@@ -344,22 +351,25 @@ class _Softmax(KernelCall):
         self.name, self.logarithm = name, logarithm
         super().__init__()
 
-    def schedule(self, x, dim):
+    def result_dtype(self, x, dim, dtype):
+        return dtype or x.dtype
+
+    def schedule(self, x, dim, dtype):
         return _schedule(x.numel() // (x.shape or (1,))[dim], (x.shape or (1,))[dim], x.itemsize, self.logarithm)
 
-    def readable(self, x, dim):
+    def readable(self, x, dim, dtype):
         if dim % max(x.dim(), 1) != max(x.dim(), 1) - 1:
-            return x.movedim(dim, -1).contiguous(), -1
-        return (x.contiguous() if row_stride(x) is None else x), dim
+            return x.movedim(dim, -1).contiguous(), -1, dtype
+        return (x.contiguous() if row_stride(x) is None else x), dim, dtype
 
-    def finish(self, y, x, dim):
+    def finish(self, y, x, dim, dtype):
         return y.movedim(-1, dim).contiguous() if y.dim() else y
 
-    def steps(self, schedule, x, dim):
+    def steps(self, schedule, x, dim, dtype):
         s, length, stride = schedule, x.shape[-1] if x.dim() else 1, row_stride(x)
         rows, width, log = x.numel() // length, tree_width(length), {"LOG": self.logarithm}
         chunks, whole = -(-length // width), length <= WHOLE * width
-        given, warps = {"x_ptr": x.dtype, "y_ptr": x.dtype}, {"num_warps": s.warps}
+        given, warps = {"x_ptr": x.dtype, "y_ptr": dtype or x.dtype}, {"num_warps": s.warps}
         if s.kind == "resident":
             if not whole:
                 raise ValueError(f"schedule {s} holds rows of up to {WHOLE * width}, got {length}")
@@ -374,12 +384,12 @@ class _Softmax(KernelCall):
         between = {"x_ptr": x.dtype, "columns_ptr": torch.float32}
         return [Step(_columns_kernel, rows * (width // columns), between, sizes, {**walk, "COLUMNS": columns}, warps,
                      leaves=rows * 2 * width),
-                Step(_finish_kernel, rows * blocks, {**between, "y_ptr": x.dtype}, {**sizes, "programs": blocks},
+                Step(_finish_kernel, rows * blocks, {**between, "y_ptr": given["y_ptr"]}, {**sizes, "programs": blocks},
                      {"WIDTH": width, "CHUNKS": s.chunks, **log}, {"num_warps": 4})]
 
-    def launch(self, plan, x, dim):
-        read = self.readable(x, dim)[0] if plan.copies else x
-        y = torch.empty_like(read, memory_format=torch.contiguous_format)
+    def launch(self, plan, x, dim, dtype):
+        read = self.readable(x, dim, dtype)[0] if plan.copies else x
+        y = torch.empty_like(read, memory_format=torch.contiguous_format, dtype=dtype)
         px, py = read.data_ptr(), y.data_ptr()
         if plan.second is None:
             plan.first(px, px, py)
@@ -387,9 +397,9 @@ class _Softmax(KernelCall):
             columns = torch.empty(plan.scratch, dtype=torch.float32, device=x.device)
             plan.first(px, px, columns.data_ptr())
             plan.second(px, px, columns.data_ptr(), py)
-        return self.finish(y, x, dim) if plan.copies else y
+        return self.finish(y, x, dim, dtype) if plan.copies else y
 
-    def memory(self, plan, x, dim):
+    def memory(self, plan, x, dim, dtype):
         return {"x_ptr": x, "columns_ptr": x.new_empty(plan.scratch), "y_ptr": x.new_empty(x.shape)}
 
 
@@ -400,30 +410,30 @@ def _inputs(tokens: int, shape, dtype=torch.bfloat16, device="cpu", seed: int = 
 def _op(name: str, title: str, default, logarithm: bool) -> Op:
     call = _Softmax(name, logarithm)
 
-    def cuda(x, dim=-1):
+    def cuda(x, dim=-1, dtype=None):
         """The default: PyTorch's own."""
-        return default(x, dim)
+        return default(x, dim, dtype=dtype)
 
-    def python(x, dim=-1):
+    def python(x, dim=-1, dtype=None):
         """The specification: x of any shape, float32, float16 or bfloat16 -> as many results over `dim`, in x's dtype.
 
-        Raises TypeError or ValueError for anything else. Differentiable, once.
+        With `dtype` torch.float32 they are not rounded to 16 bits. Raises TypeError or ValueError for anything else.
+        Differentiable, once.
         """
         refuse_dual(f"{name}.python", "x", x)  # exp and log are made of bits, which have no derivative
         gradient = getattr(x, "requires_grad", False) and torch.is_grad_enabled()
-        return (_Differentiable.apply if gradient else _specify)(x, dim, logarithm)
+        return (_Differentiable.apply if gradient else _specify)(x, dim, logarithm, dtype)
 
     def work(tokens: int, shape, dtype=torch.bfloat16) -> Work:
         elements = tokens * Shape.parse(shape, "D")["D"]
         return Work(bytes=2 * elements * dtype.itemsize, flops=(4 if logarithm else 5) * elements)
 
-    def schedule(tokens: int, shape, dtype) -> str:
-        return str(_schedule(tokens, Shape.parse(shape, "D")["D"], dtype.itemsize, logarithm))
-
     return Op(name=name, title=title, order="chunks of 1024 in sequence, segment by segment, then neighbours in pairs",
               cuda=cuda, python=call.specification(python), triton=call.triton, inputs=_inputs, work=work,
               per_token=(0,), shapes=("D=32000", "D=128256"), schedules=partial(_schedules, logarithm=logarithm),
-              schedule=schedule, extras={"compile": compiled(cuda)}, call=call)
+              schedule=lambda tokens, shape, dtype: str(
+                  _schedule(tokens, Shape.parse(shape, "D")["D"], dtype.itemsize, logarithm)),
+              extras={"compile": compiled(cuda)}, call=call)
 
 
 softmax = _op("softmax", "Softmax", F.softmax, False)

@@ -92,6 +92,46 @@ def test_other_segments_move_bits(op, x, whole, segment, others):
         assert elements_differ(wanted, pencil(op, x, whole=1, segment=other)) > 0, other
 
 
+# an unrounded result of 16-bit numbers
+
+
+@both
+@every_op
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_result_in_float32_is_that_of_the_numbers_in_float32(op, name, dtype):
+    x = numbers(5, 70, dtype)
+    wanted = op.python(x.float())
+    assert same_bits(op.implementation(name)(x, -1, torch.float32), wanted) and wanted.dtype == torch.float32
+    assert same_bits(op.implementation(name)(x.t(), 0, dtype=torch.float32), wanted.t())
+    assert same_bits(op.implementation(name)(x, -1, dtype=dtype), op.python(x))
+    assert op.implementation(name)(x[:0], dtype=torch.float32).dtype == torch.float32
+
+
+@needs_triton
+@every_op
+def test_every_kind_leaves_float32_unrounded(op):
+    x = numbers(2, 130, torch.bfloat16)
+    for schedule in (Schedule("resident", 4), Schedule("stream", 4), Schedule("columns", 4, columns=64)):
+        assert same_bits(op.run_schedule(schedule, x, -1, torch.float32), op.python(x.float())), schedule
+
+
+@both
+@every_op
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, "float32", int])
+def test_a_result_of_another_dtype_is_refused(op, name, dtype):
+    with pytest.raises(TypeError, match="dtype must be None, x's torch.bfloat16 or torch.float32"):
+        op.implementation(name)(numbers(2, 8, torch.bfloat16), -1, dtype)
+
+
+@every_op
+def test_a_result_in_float32_has_the_gradient_of_a_cast(op):
+    x, y = (numbers(3, 40, torch.bfloat16, device="cpu").requires_grad_() for _ in range(2))
+    weight = numbers(3, 40, seed=1, device="cpu")
+    (op.python(x, -1, torch.float32) * weight).sum().backward()
+    (op.python(y.float()) * weight).sum().backward()
+    assert x.grad.dtype == torch.bfloat16 and same_bits(x.grad, y.grad)
+
+
 # schedules against the specification
 
 

@@ -18,11 +18,16 @@ from .order import Order
 class Linear(torch.autograd.Function):
     """`product`, called with x, weight, bias and an order, made differentiable."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, x, weight, bias, order, product):
-        ctx.save_for_backward(x, weight)
-        ctx.product = product
+    def forward(x, weight, bias, order, product):
         return product(x, weight, bias, order)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # apart from `forward`, as torch.func needs it
+        ctx.save_for_backward(*inputs[:2])
+        ctx.product = inputs[-1]
 
     @staticmethod
     @once_differentiable
