@@ -1,9 +1,8 @@
 # Each target sets up .venv first when it is missing or older than what it is made from.
 # PYTHON=python3.12 chooses the interpreter, ARGS="..." is handed to the command behind a target.
 
-PYTHON    ?= python3
-ARGS      ?=
-RECORDERS ?= rms_norm softmax log_softmax mean
+PYTHON ?= python3
+ARGS   ?=
 
 VENV  := .venv
 BIN   := $(VENV)/bin
@@ -18,12 +17,14 @@ ROOT_USER := $(if $(filter 0,$(shell id -u)),--allow-root)
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
+# PYTHONPATH: this suite's `kernels` before another package of that name, wherever a notebook lies
 lab: $(READY) ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab $(ROOT_USER) --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" \
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/jupyter lab $(ROOT_USER) --ip=127.0.0.1 \
+		--ServerApp.root_dir="$(CURDIR)" \
 		--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(ARGS)
 
 test: $(READY) ## check style and types, run all tests
-	$(BIN)/ruff check .
+	$(BIN)/ruff check kernels figures tests  # not what a reader keeps beside them
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 -m "not serial" $(ARGS) || test $$? = 5  # 5: ARGS chose none of these
 	$(BIN)/python -m pytest -m serial $(ARGS) || test $$? = 5
@@ -35,7 +36,7 @@ notebooks: $(READY) ## execute every notebook and keep its outputs
 	$(BIN)/python -m kernels notebooks run all $(ARGS)
 
 record: $(READY) ## measure this machine into data/
-	set -e; for op in $(RECORDERS); do $(BIN)/python -m kernels sweep $$op --out data $(ARGS); done
+	$(BIN)/python -m kernels record --out data $(ARGS)
 
 # A PYTHON named by the caller counts also when .venv is up to date but was made with another version.
 ifneq ($(origin PYTHON),file)

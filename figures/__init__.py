@@ -1,32 +1,114 @@
 """Every figure of the suite, drawn from data/ alone and byte for byte the same on the same pins.
 
-A module here is one figure: `draw(data=...) -> Figure` and `ALT`, what a reader who cannot see it should know.
+A module here is one figure: `draw(data, machine) -> Figure` and `ALT`, what a reader who cannot see it should know of
+ours. Of another machine, or of a part of a record, a figure shows what there is and says what is not; it raises
+ValueError, or FileNotFoundError where there is no table, only if nothing is left to draw.
 """
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kernels.lab import style
+if TYPE_CHECKING:
+    import pandas as pd
 
 FOLDER = Path(__file__).parent
+CLOCKS = {"cold": "device time with inputs out of cache", "graph": "CUDA-graph replay on warm inputs, no launch",
+          "call": "host wall time, launch included"}
 
 
 def names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules([str(FOLDER)]) if not m.name.startswith("_"))
 
 
-def render(name: str) -> dict[str, bytes]:
-    """Draw one figure; returns {"svg": bytes, "png": bytes}. Raises ValueError for an unknown name."""
+def render(name: str, **of) -> dict[str, bytes]:
+    """Draw one figure; returns {"svg": bytes, "png": bytes}. `of` may name `data` and `machine`, as for draw.
+
+    Raises ValueError for an unknown name, else as draw does.
+    """
+    from kernels.lab import style
+
     if name not in names():
         raise ValueError(f"figure must be one of {', '.join(names())}, got {name!r}")
     style.theme()
-    figure = importlib.import_module(f"figures.{name}").draw()
+    figure = importlib.import_module(f"figures.{name}").draw(**of)
     files = {}
     for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
         buffer = BytesIO()
         figure.savefig(buffer, format=kind, metadata=metadata)
         files[kind] = buffer.getvalue()
     return files
+
+
+def sweep_rows(data, machine: str | None, ops: Iterable[str]) -> tuple[pd.DataFrame, dict]:
+    """A machine's rows of these ops in its token sweep, and its machine.json. ValueError where there are none."""
+    from kernels.lab import records
+
+    rows = records.load(machine=machine, out=data)
+    name, rows = rows.machine.iloc[0] if len(rows) else machine, rows[rows.op.isin(list(ops))]
+    if not len(rows):
+        todo = " or ".join(f"python -m kernels sweep {op}" for op in ops)
+        raise ValueError(f"no {' or '.join(ops)} rows are recorded for {name or 'any machine'} in {data}: {todo}")
+    return rows, described(data, name)
+
+
+def described(data, machine: str) -> dict:
+    """machine.json, with a word for the device or the version of torch where it does not say them.
+
+    Also whether the machine `is_cpu`, and which implementation is `ours` there: on a CPU `python`, since Triton's
+    interpreter is there to look at and not for speed.
+    """
+    from kernels.lab import records
+
+    found = records.read_machine(Path(data) / machine)
+    cpu = records.is_cpu(machine, found)
+    return {"device": machine, "torch": "not recorded", **found, "is_cpu": cpu, "ours": "python" if cpu else "triton"}
+
+
+def pick(rows: pd.DataFrame, column: str, *wanted: str) -> pd.DataFrame:
+    """The rows with the first of these values that any of them has in `column`; else with what most of them have."""
+    values = rows[column]
+    if not len(rows):
+        return rows
+    value = next((v for v in wanted if (values == v).any()), values.mode().iloc[-1])
+    return rows[values == value]
+
+
+def one_experiment(rows: pd.DataFrame, clocks: Iterable[str] = ()) -> pd.DataFrame:
+    """The rows of RMSNorm as published, 8192 wide in bfloat16, or of what this machine recorded instead."""
+    rows = pick(rows, "clock", *clocks) if clocks else rows
+    return pick(pick(rows, "dtype", "bfloat16"), "shape", "D=8192,residual")
+
+
+def specified(rows: pd.DataFrame) -> str:
+    """In words, what the rows of one experiment of RMSNorm measure."""
+    from kernels.op import Shape
+
+    shape = Shape.parse(rows["shape"].iloc[0])
+    return f"{'residual + ' * ('residual' in shape)}RMSNorm, hidden {shape['D']}, {rows.dtype.iloc[0]}"
+
+
+def medians(rows: pd.DataFrame) -> str:
+    """Of how many samples the rows are medians: three sweeps give at least 21."""
+    if not rows.repeats.median() < 21:
+        return "medians of three interleaved sweeps"
+    return f"medians of {rows.repeats.min():g} to {rows.repeats.max():g} samples"
+
+
+def named_once(panels) -> tuple[list, list]:
+    """Handles and labels for one legend of several panels, which need not have the same lines."""
+    found: dict = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    return list(found.values()), list(found)
+
+
+def not_recorded(wanted: Iterable, found: Iterable) -> str:
+    """A line for the caption that names what a record lacks; '' if it lacks nothing."""
+    lacking = [str(one) for one in wanted if one not in set(found)]
+    return f"\nnot recorded: {', '.join(lacking)}" if lacking else ""

@@ -1,33 +1,73 @@
-"""python -m figures [NAME ...] [--check]: draw figures/<name>.svg and .png, or say which would come out otherwise."""
+"""Draw every figure, or those that are named, as SVG and PNG.
+
+    python -m figures                    ours, from data/, into figures/
+    python -m figures --check            say which of them would come out otherwise
+    python -m figures --machine NAME     another machine of data/, such as your own, into figures/NAME/
+
+A record that is not complete is drawn as far as it goes; what is left out is said.
+"""
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from pathlib import Path
 
 from . import FOLDER, names, render
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m figures", description=__doc__)
+    from kernels.lab.command import in_one_line
+
+    return in_one_line(lambda: _run(argv))
+
+
+def _run(argv) -> int:
+    parser = argparse.ArgumentParser(prog="python -m figures", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="*", help=f"one of {', '.join(names())} (default: all)")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a file's bytes would change")
-    arguments = parser.parse_args(argv)
-    changed = []
-    for name in arguments.name or names():
-        try:
-            files = render(name)
-        except (ValueError, FileNotFoundError) as error:
-            print(f"error: {name}: {error}", file=sys.stderr)
-            return 2
-        for kind, content in files.items():
-            path = FOLDER / f"{name}.{kind}"
-            if not path.exists() or path.read_bytes() != content:
-                changed.append(path.name)
-                if not arguments.check:
-                    path.write_bytes(content)
-        print(f"{name}: {'as it was' if not any(c.startswith(name + '.') for c in changed) else 'changed'}")
-    return 1 if arguments.check and changed else 0
+    parser.add_argument("--machine", help="whose record to draw: a folder's name under data/ (default: ours)")
+    parser.add_argument("--data", type=Path, help="the data folder (default: data)")
+    parser.add_argument("--out", type=Path, help="the folder to draw into (default: figures, or figures/NAME)")
+    a = parser.parse_args(argv)
+    if unknown := [name for name in a.name if name not in names()]:
+        print(f"error: figure must be one of {', '.join(names())}, got {unknown[0]!r}", file=sys.stderr)
+        return 2
+    of = {key: value for key, value in (("data", a.data), ("machine", a.machine)) if value is not None}
+    if a.data and not a.data.is_dir():
+        print(f"error: --data must be a folder with recorded machines in it, got {a.data}", file=sys.stderr)
+        return 2
+    out = a.out or (FOLDER / (a.machine or a.data.resolve().name) if of else FOLDER)
+    left = {name: _draw(name, of, out, a.check) for name in a.name or names()}
+    excused = of and not a.name and set(left.values()) - {None}  # a record need not have everything
+    return int(None in left.values() and not excused or a.check and "changed" in left.values())
+
+
+def _draw(name, of, out, check) -> str | None:
+    """'changed' or 'as it was'; None, with a line that says why, for a figure that cannot be drawn."""
+    try:
+        files = render(name, **of)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"not drawn: {name}: {error}" if of else f"error: {name}: {error}", file=sys.stderr)
+        return None
+    changed = [kind for kind, content in files.items() if not _same(out / f"{name}.{kind}", content)]
+    for kind in () if check else changed:
+        from kernels.lab import records
+
+        records.write_atomic(records.made(out) / f"{name}.{kind}", files[kind])
+    word = "changed" if changed else "as it was"
+    print(f"{name}: {word}")
+    return word
+
+
+def _same(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == content
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os.environ["MPLBACKEND"] = "agg"  # a figure opens no window, whatever the reader draws with elsewhere
+    try:
+        sys.exit(main())
+    except ImportError as error:  # another `kernels` stands before ours
+        sys.exit(f"error: {error}")

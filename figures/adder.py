@@ -11,6 +11,6 @@ EXPONENTS, ACCUMULATOR = (3, -6, -14, -27), -2
 ALT = adder_chart.in_words(explain(*adder_chart.example(EXPONENTS, ACCUMULATOR), HOPPER), HOPPER)
 
 
-def draw(data=records.DATA) -> Figure:
-    """Worked out from the rule alone; it reads nothing from `data`."""
+def draw(data=records.DATA, machine: str | None = None) -> Figure:
+    """Worked out from the rule alone; it is the same for every record."""
     return adder_chart.study(EXPONENTS, ACCUMULATOR)[0]

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
+from figures import described
 from kernels.lab import records
 from kernels.lab.atlas import chart as atlas_chart
 from kernels.lab.atlas import measure as atlas
@@ -10,33 +11,42 @@ from kernels.lab.atlas import measure as atlas
 
 def _machines(data) -> list[str]:
     """The first recorded GPU and the first recorded CPU."""
-    names = atlas.machines(data)
-    return [m for m in names if not m.startswith("cpu")][:1] + [m for m in names if m.startswith("cpu")][:1]
+    found = {}
+    for name in atlas.machines(data):
+        found.setdefault(records.is_cpu(name, described(data, name)), name)
+    return [found[kind] for kind in (False, True) if kind in found]
 
 
-def _tables(data=records.DATA) -> dict:
+def _tables(data=records.DATA, machine: str | None = None) -> dict:
+    """Folder's name -> its rows that are ours to show."""
+    tables = {name: atlas.recorded(name, data) for name in ([machine] if machine else _machines(data))}
+    return {name: rows[rows.op.isin(atlas.names()) & rows.dtype.isin(atlas.RECORDED_DTYPES)]
+            for name, rows in tables.items()}
+
+
+def _heading(data, name) -> str:
+    machine = described(data, name)
+    return f"{machine['device'].removeprefix('NVIDIA ')}, torch {machine['torch'].partition('+')[0]}"
+
+
+def _headed(data, tables) -> dict:
     """Device and torch version -> rows."""
-    tables = {}
-    for name in _machines(data):
-        machine = records.read_machine(records.Path(data) / name)
-        heading = f"{machine['device'].removeprefix('NVIDIA ')}, torch {machine['torch'].partition('+')[0]}"
-        tables[heading] = _shown(atlas.recorded(name, data))
-    return tables
+    return {_heading(data, name): rows for name, rows in tables.items()}
 
 
-def _shown(rows):
-    return rows[rows.op.isin(atlas.names()) & rows.dtype.isin(atlas.RECORDED_DTYPES)]
+def _claim(data, name, rows) -> str:
+    some, of = atlas_chart.counts(atlas_chart.steady(rows), "batch")
+    where = "a CPU" if records.is_cpu(name, described(data, name)) else name.upper()
+    return f"{some} of {of} on {where}" if of else f"none tested on {where}"
 
 
-def draw(data=records.DATA) -> Figure:
-    tables = _tables(data)
+def draw(data=records.DATA, machine: str | None = None) -> Figure:
+    tables = {name: rows for name, rows in _tables(data, machine).items() if len(rows)}
     if not tables:
         raise FileNotFoundError(f"no {atlas.ATLAS.file} is recorded in {data}: run python -m kernels atlas")
-    moved = [atlas_chart.counts(atlas_chart.steady(rows), "batch") for rows in tables.values()]
-    claim = " and ".join(f"{some} of {of} on {'a CPU' if name.startswith('cpu') else name.upper()}"
-                         for name, (some, of) in zip(_machines(data), moved, strict=True))
+    claim = " and ".join(_claim(data, name, rows) for name, rows in tables.items())
     return atlas_chart.atlas_chart(
-        tables, title=f"Ops that give a row other bits in another batch: {claim}\n"
+        _headed(data, tables), title=f"Ops that give a row other bits in another batch: {claim}\n"
                       "leaving out those that race from run to run and those that draw random numbers",
         caption="PyTorch's own ops, its default settings. Pale: the same bits in at least 20 comparisons. Dark: bits "
                 "moved, and moved again in a further measurement; the number is the per cent of elements that differ "
@@ -45,7 +55,13 @@ def draw(data=records.DATA) -> Figure:
                 "neighbours: the other rows changed. query: the same positions computed with other numbers of "
                 "queries. threads: other numbers of CPU threads. graph: a CUDA graph replayed. An op that moves from "
                 "run to run may move in every column for that reason alone. An op stands under what moved it on any "
-                "machine shown. Sizes in atlas.csv.")
+                "machine shown. Sizes in atlas.csv." + _lacking(tables))
 
 
-ALT = atlas_chart.words(_tables())
+def _lacking(tables) -> str:
+    """Which ops a record has not tested, in one sentence; '' where it has tested all."""
+    few = {name: len(set(atlas.names()) - set(rows.op)) for name, rows in tables.items()}
+    return "".join(f" Not recorded for {name}: {count} ops." for name, count in few.items() if count)
+
+
+ALT = atlas_chart.words(_headed(records.DATA, _tables()))

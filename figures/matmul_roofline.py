@@ -4,6 +4,8 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
+from figures import CLOCKS, medians, not_recorded
+from figures.matmul_speed import recorded
 from kernels import matmul
 from kernels.lab import records, style
 from kernels.op import Shape
@@ -15,39 +17,55 @@ ALT = ("Three panels, each a weight: TFLOP/s over 1 to 4096 tokens on log axes, 
        "schedule and fixed tiles of 128 rows mostly lie further below.")
 SHAPES = ("N=4096,K=4096", "N=28672,K=4096", "N=1280,K=8192")
 NAMES = ("cuda", "tiled", "frozen", "triton")
+OURS = ("triton", "python")
+TICKS = (1, 3, 10, 30, 100, 300, 1000)
 
 
-def draw(data=records.DATA) -> Figure:
-    rows = records.load(out=data)
-    rows = rows[(rows.op == "matmul") & (rows.dtype == "bfloat16") & (rows.clock == "cold")
-                & rows["shape"].isin(SHAPES) & rows.implementation.isin(NAMES)]
-    if not len(rows):
-        raise ValueError("no matmul rows on the clock cold are recorded: python -m kernels sweep matmul")
-    machine = records.read_machine(records.Path(data) / rows.machine.iloc[0])
-    tokens = sorted(rows.tokens.unique())
+CEILINGS = ("copy_gbytes_per_s", "matmul_tflops")
+
+
+def draw(data=records.DATA, machine: str | None = None) -> Figure:
+    rows, machine = recorded(data, machine)
+    names = [*dict.fromkeys([*NAMES[:-1], machine["ours"]])]
+    rows = rows[rows.implementation.isin(names)]
+    shapes = [s for s in SHAPES if s in set(rows["shape"])] or sorted(set(rows["shape"]))[:3]
+    rows = rows[rows["shape"].isin(shapes)]
+    clock, tokens = rows.clock.iloc[0], sorted(rows.tokens.unique())
     figure = Figure(figsize=(13, 5), layout="constrained")
-    for axes, shape in zip(figure.subplots(1, len(SHAPES), sharey=True), SHAPES, strict=True):
-        _panel(axes, rows[rows["shape"] == shape], tokens)
-        axes.plot(tokens, ceiling(shape, tokens, machine), color="#404040", linestyle=(0, (1, 1.5)), linewidth=1.6,
-                  label="Measured ceilings", zorder=1)
+    for axes, shape in zip(figure.subplots(1, len(shapes), sharey=True, squeeze=False)[0], shapes, strict=True):
+        _panel(axes, rows[rows["shape"] == shape], tokens, names, machine["is_cpu"])
+        if set(CEILINGS) <= set(machine):
+            axes.plot(tokens, ceiling(shape, tokens, machine), color="#404040", linestyle=(0, (1, 1.5)),
+                      linewidth=1.6, label="Measured ceilings", zorder=1)
         axes.set(yscale="log", title="{N:,} x {K:,}".format(**Shape.parse(shape)))
-        axes.set_yticks([1, 3, 10, 30, 100, 300, 1000], ["1", "3", "10", "30", "100", "300", "1000"])
+        low = [tick for tick in (0.001, 0.01, 0.1) if tick > rows.tflops.min() / 2]
+        axes.set_yticks([*low, *TICKS], [f"{tick:g}" for tick in (*low, *TICKS)])
         axes.minorticks_off()
     figure.axes[0].set_ylabel("TFLOP/s")
     figure.axes[0].legend(loc="lower right", fontsize=8.5, handlelength=3.4)
-    figure.suptitle(_claim(rows, tokens, machine), x=0.01, ha="left", fontsize=14, fontweight="bold")
-    style.caption(figure, f"weight N x K, bfloat16 · {machine['device']}, torch {machine['torch']} · clock `cold`: "
-                          "device time with inputs out of cache, medians of three interleaved sweeps\nceilings "
-                          f"measured on the same machine: a copy at {machine['copy_gbytes_per_s']:,.0f} GB/s, a large "
-                          f"product at {machine['matmul_tflops']:,.0f} TFLOP/s")
+    figure.suptitle(_claim(rows[rows.implementation == machine["ours"]], machine), x=0.01, ha="left", fontsize=14,
+                    fontweight="bold")
+    style.caption(figure, f"weight N x K, {rows.dtype.iloc[0]} · {machine['device']}, torch {machine['torch']} · clock "
+                          f"`{clock}`: {CLOCKS[clock]}, {medians(rows)}{_measured(machine)}"
+                          + not_recorded(names, rows.implementation) + not_recorded(CEILINGS, machine))
     return figure
 
 
-def _panel(axes, rows, tokens):
-    for name in NAMES:
+def _measured(machine) -> str:
+    """The ceilings in words; '' where they are not both measured."""
+    if not set(CEILINGS) <= set(machine):
+        return ""
+    product = f"{machine['matmul_tflops']:,.{0 if machine['matmul_tflops'] >= 10 else 2}f}"
+    return (f"\nceilings measured on the same machine: a copy at {machine['copy_gbytes_per_s']:,.0f} GB/s, a large "
+            f"product at {product} TFLOP/s")
+
+
+def _panel(axes, rows, tokens, names, cpu):
+    for name in names:
         mine = rows[rows.implementation == name].sort_values("tokens")
-        look = {"markersize": 7 if name == "tiled" else 5, "linewidth": 2.2 if name == "triton" else 1.6}
-        axes.plot(mine.tokens, mine.tflops, **style.contender(name) | look)
+        look = {"markersize": 7 if name == "tiled" else 5, "linewidth": 2.2 if name in OURS else 1.6}
+        if len(mine):
+            axes.plot(mine.tokens, mine.tflops, **style.contender(name, cpu) | look)
     style.token_axis(axes, tokens, log=True)
     axes.set_xticks(tokens[::2], [str(t) for t in tokens[::2]])
 
@@ -59,9 +77,12 @@ def ceiling(shape, tokens, machine) -> np.ndarray:
     return np.minimum(memory, machine["matmul_tflops"])
 
 
-def _claim(rows, tokens, machine) -> str:
-    ours = rows[rows.implementation == "triton"]
-    first, last = ours[ours.tokens == tokens[0]].gbytes_per_s, ours[ours.tokens == tokens[-1]].tflops
-    copy, product = first / machine["copy_gbytes_per_s"], last / machine["matmul_tflops"]
-    return (f"In a fixed order: up to {copy.max():.0%} of a copy's bandwidth at {tokens[0]} token"
-            f"{'s' if tokens[0] > 1 else ''}, up to {product.max():.0%} of a large product's speed at {tokens[-1]}")
+def _claim(ours, machine) -> str:
+    """How near our kernel comes to both ceilings, at the fewest and the most tokens it is recorded at."""
+    if not len(ours) or not set(CEILINGS) <= set(machine):
+        return "Matrix products against the machine's ceilings"
+    few, many = ours.tokens.min(), ours.tokens.max()
+    copy = ours[ours.tokens == few].gbytes_per_s / machine["copy_gbytes_per_s"]
+    product = ours[ours.tokens == many].tflops / machine["matmul_tflops"]
+    return (f"In a fixed order: up to {copy.max():.0%} of a copy's bandwidth at {few} token{'s' if few > 1 else ''}, "
+            f"up to {product.max():.0%} of a large product's speed at {many}")

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from figures import CLOCKS, medians, named_once, not_recorded, pick, sweep_rows
 from kernels import matmul
 from kernels.lab import records, style
 from kernels.op import Shape
@@ -23,51 +24,58 @@ NAMES = {"tiled": {"linewidth": 1.1, "markersize": 5.5, "alpha": 0.7},
 COLUMNS = 4
 
 
-def draw(data=records.DATA) -> Figure:
-    rows = recorded(data)
-    machine = records.read_machine(records.Path(data) / rows.machine.iloc[0])
-    speed = relative(rows)
-    shapes = [s for s in matmul.shapes if s in speed.index.unique("shape")]
+def draw(data=records.DATA, machine: str | None = None) -> Figure:
+    rows, machine = recorded(data, machine)
+    names = NAMES if machine["ours"] in NAMES else {machine["ours"]: NAMES["triton"], **NAMES}
+    speed, default = relative(rows, names), "the default's" if machine["is_cpu"] else "cuBLAS'"
+    shapes = sorted(speed.index.unique("shape"), key=lambda s: (*matmul.shapes, s).index(s))
     lines = math.ceil((len(shapes) + 1) / COLUMNS)  # one place for the legend
     figure = Figure(figsize=(13, 1.2 + 2.5 * lines), layout="constrained")
-    grid = figure.subplots(lines, COLUMNS, sharex=True, sharey=True)
+    grid = figure.subplots(lines, COLUMNS, sharex=True, sharey=True, squeeze=False)
     for axes, shape in zip(grid.flat, shapes, strict=False):
-        _panel(axes, speed.loc[shape])
+        _panel(axes, speed.loc[shape], names, machine["is_cpu"])
         axes.set_title("{N:,} x {K:,}".format(**Shape.parse(shape)), fontsize=11)
     grid.flat[0].set_ylim(0, 1.05 * max(1.1, speed.max(axis=None)))
-    _edges(grid, len(shapes), sorted(speed.index.unique("tokens")))
-    figure.suptitle(f"Fixed order, free schedule: {_mean(speed.triton):.2f} of cuBLAS' speed in the geometric mean; "
-                    f"one frozen schedule: {_mean(speed.frozen):.2f}", x=0.01, ha="left", fontsize=14,
-                    fontweight="bold")
-    style.caption(figure, f"weight N x K, bfloat16 · {machine['device']}, torch {machine['torch']} · clock `cold`: "
-                          "device time with inputs out of cache, medians of three interleaved sweeps · 1 is the speed "
-                          f"of F.linear (cuBLAS)\n{_bits(rows)}")
+    _edges(grid, len(shapes), sorted(speed.index.unique("tokens")), default)
+    figure.suptitle(_claim(speed, machine["ours"], default), x=0.01, ha="left", fontsize=14, fontweight="bold")
+    clock = rows.clock.iloc[0]
+    style.caption(figure, f"weight N x K, {rows.dtype.iloc[0]} · {machine['device']}, torch {machine['torch']} · clock "
+                          f"`{clock}`: {CLOCKS[clock]}, {medians(rows)} · 1 is the speed of F.linear"
+                          f"{'' if machine['is_cpu'] else ' (cuBLAS)'}\n{_bits(rows, names)}"
+                          + not_recorded([*names], rows.implementation))
     return figure
 
 
-def recorded(data) -> pd.DataFrame:
-    """The products' rows in bfloat16 on the clock `cold`. Raises ValueError where there are none."""
-    rows = records.load(out=data)
-    rows = rows[(rows.op == "matmul") & (rows.dtype == "bfloat16") & (rows.clock == "cold")]
-    if not len(rows):
-        raise ValueError("no matmul rows on the clock cold are recorded: python -m kernels sweep matmul")
-    return rows
+def recorded(data, machine: str | None = None) -> tuple[pd.DataFrame, dict]:
+    """The products' rows in one dtype (bfloat16) on the clock `cold`, or a CPU's `call`, and what their machine is.
+
+    Raises ValueError where none can be compared with the default's.
+    """
+    rows, machine = sweep_rows(data, machine, ["matmul"])
+    clock = "call" if machine["is_cpu"] else "cold"
+    rows = pick(rows[rows.clock == clock], "dtype", "bfloat16")
+    if relative(rows, [*NAMES, "python"]).isna().all(axis=None):
+        raise ValueError(f"no product is recorded beside cuda's on the clock {clock} for {machine['device']}: "
+                         "python -m kernels sweep matmul")
+    return rows, machine
 
 
-def relative(rows) -> pd.DataFrame:
-    """Times the default's speed: a row for each shape and token count, a column for each contender."""
+def relative(rows, names=tuple(NAMES)) -> pd.DataFrame:
+    """Times the default's speed: a row for each shape and token count, a column for each of these contenders."""
     us = rows.pivot(index=["shape", "tokens"], columns="implementation", values="us_p50")
-    return us[list(NAMES)].rdiv(us.cuda, axis=0)
+    us = us.reindex(columns=["cuda", *names])
+    return us[list(names)].rdiv(us.cuda, axis=0)
 
 
-def _panel(axes, speed):
+def _panel(axes, speed, names, cpu):
     axes.axhline(1, color=style.GREY, linewidth=1.3, zorder=1)
-    for name, look in NAMES.items():
+    for name, look in names.items():
         mine = speed[name].dropna()
-        axes.plot(mine.index, mine, **style.contender(name) | look)
+        if len(mine):
+            axes.plot(mine.index, mine, **style.contender(name, cpu) | look)
 
 
-def _edges(grid, panels, tokens):
+def _edges(grid, panels, tokens, default):
     """Ticks and labels at the outer panels, and the legend where no panel is."""
     style.token_axis(grid.flat[0], tokens, log=True)
     for axes in grid.flat:
@@ -75,24 +83,32 @@ def _edges(grid, panels, tokens):
         axes.set_xlabel("")
         axes.minorticks_off()
     for axes in grid[:, 0]:
-        axes.set_ylabel("Times cuBLAS' speed")
+        axes.set_ylabel(f"Times {default} speed")
     for axes in grid.flat[:panels][-COLUMNS:]:  # the lowest panel of each column
         axes.set_xlabel("# Tokens")
         axes.xaxis.set_tick_params(labelbottom=True)
     for axes in grid.flat[panels:]:
         axes.set_axis_off()
-    handles, labels = grid.flat[0].get_legend_handles_labels()
+    handles, labels = named_once(grid.flat)
     legend = grid.flat[-1].legend(handles[::-1], labels[::-1], loc="center", frameon=False, fontsize=8.2,
                                   handlelength=3.2, labelspacing=0.8)
     legend.set_in_layout(False)  # it is a little wider than a panel
 
 
-def _bits(rows) -> str:
+def _claim(speed, ours, default) -> str:
+    words = {"triton": "Fixed order, free schedule", "python": "Fixed order, in plain PyTorch"}
+    mean = {name: _mean(column) for name, column in speed.items() if column.notna().any()}
+    said = [f"{words[ours]}: {mean[ours]:.2f} of {default} speed in the geometric mean"] if ours in mean else []
+    return "; ".join([*said, *([f"one frozen schedule: {mean['frozen']:.2f}"] if "frozen" in mean else [])])
+
+
+def _bits(rows, names) -> str:
     """At how many points a row's bits were not those of the largest batch."""
     moved = rows[~rows.same_bits.astype(bool)].implementation.value_counts()
-    kept = [name for name in ("cuda", *NAMES) if name not in moved]
+    kept = [name for name in ("cuda", *names) if name not in moved and name in set(rows.implementation)]
     said = [f"{name} at {count} of {(rows.implementation == name).sum()} points" for name, count in moved.items()]
-    return " · ".join([*(["bits moved: " + ", ".join(said)] if said else []), "same bits: " + ", ".join(kept)])
+    return " · ".join([*(["bits moved: " + ", ".join(said)] if said else []),
+                       *(["same bits: " + ", ".join(kept)] if kept else [])])
 
 
 def _mean(column) -> float:

@@ -2,6 +2,8 @@
 
     python -m kernels                    the ops, their orders and files
     python -m kernels VERB --help        what a command does and takes
+
+What a reader can mend is told in one line; `python -X dev -m kernels VERB ...` shows the traceback.
 """
 from __future__ import annotations
 
@@ -10,7 +12,10 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+from .lab.command import in_one_line
+
 VERBS = {
+    "record": ("recorder", "measure this machine: every op, at sizes that it can do"),
     "sweep": ("sweep.measure", "time and bits of an op over token counts"),
     "tune": ("tuning.tune", "find this GPU's fastest schedules of the matrix product"),
     "digests": ("proofs.digests", "record what bits ops have, or redo what is recorded (--check)"),
@@ -38,14 +43,17 @@ def table() -> str:
 
 
 def main(argv=None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+    return in_one_line(lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv) -> int | None:
     if not argv or argv[0] in ("-h", "--help"):
         print(table())
         return 0
     if argv[0] not in VERBS:
         print(f"error: the command must be one of {', '.join(VERBS)}, got {argv[0]!r}", file=sys.stderr)
         return 2
-    return import_module(f".lab.{VERBS[argv[0]][0]}", __package__).main(argv[1:]) or 0
+    return import_module(f".lab.{VERBS[argv[0]][0]}", __package__).main(argv[1:])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -209,13 +210,19 @@ def test_no_file_imports_in_a_circle():
 
 # Pins and the files beside the code.
 
-def requirement_lines():
-    return [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.strip()]
+*PINS, ABOUT_ITSELF, ITSELF = filter(None, (ROOT / "requirements.txt").read_text().splitlines())
 
 
-@pytest.mark.parametrize("line", requirement_lines())
+@pytest.mark.parametrize("line", PINS)
 def test_a_requirement_is_pinned_and_says_why(line):
     assert re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9.]*\s*(;[^#]+)?\s+# \S.{10,}", line)
+
+
+def test_the_requirements_alone_install_the_suite_too():
+    """pip reads the last line; setuptools, which reads the file for the suite's own needs, has to drop it."""
+    assert ABOUT_ITSELF.startswith("# ") and ITSELF == "-e . \\"
+    needs = [need for need in importlib.metadata.requires(PYPROJECT["project"]["name"]) if "extra ==" not in need]
+    assert [need.split(";")[0] for need in needs] == [line.split("#")[0].split(";")[0].strip() for line in PINS]
 
 
 def test_the_test_extra_is_pinned():
@@ -225,7 +232,7 @@ def test_the_test_extra_is_pinned():
 
 
 def test_torch_and_triton_are_the_pair_torch_asks_for():
-    pins = dict(re.match(r"([a-z]+)==([0-9.]+)", line).groups() for line in requirement_lines()[:2])
+    pins = dict(re.match(r"([a-z]+)==([0-9.]+)", line).groups() for line in PINS[:2])
     assert pins == {"torch": "2.13.0", "triton": "3.7.1"}
 
 

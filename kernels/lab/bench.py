@@ -16,9 +16,16 @@ import numpy as np
 import torch
 
 from .. import runtime
+from ..model.cache import free_memory
 
 CLOCKS = ("cold", "graph", "call")
+LARGE_COPY = {"cuda": 1 << 30, "cpu": 1 << 26}  # float32 numbers
 PERCENTILES = (5, 20, 50, 80, 95)
+
+
+def gigabytes(n: float) -> str:
+    """So many bytes in words."""
+    return f"{n / 1e9:.1f} GB" if n < 10e9 else f"{n / 1e9:,.0f} GB" if n < 1e15 else f"{n / 1e9:.0e} GB"
 
 
 @dataclass
@@ -56,17 +63,24 @@ def measure(contenders: Mapping[str, Callable], inputs: Callable[[int], tuple], 
     return _replay(contenders, inputs, clock == "cold", device, set_bytes, repeats)
 
 
+def sets(clock: str, set_bytes: int, device: torch.device) -> int:
+    """How many separate sets of inputs a clock holds at once."""
+    return int(np.clip(3 * l2_bytes(device) // max(set_bytes, 1), 2, 48)) if clock == "cold" else 1
+
+
 def _replay(contenders, inputs, cold, device, set_bytes, repeats):
-    sets_in_cold = int(np.clip(3 * _l2(device) // max(set_bytes, 1), 2, 48))
-    calls = sets_in_cold if cold else (20 if set_bytes < 1 << 26 else 4)
-    sets = [inputs(i) for i in range(calls)] if cold else [inputs(0)] * calls
+    if cold:
+        arguments = [inputs(i) for i in range(sets("cold", set_bytes, device))]
+    else:
+        arguments = [inputs(0)] * (20 if set_bytes < 1 << 26 else 4)
+    calls = len(arguments)
     results, graphs = {}, {}
     for name, function in contenders.items():
         try:
-            graphs[name] = _capture(function, sets)
+            graphs[name] = _capture(function, arguments)
         except Exception as error:  # noqa: BLE001 - one contender's failure must not cost the others' points
             results[name] = error
-    evict = torch.zeros(3 * _l2(device) // 4 if cold else 1, dtype=torch.float32, device=device)
+    evict = torch.zeros(3 * l2_bytes(device) // 4 if cold else 1, dtype=torch.float32, device=device)
     events = {name: [] for name in graphs}
     for _ in range(repeats + 1):
         for name, graph in graphs.items():
@@ -122,7 +136,8 @@ def _synchronize(device):
         torch.cuda.synchronize(device)
 
 
-def _l2(device) -> int:
+def l2_bytes(device: torch.device) -> int:
+    """Bytes of a GPU's L2 cache."""
     return torch.cuda.get_device_properties(device).L2_cache_size
 
 
@@ -132,7 +147,7 @@ def after_flush(function: Callable, arguments: tuple, repeats: int = 15) -> Timi
     It also counts the event pair and the launch gap, about 2-3 us.
     """
     device = arguments[0].device
-    evict = torch.zeros(3 * _l2(device) // 4, dtype=torch.float32, device=device)
+    evict = torch.zeros(3 * l2_bytes(device) // 4, dtype=torch.float32, device=device)
     function(*arguments)
     us = []
     for _ in range(repeats):
@@ -150,9 +165,20 @@ def after_flush(function: Callable, arguments: tuple, repeats: int = 15) -> Timi
 def copy_gbytes_per_s(device: torch.device | None = None, repeats: int = 11) -> float:
     """Measured ceiling for moving memory: bytes read plus bytes written by a large copy, in GB/s."""
     device = device or runtime.device()
-    source = torch.ones(1 << (30 if device.type == "cuda" else 26), dtype=torch.float32, device=device)
+    source = torch.ones(_large_copy(device), dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _best(lambda: target.copy_(source), device, repeats) / 1e9
+
+
+def _large_copy(device) -> int:
+    """As many numbers as tell the bandwidth, and fewer where they would take more than a quarter of what is free."""
+    free = free_memory(device)
+    return min(LARGE_COPY.get(device.type, 1 << 26), max((free or 1 << 40) // 32, 1 << 20))
+
+
+def ceilings_bytes(device: torch.device) -> int:
+    """Bytes that `ceilings` takes, if they are not known yet."""
+    return 8 * _large_copy(device)
 
 
 def matmul_tflops(device: torch.device | None = None, dtype=None, repeats: int = 11) -> float:

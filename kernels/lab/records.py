@@ -8,62 +8,23 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
-import os
+import math
 import platform
 import re
+import shlex
 import subprocess
 import sys
-import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import torch
-from filelock import FileLock
 
 from .. import runtime
+from .table import Table, made, turn, write_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "data"
-
-
-@dataclass(frozen=True)
-class Table:
-    """The form of one CSV: its file name, its columns in order, and the columns that are its key."""
-
-    file: str
-    columns: tuple[str, ...]
-    key: tuple[str, ...]
-
-    def read(self, folder) -> pd.DataFrame:
-        """The table in this folder; empty if there is none. Raises ValueError for a file of another form."""
-        path = Path(folder) / self.file
-        if not path.exists():
-            return pd.DataFrame(columns=list(self.columns))
-        try:
-            table = pd.read_csv(path, dtype={"digest": str, "source": str}, comment="#", keep_default_na=True)
-        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a readable CSV table: {error}") from None
-        if tuple(table.columns) != self.columns:
-            odd = sorted(set(table.columns) ^ set(self.columns)) or "the same columns in another order"
-            raise ValueError(f"{path} is not a {self.file} of this suite: {odd}. Move it away and record again.")
-        return table
-
-    def merge(self, folder, rows) -> pd.DataFrame:
-        """Write these rows (dicts or a DataFrame) over those with the same key; returns the whole table."""
-        rows = pd.DataFrame(rows, columns=list(self.columns))
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f"{self.file}.lock"):
-            old = self.read(folder)
-            keys = list(self.key)
-            new = rows.drop_duplicates(keys, keep="last")
-            kept = old[~old.set_index(keys).index.isin(new.set_index(keys).index)] if len(old) else old
-            table = pd.concat([t for t in (kept, new) if len(t)] or [old], ignore_index=True)
-            table = table.sort_values(keys, kind="stable", ignore_index=True)
-            write_atomic(folder / self.file, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-        return table
-
 
 TOKEN_SWEEP = Table(
     "token_sweep.csv",
@@ -74,41 +35,26 @@ TOKEN_SWEEP = Table(
 )
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace the file whole, or leave it as it was and raise OSError that names it."""
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            temporary = file.name
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
-        raise OSError(error.errno, f"could not write {path} (the file there is unchanged): {error.strerror}") from error
-
-
 def now() -> str:
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def device_name() -> str:
-    return torch.cuda.get_device_name() if runtime.HAS_GPU else f"{_cpu_model()}, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name() if runtime.HAS_GPU else f"{cpu_model()}, {torch.get_num_threads()} threads"
 
 
 def slug() -> str:
-    """This machine's folder under data/: h200, h100, cpu-avx512 and so on."""
+    """This kind of machine as a folder under data/: h200, h100, cpu-avx512 and so on."""
     if runtime.HAS_GPU:
         return runtime.slug(torch.cuda.current_device())
     return "cpu-" + torch.backends.cpu.get_cpu_capability().lower().replace("_", "")
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor's name, as the system reports it."""
     try:
-        return re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1].strip()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        return re.search(r"model name\s*:\s*(.+)", text)[1].strip()
     except (OSError, TypeError):
         return platform.processor() or platform.machine()
 
@@ -130,23 +76,33 @@ def this_machine() -> dict:
         "triton": getattr(runtime.triton, "__version__", None) if runtime.HAS_TRITON else None,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "host_cpu": _cpu_model(),
+        "host_cpu": cpu_model(),
     }
 
 
 def open_machine(out=DATA, name: str | None = None) -> Path:
     """The folder to record into: this machine's own, or the next free h200-2, h200-3 if another machine has the name.
 
-    Raises ValueError if `name` is given and that folder holds measurements of another machine.
+    Raises ValueError if `name` is no folder's name, or that folder holds measurements of another machine.
     """
-    names = [name] if name else itertools.chain([slug()], (f"{slug()}-{i}" for i in itertools.count(2)))
-    for candidate in names:
+    if name and not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"--machine must be a plain name such as h200 or my-laptop, got {name!r}")
+    base = name or _kind(out)
+    for candidate in [base] if name else itertools.chain([base], (f"{base}-{i}" for i in itertools.count(2))):
         folder = Path(out) / candidate
         other = _other_machine(read_machine(folder))
         if not other:
-            folder.mkdir(parents=True, exist_ok=True)
-            return folder
+            return made(folder)
     raise ValueError(f"{folder} was recorded elsewhere ({other}). Give this machine another name with --machine")
+
+
+def _kind(out) -> str:
+    """`slug`; with the processor's name in it for a CPU of another make than the one whose folder has that name."""
+    there = None if runtime.HAS_GPU else read_machine(Path(out) / slug()).get("host_cpu")
+    if there in (None, cpu_model()):
+        return slug()
+    make = re.sub(r"\((r|tm)\)|@.*|\b(\d+-core|cpu|processor)\b", " ", cpu_model().lower())
+    return "-".join([*re.findall(r"[a-z0-9]+", f"cpu {make}"), slug().removeprefix("cpu-")])
 
 
 def _other_machine(recorded: dict) -> str:
@@ -157,14 +113,43 @@ def _other_machine(recorded: dict) -> str:
 
 
 def read_machine(folder) -> dict:
-    """machine.json of one folder, {} if there is none. Raises ValueError if it cannot be read."""
+    """machine.json of one folder, {} if there is none. Raises ValueError that says what is wrong with it."""
     path = Path(folder) / "machine.json"
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        machine = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable JSON: {error}") from None
+    for fault in _machine_faults(machine):
+        raise ValueError(f"{path} is not a machine.json of this suite: {fault}")
+    return machine
+
+
+def _machine_faults(machine) -> Iterator[str]:
+    if not isinstance(machine, dict):
+        yield f"it must hold fields in {{}}, got {json.dumps(machine)[:40]}"
+        return
+    for name, value in machine.items():
+        if name in ("copy_gbytes_per_s", "matmul_tflops") and not _is_rate(value):
+            yield f"{name} must be a number above 0, got {value!r}"
+        if name in ("device", "torch", "host_cpu", "verify_cost_model") and not isinstance(value, str):
+            yield f"{name} must be a text, got {value!r}"
+    commands = machine.get("command", {})
+    if not isinstance(commands, dict):
+        yield f"command must give each file its list of commands, got {commands!r}"
+    for file, lines in commands.items() if isinstance(commands, dict) else ():
+        if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+            yield f"command must give {file} a list of commands, got {lines!r}"
+
+
+def _is_rate(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def is_cpu(name: str, machine: dict) -> bool:
+    """Whether the machine in this folder, with this machine.json, is a CPU alone."""
+    return machine.get("device", "").endswith(" threads") or "device" not in machine and name.startswith("cpu")
 
 
 def note_machine(folder, file: str, **ceilings) -> dict:
@@ -172,8 +157,8 @@ def note_machine(folder, file: str, **ceilings) -> dict:
 
     Ceilings that it already has stay, so that all rows of a folder are compared with the same ones.
     """
-    folder = Path(folder)
-    with FileLock(folder / "machine.json.lock"):
+    folder = made(folder)
+    with turn(folder / "machine.json"):
         machine = read_machine(folder)
         commands = machine.get("command", {})
         commands[file] = list(dict.fromkeys([*commands.get(file, []), command()]))
@@ -186,14 +171,24 @@ def command() -> str:
     """The command that is running, as a reader would type it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
-    return " ".join([program, *sys.argv[1:]])
+    return f"{program} {shlex.join(sys.argv[1:])}".strip()
+
+
+# the machines that come with the suite, in whose figures, notebooks and README they are named; the GPU to show first
+OURS = ("h200", "h100", "cpu-avx512", "cpu-avx512-2", "cpu-avx512-3")
 
 
 def machines(file: str = TOKEN_SWEEP.file, out=DATA) -> list[str]:
-    """The machines that recorded this file, data-centre GPUs first, newest first."""
+    """The machines that recorded this file: those of OURS first, so that a reader's own record moves no chart of ours.
+
+    Raises FileNotFoundError where the suite was installed without its data.
+    """
+    if Path(out) == DATA and not DATA.is_dir():
+        raise FileNotFoundError(f"there is no recorded data in {DATA}: the suite is installed without it. Clone the "
+                                "repository and install it from there: pip install -r requirements.txt")
     found = [p.parent.name for p in Path(out).glob(f"*/{file}") if (p.parent / "machine.json").exists()]
-    order = {name: i for i, name in enumerate(("b200", "h200", "h100", "a100"))}
-    return sorted(found, key=lambda name: (order.get(name, 99), name))
+    order = {name: i for i, name in enumerate(OURS)}
+    return sorted(found, key=lambda name: (order.get(name, len(OURS)), name.startswith("cpu"), name))
 
 
 def load(table: Table = TOKEN_SWEEP, machine: str | None = None, out=DATA) -> pd.DataFrame:

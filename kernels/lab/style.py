@@ -34,9 +34,13 @@ CONTENDERS = {
 }
 
 
-def contender(name: str) -> dict:
-    """Keyword arguments for Axes.plot: colour, marker, line style and label of one implementation."""
+ON_A_CPU = {"cuda": "Default (PyTorch on a CPU)", "triton": "Batch-invariant (Triton's interpreter)"}
+
+
+def contender(name: str, cpu: bool = False) -> dict:
+    """Keyword arguments for Axes.plot: colour, marker, line style and label of one implementation on a GPU or a CPU."""
     color, marker, line, label = CONTENDERS.get(name, (GREY, "P", ":", name))
+    label = ON_A_CPU.get(name, label) if cpu else label
     return {"color": color, "marker": marker, "linestyle": line, "label": label}
 
 
@@ -47,7 +51,8 @@ def in_order(rows: pd.DataFrame) -> list[str]:
 
 
 def theme() -> None:
-    """Set the suite's look, and fix what would change a figure's bytes from run to run."""
+    """Set the suite's look, whatever the reader's matplotlibrc says, and fix what would change a figure's bytes."""
+    mpl.rcdefaults()
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
     mpl.rcParams.update({
         "font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 12, "axes.titleweight": "bold",

@@ -118,14 +118,13 @@ def test_without_rows_it_says_how_to_record_them(module, tmp_path):
 
 
 def test_what_the_words_say_is_in_the_recorded_rows():
-    rows = matmul_speed.recorded(records.DATA)
+    rows, machine = matmul_speed.recorded(records.DATA)
     speed = matmul_speed.relative(rows)
     assert sorted(speed.index.unique("shape")) == sorted(matmul.shapes) and len(matmul.shapes) == 11
     assert speed.index.unique("tokens").max() == 4096 and speed.index.unique("tokens").min() == 1
     assert speed.triton.between(0.8, 1.25).mean() > 0.75, "stays near the grey line"
     assert (speed.frozen < 1).mean() > 0.9, "lies below it nearly everywhere"
     assert rows[rows.implementation.isin(["triton", "frozen"])].same_bits.all()
-    machine = records.read_machine(records.DATA / rows.machine.iloc[0])
     shown = rows[rows["shape"].isin(matmul_roofline.SHAPES)].pivot(
         index=["shape", "tokens"], columns="implementation", values="tflops")
     most = np.concatenate([matmul_roofline.ceiling(shape, shown.loc[shape].index, machine)

@@ -48,6 +48,107 @@ def test_a_foreign_file_is_refused_and_left_alone(tmp_path, content, word):
     assert path.read_bytes() == content.encode("latin-1")
 
 
+LINES = ("op,implementation,dtype,shape,tokens,clock,us_p05,us_p20,us_p50,us_p80,us_p95,repeats,gbytes_per_s,tflops,"
+         "same_bits,elements_differ,digest,schedule,recorded_at,source",
+         'mean,cuda,bfloat16,"D=8,inner=2",1,call,1.0,1.10,1.2,1.3,1.4,7,12.60,1E-3,True,0,00e1,,2026-11-01T00:00:00Z,0b',
+         "mean,cuda,bfloat16,D=8,8,call,1,1,1,1,1,7,1,1,TRUE,0,00ff,,2026-11-01T00:00:00Z,0b",
+         "mean,triton,bfloat16,D=8,8,call,1,1,1,1,1,7,,,,0,00ff,one program,2026-11-01T00:00:00Z,0b")
+
+
+def saved(folder, *lines, end="\n", bom=""):
+    (folder / "token_sweep.csv").write_bytes((bom + end.join(lines) + end).encode())
+
+
+@pytest.mark.parametrize("form", [{}, {"end": "\r\n"}, {"bom": "\ufeff"}, {"bom": "\ufeff", "end": "\r\n"}], ids=str)
+@pytest.mark.parametrize("last", [(), ("," * 19,), ("," * 19, "," * 19), ("",)], ids=str)
+def test_what_a_spreadsheet_saved_is_read_and_its_rows_keep_their_text(form, last, tmp_path):
+    saved(tmp_path, *LINES, *last, **form)
+    table = records.TOKEN_SWEEP.read(tmp_path)
+    assert table.tokens.tolist() == [1, 8, 8] and table.digest.tolist() == ["00e1", "00ff", "00ff"]
+    assert table.tokens.dtype == int and table.same_bits.tolist()[:2] == [True, True] and pd.isna(table.same_bits[2])
+    records.TOKEN_SWEEP.merge(tmp_path, [row(77)])
+    written = (tmp_path / "token_sweep.csv").read_text(encoding="utf-8").splitlines()
+    assert set(LINES) < set(written) and len(written) == 5
+
+
+def test_comments_stay(tmp_path):
+    saved(tmp_path, "# my laptop, on battery", *LINES[:3])
+    records.TOKEN_SWEEP.merge(tmp_path, [row(77)])
+    assert (tmp_path / "token_sweep.csv").read_text().splitlines()[:2] == ["# my laptop, on battery", LINES[0]]
+    assert len(records.TOKEN_SWEEP.read(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("old, new, said", [
+    ("TRUE", "WAHR", "same_bits must be True or False, got 'WAHR'"), ("TRUE", "1", "same_bits must be True or False"),
+    ("TRUE", "yes", "same_bits"), (",8,call", ",many,call", "tokens must be a number such as 1.5, got 'many'"),
+    (",8,call", ",,call", "tokens is empty"), (",7,1,1,", ',7,"1,5",1,', "gbytes_per_s must be a number"),
+    (",7,1,1,", ",7,1_0,1,", "gbytes_per_s must be a number"), ("mean,cuda", ",cuda", "op is empty"),
+    (",00ff,,", ",00ff,", "19 cells instead of 20"), (",00ff,,", ",00ff,,,", "21 cells instead of 20"),
+    (",00ff,,", ",00ff,\x00,", "not a readable CSV"), (",00ff,,", ',00ff,"never closed,', "not a readable CSV")])
+def test_a_cell_that_means_nothing_is_refused_by_name(old, new, said, tmp_path):
+    assert old in LINES[2]
+    saved(tmp_path, *LINES[:2], LINES[2].replace(old, new))
+    before = (tmp_path / "token_sweep.csv").read_bytes()
+    for look in (records.TOKEN_SWEEP.read, lambda folder: records.TOKEN_SWEEP.merge(folder, [row()])):
+        with pytest.raises(ValueError, match=f"token_sweep.csv.*{said}"):
+            look(tmp_path)
+    assert (tmp_path / "token_sweep.csv").read_bytes() == before
+
+
+def test_a_key_that_is_there_twice_is_refused_until_it_is_recorded_again(tmp_path):
+    saved(tmp_path, *LINES, LINES[2])
+    with pytest.raises(ValueError, match="two rows have the key mean, cuda, bfloat16, D=8, 8, call"):
+        records.TOKEN_SWEEP.read(tmp_path)
+    records.TOKEN_SWEEP.merge(tmp_path, [row()])
+    assert len(records.TOKEN_SWEEP.read(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("change", [{"same_bits": 0.0}, {"us_p50": "fast"}, {"op": ""}])
+def test_rows_of_another_form_are_not_written(change, tmp_path):
+    with pytest.raises(ValueError, match="rows for .*token_sweep.csv: "):
+        records.TOKEN_SWEEP.merge(tmp_path, [row(), row(2) | change])
+    assert not (tmp_path / "token_sweep.csv").exists()
+
+
+def test_every_recorded_table_is_read_and_written_as_it_stands(tmp_path):
+    from kernels.lab.atlas.measure import ATLAS
+    from kernels.lab.proofs.certificates import CERTIFICATES
+    from kernels.lab.proofs.digests import DIGESTS
+    from kernels.lab.proofs.tensor_core import TENSOR_CORE
+    from kernels.lab.sources.claims import OBSERVED
+    from kernels.lab.sources.host import HOST_DIGESTS
+    from kernels.lab.window.measure import VERIFY_COST
+    tables = (ATLAS, CERTIFICATES, DIGESTS, TENSOR_CORE, OBSERVED, HOST_DIGESTS, VERIFY_COST, records.TOKEN_SWEEP)
+    for table in tables:
+        for machine in {*records.OURS} & {*records.machines(table.file)}:
+            path = records.DATA / machine / table.file
+            (tmp_path / table.file).write_bytes(path.read_bytes())
+            table.merge(tmp_path, table.read(tmp_path).iloc[:2])
+            assert (tmp_path / table.file).read_bytes() == path.read_bytes(), path
+
+
+@pytest.mark.parametrize("error, said", [
+    (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+    (OSError(errno.EROFS, "Read-only file system"), "Read-only file system"),
+    (NotImplementedError("FileSystem does not appear to support flock"), "support flock")])
+def test_a_folder_that_cannot_be_written_is_named(error, said, tmp_path, monkeypatch):
+    def refuse(_):
+        raise error
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    for write in (lambda: records.TOKEN_SWEEP.merge(tmp_path, [row()]),
+                  lambda: records.note_machine(tmp_path, "a.csv")):
+        with pytest.raises(OSError, match=f"could not write .*{tmp_path.name}.*{said}"):
+            write()
+
+
+def test_a_file_where_a_folder_should_be_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file is a file"):
+        records.open_machine(tmp_path / "file")
+    with pytest.raises(OSError, match=r"file is a file"):
+        records.open_machine(tmp_path / "file" / "below")
+
+
 def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path, monkeypatch):
     records.TOKEN_SWEEP.merge(tmp_path, [row(1)])
     before = (tmp_path / "token_sweep.csv").read_bytes()
@@ -80,6 +181,64 @@ def test_a_folder_belongs_to_one_machine(tmp_path):
     assert records.open_machine(tmp_path).name == own.name + "-2"
     with pytest.raises(ValueError, match="torch was 0.1"):
         records.open_machine(tmp_path, own.name)
+
+
+def cpu(monkeypatch, name):
+    monkeypatch.setattr(records.runtime, "HAS_GPU", False)
+    monkeypatch.setattr(records, "cpu_model", lambda: name)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+
+
+@pytest.mark.parametrize("name, folder", [
+    ("AMD EPYC 9654 96-Core Processor", "cpu-amd-epyc-9654-avx512"), ("AMD EPYC", "cpu-amd-epyc-avx512"),
+    ("AMD Ryzen 9 7950X 16-Core Processor", "cpu-amd-ryzen-9-7950x-avx512"),
+    ("Intel(R) Core(TM) i9-11900K CPU @ 3.50GHz", "cpu-intel-core-i9-11900k-avx512")])
+def test_a_cpu_of_another_make_is_not_counted_into_our_series(name, folder, tmp_path, monkeypatch):
+    cpu(monkeypatch, "Intel(R) Xeon(R) Processor")
+    records.note_machine(records.open_machine(tmp_path), "a.csv")
+    assert records.open_machine(tmp_path).name == "cpu-avx512"
+    cpu(monkeypatch, name)
+    assert records.open_machine(tmp_path).name == folder
+    records.note_machine(tmp_path / folder, "a.csv")
+    assert records.open_machine(tmp_path).name == folder
+    monkeypatch.setattr(torch, "__version__", "3.0")
+    assert records.open_machine(tmp_path).name == f"{folder}-2"
+    cpu(monkeypatch, "Intel(R) Xeon(R) Processor")
+    assert records.open_machine(tmp_path).name == "cpu-avx512-2"
+
+
+def test_a_readers_record_comes_after_ours(tmp_path):
+    for name in ("b200", "cpu-avx2", "a-laptop", "h200", "cpu-avx512"):
+        records.TOKEN_SWEEP.merge(tmp_path / name, [row()])
+        (tmp_path / name / "machine.json").write_text("{}")
+    assert records.machines(out=tmp_path) == ["h200", "cpu-avx512", "a-laptop", "b200", "cpu-avx2"]
+    assert records.load(out=tmp_path).machine[0] == "h200"
+
+
+def test_an_installation_without_data_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "DATA", tmp_path / "data")
+    with pytest.raises(FileNotFoundError, match="installed without it.*pip install -r requirements.txt"):
+        records.machines(out=tmp_path / "data")
+
+
+@pytest.mark.parametrize("form, said", [
+    ("[]", "must hold fields"), ("null", "must hold fields"), ('"text"', "must hold fields"),
+    ('{"command": "python -m x"}', "command must give each file"), ('{"command": []}', "command must give each file"),
+    ('{"command": {"a.csv": "python -m x"}}', "command must give a.csv a list of commands, got 'python -m x'"),
+    ('{"command": {"a.csv": [3]}}', "a list of commands"), ('{"matmul_tflops": true}', "matmul_tflops"),
+    ('{"copy_gbytes_per_s": 0}', "copy_gbytes_per_s"), ('{"torch": 2.13}', "torch must be a text"),
+    ("[" * 100000, "not readable JSON")], ids=lambda text: text[:40])
+def test_a_machine_json_of_another_form_is_refused_by_name(form, said, tmp_path):
+    (tmp_path / "machine.json").write_text(form)
+    for look in (records.read_machine, lambda folder: records.note_machine(folder, "a.csv")):
+        with pytest.raises(ValueError, match=f"machine.json.*{said}"):
+            look(tmp_path)
+    assert (tmp_path / "machine.json").read_text() == form
+
+
+def test_a_machine_json_saved_by_an_editor_is_read(tmp_path):
+    (tmp_path / "machine.json").write_bytes("\ufeff{\"device\": \"Größe\"}".encode())
+    assert records.read_machine(tmp_path) == {"device": "Größe"}
 
 
 def test_every_recording_command_is_kept(tmp_path, monkeypatch):

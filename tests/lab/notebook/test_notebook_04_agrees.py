@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 
 from kernels.lab.notebook import run as notebook
 
+HELD = notebook.held()
 HOPPER = Path(inspect.getfile(notebook)).parents[2] / "ops" / "matmul" / "hopper.py"
 
 
 def from_notebook(name):
     """The function `name` as notebook 04 defines it, with whatever stands in that cell before it."""
-    (path,) = notebook.find(["04"])
-    (cell,) = [c for c in notebook.read(path).cells if f"def {name}(" in c.source]
+    (path,) = [path for path in HELD if path.name.startswith("04")]
+    (cell,) = [c for c in notebook.parse(HELD[path], path.name).cells if f"def {name}(" in c.source]
     space: dict = {}
     exec(ast.unparse(next(n for n in ast.parse(cell.source).body if getattr(n, "name", "") == name)), space)
     return space[name]
@@ -50,7 +51,7 @@ def test_the_notebook_shares_out_as_the_kernel_does(programs, units, steps):
 @settings(deadline=None, max_examples=150)
 @given(programs=st.integers(1, 9), times=st.floats(1, 4), steps=st.integers(1, 24))
 def test_the_kernels_shares_are_complete_and_nobody_waits(programs, times, steps):
-    """Every step once; a chain handed on is begun first, taken over last, and by the next program."""
+    """Every step once; a chain carried over is begun first, taken over last, and by the next program."""
     units = int(programs * times)
     lists = [from_kernel(program, programs, units, steps) for program in range(programs)]
     done = sorted((unit, step) for jobs in lists for unit, *part in jobs for step in range(*part))
