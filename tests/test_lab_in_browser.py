@@ -269,14 +269,14 @@ def test_stop_ends_a_sweep_early_and_keeps_its_rows(page, tmp_path):
     _screenshot(page, tmp_path, "widget_stopped")
 
 
-def test_a_failed_contender_and_bad_input_are_said_in_the_widget(page, tmp_path):
+def test_what_cannot_fit_and_bad_input_are_said_in_the_widget(page, tmp_path):
     _type_tokens(page, "1 2")
     for name in ("triton", "split"):
         page.get_by_label(name, exact=True).uncheck()
     page.get_by_label("Shape").fill("D=1000000000000000")  # more than there are addresses
     page.get_by_label("Shape").press("Tab")
     _button(page, "Run").click()
-    page.locator(".jp-OutputArea").get_by_text("cuda at 1 tokens").wait_for()
+    page.locator(".jp-OutputArea").get_by_text("are free: choose fewer tokens").wait_for()
     _screenshot(page, tmp_path, "widget_with_errors")
     _type_tokens(page, "1 many")
     _button(page, "Run").click()

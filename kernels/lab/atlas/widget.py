@@ -1,6 +1,6 @@
 """Atlas: the recorded atlas, filtered and drawn, and any cell of it measured again here; a shell over atlas.atlas.
 
-A worker thread only measures: it puts rows in a queue, and the thread that made the widget draws them.
+A process measures, a worker thread passes its rows on, and the thread that made the widget draws them.
 """
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pandas as pd
 
 from ... import runtime
 from .. import records, style
-from ..widgets import parts
+from ..widgets import jobs, parts
 from ..widgets.base import Measuring
 from . import chart as atlas_chart
 from . import measure as atlas
@@ -33,14 +33,16 @@ class Atlas(Measuring):
     out      the data folder that holds recorded machines
     trials   as in atlas.test
 
-    `shown` are the rows that pass the filters, `rows` those measured here; `run()`, `stop()` and `join()` do from
-    code what the buttons do.
+    `shown` are the rows that pass the filters, `rows` those measured here, and `file` holds them too; `run()`, `stop()`
+    and `join()` do from code what the buttons do. ValueError for trials below 1.
     """
 
-    COLUMNS = ATLAS.columns
+    TABLE, JOB = ATLAS, jobs.atlas_cells
 
     def __init__(self, machine: str | None = None, *, out=records.DATA, trials: int = 20):
         super().__init__()
+        if trials < 1:
+            raise ValueError(f"trials must be at least 1, got {trials}")
         self._out, self._trials = Path(out), trials
         self._asked, self._recorded = [], NO_ROWS
         self._build(machine)
@@ -129,14 +131,7 @@ class Atlas(Measuring):
     def _prepare(self):
         properties = PROPERTIES if self.live_property.value == ANY else (self.live_property.value,)
         self._asked = atlas.cells([self.live_op.value], [self.live_dtype.value], properties)
-        return len(self._asked), f"measuring {self._asked[0][0]}", (self._asked,)
-
-    def _measure(self, wanted):
-        """The worker."""
-        for row in atlas.atlas(wanted, trials=self._trials, progress=False):
-            self._report("rows", [row])
-            if self._stop.is_set():
-                break
+        return len(self._asked), f"testing {self._asked[0][0]}", (self._asked, self._trials)
 
     def _on_rows(self, rows):
         for row in rows:
@@ -146,8 +141,8 @@ class Atlas(Measuring):
     def _so_far(self):
         return len(self._rows), len(self._asked), "properties"
 
-    def _cut_short(self):
-        return "ended"
+    def _progress(self):
+        return f"{len(self._rows)} of {len(self._asked)} properties"
 
     # --- drawing
 
@@ -188,7 +183,7 @@ class Atlas(Measuring):
                 lines.append(_line("", f"{machine}, recorded", mine["shape"].iloc[0], mine.iloc[0]) if len(mine)
                              else _line("", f"{machine}: not recorded", "", None))
         return (f'<div style="font-size:12px;margin-top:4px"><b>{html.escape(first["op"])}</b> in {first["dtype"]}'
-                f'</div>{_table(lines)}')
+                f'</div>{_table(lines)}{_small(f"also in {self.file}") if self.file else ""}')
 
 
 _NUMBERS = ("verdict", "differ", "ulp", "distinct", "trials")

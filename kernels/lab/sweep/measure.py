@@ -11,6 +11,7 @@ import argparse
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -20,6 +21,7 @@ from tqdm.auto import tqdm
 from ... import OPS, bits, runtime
 from ...op import DTYPES, Op, Shape
 from .. import bench, provenance, records
+from .estimate import refuse_too_large
 
 TOKENS = (1, 8, 32, 128, 256, 512, 1024, 2048, 4096, 16384)
 KEY = list(records.TOKEN_SWEEP.key)
@@ -57,6 +59,9 @@ class Sweep:
                 raise ValueError(f"clock must be one of {', '.join(bench.clocks(self.device))} here, got {clock!r}")
         if not self.tokens or self.tokens[0] < 1:
             raise ValueError(f"tokens must be whole numbers of at least 1, got {self.tokens}")
+        for name in ("passes", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def points(self) -> list[tuple[str, str, int]]:
         return [(d, s, t) for d in self.dtypes for s in self.shapes for t in self.tokens]
@@ -73,22 +78,58 @@ class Verdict:
     digest: str
 
 
+@dataclass(frozen=True)
+class _Watch:
+    """How a sweep is followed and ended; see `sweep`."""
+
+    on_error: Callable[[str, Exception], None]
+    on_start: Callable[[str], None]
+    stop: threading.Event
+
+
+class _Stopped(Exception):
+    """Stopped within a point, whose contenders are not all measured."""
+
+
 def sweep(wanted: Sweep, *, done: pd.DataFrame | None = None, stop: threading.Event | None = None,
-          on_error: Callable[[str, Exception], None] | None = None, progress: bool = True) -> Iterator[list[dict]]:
+          on_error: Callable[[str, Exception], None] | None = None,
+          on_start: Callable[[str], None] | None = None, progress: bool = True) -> Iterator[list[dict]]:
     """Yield the finished rows (dicts of data/'s columns) of each point, pass after pass.
 
     `done` are rows already recorded: points they cover with this code are skipped, unless `again` is wanted; a
     contender's bits are compared with those at the largest count it is recorded at. `stop`, once set, ends the sweep
-    after the current point. `on_error(where, exception)` is called with each contender that fails.
+    after the contender that runs. `on_error(where, exception)` is called with each contender that fails,
+    `on_start(what)` with what is about to be measured, in words. Raises MemoryError, before anything is allocated,
+    for points that cannot fit.
     """
     samples: dict[tuple, bench.Timing] = {}
-    checker = _Checker(wanted, done)
+    watch = _Watch(on_error or _print_error, on_start or (lambda what: None), stop or threading.Event())
+    checker = _Checker(wanted, done, watch.on_start)
+    todo = to_measure(wanted, done)
+    refuse_too_large(wanted, todo, largest_recorded(wanted, done))
+    bar = tqdm(todo * wanted.passes, desc=f"{wanted.op.name} sweep", disable=not progress, file=sys.stderr)
+    with bar, suppress(_Stopped):
+        for point in bar:
+            yield _measure_point(wanted, point, samples, checker, watch)
+
+
+def to_measure(wanted: Sweep, done: pd.DataFrame | None = None) -> list[tuple[str, str, int]]:
+    """The points of one pass: all, or those that `done` does not have."""
     skip = set() if wanted.again else _recorded(wanted, done)
-    todo = [(n, p) for n in range(wanted.passes) for p in wanted.points() if p not in skip]
-    for _, point in tqdm(todo, desc=f"{wanted.op.name} sweep", disable=not progress, file=sys.stderr):
-        if stop is not None and stop.is_set():
-            return
-        yield _measure_point(wanted, point, samples, checker, on_error or _print_error)
+    return [point for point in wanted.points() if point not in skip]
+
+
+def largest_recorded(wanted: Sweep, done: pd.DataFrame | None = None) -> int:
+    """The largest count with which bits are compared because it is recorded; 0 if there is none."""
+    return max((count for (name, dtype, shape), count in _largest(wanted, done).items()
+                if name in wanted.implementations and dtype in wanted.dtypes and shape in wanted.shapes), default=0)
+
+
+def _largest(wanted, done) -> dict[tuple[str, str, str], int]:
+    """(implementation, dtype, shape) -> the largest count recorded of the op."""
+    if done is None or not len(done):
+        return {}
+    return done[done.op == wanted.op.name].groupby(["implementation", "dtype", "shape"]).tokens.max().to_dict()
 
 
 def _print_error(where, error):
@@ -107,25 +148,28 @@ def _recorded(wanted, done) -> set:
     return {point for point in wanted.points() if all((name, *point, clock) in have for name, clock in lines)}
 
 
-def _measure_point(wanted, point, samples, checker, on_error) -> list[dict]:
+def _measure_point(wanted, point, samples, checker, watch) -> list[dict]:
     dtype, shape, tokens = point
     work = wanted.op.work(tokens, shape, DTYPES[dtype])
-    contenders = {}
+    contenders, rows = {}, []
     for name in wanted.implementations:
-        where = f"{name} at {tokens} tokens, {shape}, {dtype}"
+        if watch.stop.is_set():
+            raise _Stopped
         try:
             checker(name, point)
             contenders[name] = wanted.op.implementation(name)
         except Exception as error:  # noqa: BLE001 - a failed point shows its error and the sweep goes on
-            on_error(where, error)
-    rows = []
+            watch.on_error(f"{name} at {tokens} tokens, {shape}, {dtype}", error)
     for clock in wanted.clocks:
+        if watch.stop.is_set():
+            raise _Stopped
+        watch.on_start(f"timing {', '.join(contenders)} at {tokens} tokens")
         timings = bench.measure(
             contenders, lambda i: wanted.op.inputs(tokens, shape, DTYPES[dtype], wanted.device, i), clock,
             device=wanted.device, set_bytes=work.bytes, repeats=wanted.repeats)
         for name, timing in timings.items():
             if isinstance(timing, Exception):
-                on_error(f"{name} at {tokens} tokens, {shape}, {dtype}, {clock}", timing)
+                watch.on_error(f"{name} at {tokens} tokens, {shape}, {dtype}, {clock}", timing)
                 continue
             key = (name, *point, clock)
             samples[key] = samples[key] + timing if key in samples else timing
@@ -152,11 +196,9 @@ def _row(wanted, key, timing, work, verdict) -> dict:
 class _Checker:
     """Verdicts by (implementation, point), each worked out once. Keeps the largest batch's results of one shape."""
 
-    def __init__(self, wanted: Sweep, done: pd.DataFrame | None = None):
-        self.wanted, self.verdicts, self.kept = wanted, {}, (None, {})
-        rows = done[done.op == wanted.op.name] if done is not None and len(done) else None
-        key = ["implementation", "dtype", "shape"]
-        self.recorded = {} if rows is None else rows.groupby(key).tokens.max().to_dict()
+    def __init__(self, wanted: Sweep, done: pd.DataFrame | None = None, on_start: Callable = lambda what: None):
+        self.wanted, self.verdicts, self.kept, self.on_start = wanted, {}, (None, {}), on_start
+        self.recorded = _largest(wanted, done)
 
     def __call__(self, name, point) -> Verdict:
         if (name, point) not in self.verdicts:
@@ -176,6 +218,7 @@ class _Checker:
         return Verdict(differ == 0, differ, bits.digest(here)[:16])
 
     def _run(self, name, dtype, shape, tokens) -> tuple:
+        self.on_start(f"running {name} at {tokens} tokens")
         arguments = self.wanted.op.inputs(tokens, shape, DTYPES[dtype], self.wanted.device, 0)
         result = self.wanted.op.implementation(name)(*arguments)
         return result if isinstance(result, tuple) else (result,)
@@ -205,7 +248,8 @@ def main(argv=None) -> int:
                        a.again)
         folder = records.open_machine(a.out, a.machine)
         done = records.TOKEN_SWEEP.read(folder)
-    except ValueError as error:
+        refuse_too_large(wanted, to_measure(wanted, done), largest_recorded(wanted, done))
+    except (ValueError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     records.note_machine(folder, records.TOKEN_SWEEP.file,

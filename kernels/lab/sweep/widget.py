@@ -1,6 +1,6 @@
 """TokenSweep: a sweep measured and drawn in a notebook; a shell over sweep.sweep and chart.sweep_chart.
 
-A worker thread only measures: it puts rows in a queue, and the thread that made the widget draws them.
+A process measures, a worker thread passes its rows on, and the thread that made the widget draws them.
 """
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from pathlib import Path
 
 import ipywidgets as w
 import pandas as pd
+import torch
 
 from ... import OPS, runtime
 from ...op import DTYPES, Op, Shape
 from .. import bench, records, style
-from ..widgets import parts
+from ..widgets import jobs, parts
 from ..widgets.base import Measuring
-from . import chart
+from ..widgets.process import process_bytes
+from . import chart, estimate
 from . import measure as sweep
 
 CPU_WORDS = {"cuda": "Default (PyTorch on a CPU)"}
+LONGEST_SHAPE = 80  # characters
 NO_ROWS = pd.DataFrame(columns=list(records.TOKEN_SWEEP.columns))
 FOR_A_CPU = {"rms_norm": "D=1024,residual", "matmul": "N=32,K=64"}  # quick in Triton's interpreter
 
@@ -31,11 +34,12 @@ class TokenSweep(Measuring):
     out      the data folder that holds recorded machines
     passes, repeats   as in sweep.Sweep (default: few, so that a sweep stays interactive)
 
-    It opens on recorded rows. `rows` are those of the last live sweep, `shown` those in the chart; `run()`,
-    `stop()` and `join()` do from code what the buttons do. ValueError for an unknown op.
+    It opens on recorded rows. `rows` are those of the last live sweep, and `file` holds them too; `shown` are those in
+    the chart. `run()`, `stop()` and `join()` do from code what the buttons do. ValueError for an unknown op, or for
+    passes or repeats below 1.
     """
 
-    COLUMNS = records.TOKEN_SWEEP.columns
+    TABLE, JOB = records.TOKEN_SWEEP, jobs.token_sweep
 
     def __init__(self, op: Op | str = "rms_norm", machine: str | None = None, *, out=records.DATA,
                  passes: int | None = None, repeats: int | None = None):
@@ -44,7 +48,9 @@ class TokenSweep(Measuring):
         if name not in OPS:
             raise ValueError(f"op must be one of {', '.join(OPS)}, got {name!r}")
         self._op, self._out = OPS[name], Path(out)
-        self._passes, self._repeats = passes or (3 if runtime.HAS_GPU else 1), repeats or 5
+        self._passes = (3 if runtime.HAS_GPU else 1) if passes is None else passes
+        self._repeats = 5 if repeats is None else repeats
+        sweep.Sweep(self._op, passes=self._passes, repeats=self._repeats, device=runtime.device())
         self._device = runtime.device()
         self._asked, self._failures = None, {}
         self._recorded_rows, self._experiments, self._loading = NO_ROWS, {}, False
@@ -53,6 +59,7 @@ class TokenSweep(Measuring):
         self._draw()
         w.VBox.__init__(self, self._laid_out(), layout=w.Layout(max_width="920px"))
         self._connect()
+        self._foresee()
 
     # --- what it holds
 
@@ -69,7 +76,7 @@ class TokenSweep(Measuring):
     @property
     def shown(self) -> pd.DataFrame:
         """The rows the chart, the table and the downloads show: the live ones, else the recorded ones."""
-        return self.rows if self._live else self.recorded[list(self.COLUMNS)]
+        return self.rows if self._live else self.recorded[list(self.TABLE.columns)]
 
     @property
     def _live(self) -> bool:
@@ -117,6 +124,7 @@ class TokenSweep(Measuring):
             name: w.Checkbox(description=name, value=name in chosen, indent=False, layout=w.Layout(width="auto"))
             for name in self._op.implementations}
         self.contenders.children = tuple(self.implementations.values())
+        self._check_on(*self.implementations.values())
         self.published.disabled = self._op.name != "rms_norm"
 
     def _laid_out(self):
@@ -124,8 +132,10 @@ class TokenSweep(Measuring):
                       self.tokens: "auto", self.machine: "200px", self.recording: "370px", self.overlay: "auto",
                       self.published: "auto", self.log_axes: "auto"})
         self.tokens.layout.flex = "1 1 auto"
-        measure = parts.panel(parts.line(self.op, self.dtype, self.shape, self.clock), parts.line(self.tokens),
-                              parts.line(w.Label("Contenders"), self.contenders), self._run_line)
+        notes = self.notes
+        measure = parts.panel(parts.line(self.op, self.dtype, self.shape, notes["shape"], self.clock),
+                              parts.line(self.tokens, notes["tokens"]),
+                              parts.line(w.Label("Contenders"), self.contenders, notes["contenders"]), self._run_line)
         compare = parts.panel(parts.line(self.machine, self.recording),
                               parts.line(w.Label("Show"), self.overlay, self.published, self.log_axes))
         return [measure, compare, self.errors, self.chart, self.downloads, self.table]
@@ -135,6 +145,7 @@ class TokenSweep(Measuring):
         self.machine.observe(lambda change: self._in_own_thread(self._change_machine), "value")
         self.recording.observe(lambda change: self._in_own_thread(self._change_recording), "value")
         self._redraw_on(self.overlay, self.published, self.log_axes)
+        self._check_on(self.dtype, self.shape, self.clock, self.tokens)
 
     def _change_op(self):
         self.stop()
@@ -145,6 +156,7 @@ class TokenSweep(Measuring):
         self._offer_contenders()
         self._load()
         self._draw()
+        self._foresee()
 
     def _change_machine(self):
         self._load()
@@ -188,26 +200,42 @@ class TokenSweep(Measuring):
 
     # --- measuring
 
-    def asked(self) -> sweep.Sweep:
-        """The sweep that the controls ask for. Raises ValueError that says which control is wrong."""
+    def _fields(self):
+        return {"shape": lambda: _shape_for(self._op, self.shape.value) and "",
+                "tokens": lambda: parts.repeated(parts.whole_numbers(self.tokens.value)),
+                "contenders": lambda: self._chosen() and ""}
+
+    def _chosen(self) -> list[str]:
         names = [name for name, box in self.implementations.items() if box.value]
         if not names:
             raise ValueError("choose at least one contender")
-        return sweep.Sweep(self._op, parts.token_counts(self.tokens.value), names, [self.dtype.value],
-                           [_shape_for(self._op, self.shape.value)], [self.clock.value], self._passes, self._repeats)
+        return names
+
+    def _options(self) -> dict:
+        """What the controls ask for beside the op, in the words of sweep.Sweep."""
+        return {"tokens": parts.whole_numbers(self.tokens.value), "implementations": self._chosen(),
+                "dtypes": [self.dtype.value], "shapes": [_shape_for(self._op, self.shape.value)],
+                "clocks": [self.clock.value], "passes": self._passes, "repeats": self._repeats}
+
+    def asked(self) -> sweep.Sweep:
+        """The sweep that the controls ask for. Raises ValueError that says which control is wrong."""
+        return sweep.Sweep(self._op, device=self._device, **self._options())
+
+    def _forecast(self):
+        wanted = self.asked()
+        process = process_bytes(self._device)
+        estimate.refuse_too_large(wanted, beside=process)
+        needed = max(estimate.bytes_needed(wanted, point) for point in wanted.points()) + process
+        return f"a run takes about {parts.seconds(sum(estimate.seconds(wanted)))} and {bench.gigabytes(needed)}"
 
     def _prepare(self):
         wanted = self.asked()
-        self._asked, self._failures, self._clock = wanted, {}, _Clock(wanted)
-        return len(self._clock.todo), f"measuring {wanted.tokens[0]} tokens", (wanted,)
-
-    def _measure(self, wanted):
-        """The worker."""
-        def failed(where, error):
-            self._report("failed_point", (where, error))
-
-        for rows in sweep.sweep(wanted, stop=self._stop, on_error=failed, progress=False):
-            self._report("rows", rows)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # what this process keeps another one cannot have
+        estimate.refuse_too_large(wanted, beside=process_bytes(self._device))
+        self._asked, self._failures = wanted, {}
+        self._clock = _Clock(wanted.points() * wanted.passes, estimate.seconds(wanted))
+        return len(self._clock.todo), self._clock.text(), (self._op.name, self._options())
 
     def _on_rows(self, rows):
         for row in rows:
@@ -215,18 +243,22 @@ class TokenSweep(Measuring):
                 self._rows[row["implementation"], row["tokens"]] = row
         self._clock.tick()
         self.progress.value = self._clock.done
-        if not self._stop.is_set():
-            self._say(self._clock.text())
+        self._doing = ""
+        self._say_progress()
+
+    def _on_started(self, _):
+        self._clock.start()
+        super()._on_started(_)
+
+    def _progress(self):
+        return self._clock.text()
 
     def _on_failed_point(self, failure):
-        where, error = failure
+        where, why = failure
         name, _, point = where.partition(" at ")
-        points = self._failures.setdefault((name, parts.in_a_line(error)), [])
+        points = self._failures.setdefault((name, why), [])
         if point not in points:
             points.append(point)
-
-    def _on_failed(self, error):
-        self._on_failed_point(("the sweep", error))
 
     def _on_ended(self, _):
         super()._on_ended(_)
@@ -247,7 +279,8 @@ class TokenSweep(Measuring):
         self.table.value = table_html(rows)
         if not self.running:
             where = records.slug() if self._live else self.machine.value
-            self.downloads.value = parts.downloads_html(rows, png, f"{self._op.name}-{where}") if len(rows) else ""
+            links = parts.downloads_html(rows, png, f"{self._op.name}-{where}") if len(rows) else ""
+            self.downloads.value = links + (self._kept_html() if self._live else "")
 
     def _figure(self, rows, published):
         recorded, look = self.recorded, {"log": self.log_axes.value, "published": published}
@@ -285,21 +318,29 @@ class TokenSweep(Measuring):
 
 
 class _Clock:
-    """How far a sweep has come, and how long the rest takes: a point costs what it cost in the pass before."""
+    """How far a sweep has come, and how long the rest takes: a point costs what it cost in the pass before, any other
+    what was estimated, as far as estimates have been right.
+    """
 
-    def __init__(self, wanted: sweep.Sweep):
-        self.todo = wanted.points() * wanted.passes
-        self.done, self._costs = 0, {}
+    def __init__(self, todo: list[tuple], costs: list[float]):
+        self.todo, self._estimates = todo, costs
+        self.done, self._costs, self._spent = 0, {}, 0.0
+        self.start()
+
+    def start(self):
+        """What comes is measured; before, a process was started."""
         self._last = time.monotonic()
 
     def tick(self):
         now = time.monotonic()
         self._costs[self.todo[self.done]] = now - self._last
+        self._spent += now - self._last
         self._last, self.done = now, self.done + 1
 
     def text(self) -> str:
-        worst = max(self._costs.values())  # later points are larger: an unknown one costs at least this
-        left = sum(self._costs.get(point, worst) for point in self.todo[self.done:])
+        slower = self._spent / sum(self._estimates[:self.done]) if self.done else 1.0
+        left = sum(self._costs.get(point, slower * cost)
+                   for point, cost in zip(self.todo[self.done:], self._estimates[self.done:], strict=True))
         return f"{self.done} of {len(self.todo)} points, about {parts.seconds(left)} left"
 
 
@@ -339,7 +380,12 @@ def _first_shape(op: Op) -> str:
 
 
 def _shape_for(op: Op, text: str) -> str:
-    """The shape as data/ writes it. ValueError unless it has the op's sizes, each at least 1, and its switches only."""
+    """The shape as data/ writes it. ValueError unless it has the op's sizes, once and at least 1, and no others."""
+    if len(text) > LONGEST_SHAPE:
+        raise ValueError(f"{op.name} needs a shape like {op.shapes[0]!r}, got {len(text)} characters")
+    names = [part.partition("=")[0].strip() for part in text.split(",")]
+    if twice := next((name for name in names if names.count(name) > 1), ""):
+        raise ValueError(f"a shape has each size once, got {twice!r} more than once in {text!r}")
     shape, own = Shape.parse(text.strip()), [Shape.parse(s) for s in op.shapes]
     sizes = {name for name, value in own[0].items() if value is not True}
     known = {name for s in own for name in s}

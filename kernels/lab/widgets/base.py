@@ -1,16 +1,24 @@
-"""The widgets' base classes: Measuring has a worker thread under Run and Stop, Study draws what its controls say."""
+"""The widgets' base classes: Measuring measures in a process under Run and Stop, Study draws what its controls say."""
 from __future__ import annotations
 
 import asyncio
 import html
+import itertools
+import os
 import queue
+import tempfile
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
 import ipywidgets as w
 import pandas as pd
 
-from . import parts
+from .. import records
+from . import parts, process
 
 SETTLE_SECONDS = 0.15
 
@@ -77,28 +85,37 @@ class Study(SingleThreaded):
 
 
 class Measuring(SingleThreaded):
-    """A widget with one worker thread, which only measures and reports; the widget's own thread shows the reports.
+    """A widget that measures in a process of its own (process.py), so that Stop ends what runs, within two seconds.
 
-    A subclass gives
+    A worker thread follows the process: it writes rows to `file` as they come, and queues reports. The widget's own
+    thread shows them. A subclass gives
 
-    COLUMNS           of its table in data/
-    _prepare()        reads the controls: (number of steps, first status, the arguments of `_measure`). ValueError says
-                      which control is wrong
-    _measure(*args)   the worker: reports "rows", or any other <what> that has a method `_on_<what>(value)`
-    _on_rows(rows)    keeps rows in `_rows` and advances the progress
+    TABLE             the form of its rows
+    JOB               what the process runs, a function in jobs.py
+    _fields()         name of a control -> a function that checks it: ValueError says what is wrong with it, a text
+                      returned what is odd about it
+    _prepare()        (number of steps, first status, the arguments of JOB). ValueError or MemoryError says what
+                      cannot be
+    _on_rows(rows)    keeps rows in `_rows` and advances the progress; a method `_on_<what>(value)` for what else JOB
+                      reports
+    _progress()       how far the run is, in words
     _so_far()         (finished, asked for, their name in the plural)
+    _forecast()       what a run would take, in words; may raise as `_prepare` does
     _draw()           shows what there is; called after the reports "rows" and "ended", which is the worker's last
     """
 
-    COLUMNS = ()
+    TABLE: records.Table
+    JOB: Callable
 
     def __init__(self):
         super().__init__()
         self._queue, self._stop, self._taken = queue.SimpleQueue(), threading.Event(), threading.Event()
-        self._worker, self._rows, self._problems = None, {}, {}
+        self._worker, self._rows, self.file, self._doing, self._killed = None, {}, None, "", False
+        self._problems, self._remarks = {}, {}
         self.run_button = w.Button(description="Run", icon="play", button_style="primary")
         self.stop_button = w.Button(description="Stop", icon="stop", disabled=True)
         self.progress, self.status, self.errors = w.IntProgress(min=0, max=1, value=0), w.HTML(), w.HTML()
+        self.notes = {name: w.HTML() for name in self._fields()}
         parts.widths({self.run_button: "96px", self.stop_button: "96px", self.progress: "220px"})
         self._run_line = parts.line(self.run_button, self.stop_button, self.progress, self.status)
         self.run_button.on_click(lambda _: self._run_soon())
@@ -106,12 +123,46 @@ class Measuring(SingleThreaded):
 
     @property
     def rows(self) -> pd.DataFrame:
-        """The rows of the last live run, with data/'s columns."""
-        return pd.DataFrame(list(self._rows.values()), columns=list(self.COLUMNS))
+        """The rows of the last live run, with data/'s columns; `file` holds them too."""
+        return pd.DataFrame(list(self._rows.values()), columns=list(self.TABLE.columns))
 
     @property
     def running(self) -> bool:
         return self._worker is not None
+
+    # --- what the controls say
+
+    def _fields(self) -> dict[str, Callable]:
+        return {}
+
+    def _check_on(self, *controls: w.Widget):
+        """Say beside the controls what is wrong with them, and what a run would take, whenever one changes."""
+        for control in controls:
+            control.observe(lambda change: self._in_own_thread(self._foresee), "value")
+
+    def _foresee(self):
+        """Check the controls; unless a run is on, say what one would take."""
+        self._problems.pop("run", None)
+        if self._fields_are_good() and not self.running:
+            try:
+                self._say(self._forecast())
+            except (ValueError, MemoryError) as error:
+                self._problems["run"] = str(error)
+                self._say("")
+        self._show_errors()
+
+    def _fields_are_good(self) -> bool:
+        good = True
+        for name, check in self._fields().items():
+            self._problems.pop(name, None)
+            try:
+                self._remarks[name] = check()
+            except ValueError as error:
+                self._problems[name], good = str(error), False
+        return good
+
+    def _forecast(self) -> str:
+        return ""
 
     # --- what the buttons do
 
@@ -121,16 +172,19 @@ class Measuring(SingleThreaded):
             return
         self._problems.pop("run", None)
         try:
+            if not self._fields_are_good():
+                return
             steps, status, arguments = self._prepare()
-        except ValueError as error:
+        except (ValueError, MemoryError) as error:
             self._problems["run"] = str(error)
-            self._show_errors()
             return
-        self._rows, self._began = {}, time.monotonic()
+        finally:
+            self._show_errors()
+        self._rows, self._began, self.file, self._doing, self._killed = {}, time.monotonic(), None, "", False
         self.run_button.disabled, self.stop_button.disabled = True, False
         self.progress.max, self.progress.value, self.progress.bar_style = steps, 0, "info"
-        self._say(status)
-        self._show_errors()
+        self._first_status = status
+        self._say("starting a process to measure in")
         self._stop.clear()
         self._worker = threading.Thread(target=self._work, args=arguments, name=type(self).__name__, daemon=True)
         self._worker.start()
@@ -145,8 +199,9 @@ class Measuring(SingleThreaded):
             self._loop.call_soon_threadsafe(self._loop.call_later, SETTLE_SECONDS, self.run)
 
     def stop(self):
-        """End the run after the current round; finished points are kept."""
+        """End the run within two seconds, whatever it is doing; finished points are kept."""
         self._stop.set()
+        self._taken.set()
         if self.running:
             self._in_own_thread(lambda: self.running and self._say("stopping"))
 
@@ -160,24 +215,45 @@ class Measuring(SingleThreaded):
     def close(self):
         """Stop measuring, then close as every widget does."""
         self._stop.set()
+        self._taken.set()
         super().close()
 
     # --- the worker's side
 
     def _work(self, *arguments):
+        """Follow the process, and keep it for the next run unless it was ended or has ended."""
+        measuring, file = None, None
         try:
-            self._measure(*arguments)
+            measuring = process.borrow()
+            for what, value in measuring.run(type(self).JOB, arguments, self._stop):
+                if what == "rows":
+                    file = file or _new_file(self.TABLE)
+                    self._keep(value, file)
+                self._report(what, value)
+                if what == "rows":
+                    measuring.say("shown")
         except Exception as error:  # noqa: BLE001 - shown in the widget, where the reader looks
-            self._report("failed", error)
+            self._report("failed", str(error))
+        if measuring is not None:
+            process.give_back(measuring)
         self._report("ended")
 
+    def _keep(self, rows, file: Path):
+        """Write rows to disk before they are shown: a kernel that ends later takes nothing with it."""
+        try:
+            replace(self.TABLE, file=file.name).merge(file.parent, rows)
+            self.file = file
+        except OSError as error:
+            self._report("unkept", str(error))
+
     def _report(self, what, value=None):
-        """Queue a report and wait until it is shown, so that drawing does not disturb a timing."""
+        """Queue a report. For rows, wait until they are shown, so that drawing does not disturb a timing."""
         self._taken.clear()
         self._queue.put((what, value))
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._take)
-        self._taken.wait(0 if what == "ended" else 1.0)
+        if what == "rows" and not self._stop.is_set():
+            self._taken.wait(1.0)
 
     # --- the widget's own side
 
@@ -193,26 +269,71 @@ class Measuring(SingleThreaded):
         if reports:
             self._taken.set()
 
-    def _on_failed(self, error):
-        self._problems["run"] = parts.in_a_line(error)
+    def _on_started(self, _):
+        if not self._stop.is_set():
+            self._say(self._first_status)
+
+    def _on_doing(self, what):
+        self._doing = what
+        self._say_progress()
+
+    def _say_progress(self):
+        if not self._stop.is_set():
+            self._say(": ".join(filter(None, (self._progress(), self._doing))))
+
+    def _progress(self) -> str:
+        return ""
+
+    def _on_failed(self, why):
+        self._problems["run"] = why
+
+    def _on_unkept(self, why):
+        self._problems["file"] = why
+
+    def _on_killed(self, _):
+        self._killed = True
 
     def _on_ended(self, _):
         self._worker.join()
         self._worker = None
         self.run_button.disabled, self.stop_button.disabled = False, True
         finished, asked, what = self._so_far()
-        self.progress.bar_style = "success" if finished == asked else "warning"
-        how = "done" if finished == asked else f"{self._cut_short()} after {finished} of {asked} {what}"
-        self._say(f"{how}, {parts.seconds(time.monotonic() - self._began)}")
-
-    def _cut_short(self) -> str:
-        return "stopped" if self._stop.is_set() else "broke off"
+        whole = finished == asked
+        self.progress.bar_style = "success" if whole else "warning"
+        short = "stopped" if self._stop.is_set() else "broke off"
+        how = "done" if whole else f"{short} after {finished} of {asked} {what}"
+        broken = (self._killed or "run" in self._problems) and not whole
+        where = f", while {self._doing}" if broken and self._doing else ""
+        self._say(f"{how}, {parts.seconds(time.monotonic() - self._began)}{where}")
 
     def _say(self, text):
         self.status.value = f'<span style="color:var(--jp-ui-font-color2,#555)">{html.escape(text)}</span>'
 
+    def _kept_html(self) -> str:
+        """Where the rows of the last run lie, for a kernel that ends before they are downloaded."""
+        return "" if self.file is None else (' · <span style="color:var(--jp-ui-font-color2,#555)">also in '
+                                             f'{html.escape(str(self.file))}</span>')
+
     def _show_errors(self):
+        """Each problem or remark beside its control, other problems under them all."""
+        for name, note in self.notes.items():
+            remark = parts.remark(self._remarks[name]) if self._remarks.get(name) else ""
+            note.value = parts.message(self._problems[name]) if name in self._problems else remark
         self.errors.value = "".join(map(parts.message, self._messages()))
 
     def _messages(self) -> list[str]:
-        return list(self._problems.values())
+        return [text for name, text in self._problems.items() if name not in self.notes]
+
+
+_runs = itertools.count(1)
+
+
+@cache
+def _folder() -> Path:
+    """Where this kernel's live rows are written; the system empties it."""
+    return Path(tempfile.mkdtemp(prefix="same-bits-"))
+
+
+def _new_file(table: records.Table) -> Path:
+    """A file of its own for a run's rows."""
+    return _folder() / f"{Path(table.file).stem}-{os.getpid()}-{next(_runs)}.csv"

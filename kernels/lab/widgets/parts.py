@@ -5,6 +5,7 @@ import base64
 import html
 import io
 import re
+from collections import Counter
 
 import ipywidgets as w
 import pandas as pd
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from ..style import MOVED
 
 LABELLED = {"style": {"description_width": "initial"}}
+LONGEST_NUMBER = 18  # digits: more than any tensor has elements
 CELL = "padding:1px 4px 1px 14px;text-align:right;font-variant-numeric:tabular-nums"
 _ROW = {"flex_flow": "row wrap", "grid_gap": "2px 16px", "align_items": "center"}
 _PANEL = {"border": "1px solid var(--jp-border-color2, #ddd)", "padding": "8px 12px", "margin": "0 0 8px 0"}
@@ -39,10 +41,9 @@ def message(problem: str | Exception) -> str:
             f'margin:2px 0;font-size:12px;line-height:1.5">{html.escape(str(problem))}</div>')
 
 
-def in_a_line(error: Exception) -> str:
-    """The error's type and the first line of what it says."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else 'no message'}"
+def remark(text: str) -> str:
+    """HTML that tells the reader what is odd and no error."""
+    return f'<div style="color:var(--jp-ui-font-color2,#555);font-size:12px;padding:3px 0">{html.escape(text)}</div>'
 
 
 def downloads_html(rows: pd.DataFrame, png: bytes, name: str) -> str:
@@ -61,13 +62,25 @@ def png(figure: Figure) -> bytes:
 
 
 def seconds(s: float) -> str:
-    return f"{s:.0f} s" if s < 100 else f"{s / 60:.0f} min"
+    return f"{s:.0f} s" if s < 100 else f"{s / 60:.0f} min" if s < 6000 else f"{s / 3600:,.0f} h"
 
 
-def token_counts(text: str) -> list[int]:
-    """The whole numbers in a control's text. ValueError for anything else, and for a number below 1."""
+def whole_numbers(text: str, what: str = "token counts") -> list[int]:
+    """The whole numbers in a control's text, as they stand. ValueError for anything else, for one below 1 or too large.
+    """
     words = re.split(r"[\s,;]+", text.strip(" ,;"))
     for word in words:
-        if not word.isdecimal() or int(word) < 1:
-            raise ValueError(f"token counts must be whole numbers of at least 1, such as '1 8 64', got {word!r}")
+        if not word.isdecimal() or len(word) > LONGEST_NUMBER or int(word) < 1:
+            shown = repr(word) if len(word) <= LONGEST_NUMBER else f"{word[:LONGEST_NUMBER]!r}..."
+            raise ValueError(f"{what} must be whole numbers of at least 1, such as '1 8 64', and of at most "
+                             f"{LONGEST_NUMBER} digits, got {shown}")
     return [int(word) for word in words]
+
+
+def repeated(numbers: list[int]) -> str:
+    """What to say of numbers that stand more than once; "" if there are none."""
+    twice = [str(n) for n, times in Counter(numbers).items() if times > 1]
+    if not twice:
+        return ""
+    listed = ", ".join(twice[:5]) + (f" and {len(twice) - 5} more" if len(twice) > 5 else "")
+    return f"{listed} {'stands' if len(twice) == 1 else 'stand'} there more than once, and will be measured once"

@@ -1,6 +1,6 @@
 """WindowCost: what a window of tokens costs, measured and drawn in a notebook; a shell over window_cost.
 
-A worker thread only measures: it puts rows in a queue, and the thread that made the widget draws them.
+A process measures, a worker thread passes its rows on, and the thread that made the widget draws them.
 """
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ import torch
 
 from ... import runtime
 from ...model.config import PRESETS, preset
-from .. import records
-from ..widgets import parts
+from .. import bench, records
+from ..widgets import jobs, parts
 from ..widgets.base import Measuring
+from ..widgets.process import process_bytes
 from . import chart as window_chart
+from . import estimate
 from . import measure as window_cost
-from .measure import VERIFY_COST, Ceilings, Watch
+from .measure import VERIFY_COST
 
 NO_ROWS = pd.DataFrame(columns=list(VERIFY_COST.columns))
-_BETWEEN_REPORTS = 0.3  # seconds between two reports of how far the worker is
 
 
 class WindowCost(Measuring):
@@ -31,14 +32,16 @@ class WindowCost(Measuring):
     out     the data folder that holds recorded machines
     runs, warmups   rounds at each window (few, so that a run stays interactive)
 
-    It opens on recorded rows. `rows` are those of the last live run, `shown` those in the chart; `run()`,
-    `stop()` and `join()` do from code what the buttons do. ValueError for an unknown model.
+    It opens on recorded rows. `rows` are those of the last live run, and `file` holds them too; `shown` are those in
+    the chart. `run()`, `stop()` and `join()` do from code what the buttons do. ValueError for an unknown model, for
+    runs below 1 or warmups below 0.
     """
 
-    COLUMNS = VERIFY_COST.columns
+    TABLE, JOB = VERIFY_COST, jobs.window_cost
 
     def __init__(self, model: str = "small", *, out=records.DATA, runs: int = 10, warmups: int = 2):
         super().__init__()
+        window_cost.checked(preset(model), runtime.device(), (), None, (), runs, warmups)
         self._out, self._runs, self._warmups = Path(out), runs, warmups
         self._asked, self._ceilings, self._clock = [], None, None
         self._recordings = self._find_recordings()
@@ -47,6 +50,7 @@ class WindowCost(Measuring):
         self._draw()
         w.VBox.__init__(self, self._laid_out(), layout=w.Layout(max_width="980px"))
         self._connect()
+        self._foresee()
 
     # --- what it holds
 
@@ -91,14 +95,17 @@ class WindowCost(Measuring):
         boxes = (*self.curves.values(), *self.ops.values(), self.overlay, self.published)
         parts.widths({self.model: "200px", self.recording: "290px"} | dict.fromkeys((self.windows, *boxes), "auto"))
         self.windows.layout.flex = "1 1 auto"
-        measure = parts.panel(parts.line(self.model, self.windows), parts.line(
-            w.Label("Curves"), *self.curves.values(), *self.ops.values()), self._run_line)
+        measure = parts.panel(
+            parts.line(self.model, self.windows, self.notes["windows"]),
+            parts.line(w.Label("Curves"), *self.curves.values(), *self.ops.values(), self.notes["curves"]),
+            self._run_line)
         compare = parts.panel(parts.line(self.recording, self.overlay, self.published))
         return [measure, compare, self.errors, self.chart, self.downloads, self.table]
 
     def _connect(self):
         self.recording.observe(lambda change: self._in_own_thread(self._change_recording), "value")
         self._redraw_on(self.overlay, self.published)
+        self._check_on(self.model, self.windows, *self.curves.values(), *self.ops.values())
 
     def _change_recording(self):
         self._load()
@@ -137,49 +144,71 @@ class WindowCost(Measuring):
 
     # --- measuring
 
+    def _fields(self):
+        return {"windows": self._check_windows, "curves": lambda: self._chosen() and ""}
+
+    def _check_windows(self) -> str:
+        windows = parts.whole_numbers(self.windows.value, "windows")
+        window_cost.checked(preset(self.model.value), runtime.device(), windows, None, (), self._runs, self._warmups)
+        return parts.repeated(windows)
+
+    def _chosen(self) -> dict[str, list[str]]:
+        """The curves and the ops."""
+        found = {}
+        for name, boxes in (("curves", self.curves), ("ops", self.ops)):
+            found[name] = [key for key, box in boxes.items() if box.value]
+            if not found[name]:
+                raise ValueError(f"choose at least one of {' and '.join(boxes)}")
+        return found
+
     def asked(self) -> dict:
         """The arguments for window_cost that the controls ask for. Raises ValueError that says what is wrong."""
-        wanted = {"windows": parts.token_counts(self.windows.value), "runs": self._runs, "warmups": self._warmups}
-        for name, boxes in (("curves", self.curves), ("ops", self.ops)):
-            wanted[name] = [key for key, box in boxes.items() if box.value]
-            if not wanted[name]:
-                raise ValueError(f"choose at least one of {' and '.join(boxes)}")
+        wanted = {"windows": parts.whole_numbers(self.windows.value, "windows"), **self._chosen(),
+                  "runs": self._runs, "warmups": self._warmups}
         window_cost.checked(preset(self.model.value), runtime.device(), wanted["windows"], wanted["curves"],
                             wanted["ops"], self._runs, self._warmups)
         return wanted
 
+    def _size(self, wanted) -> tuple:
+        """What the estimates take: the model, the windows, how many passes each has, the dtype and the device."""
+        passes = len(wanted["curves"]) * len(wanted["ops"])
+        return preset(self.model.value), wanted["windows"], passes, _dtype(), runtime.device()
+
+    def _beside(self) -> int:
+        """Bytes of the process before it measures anything, and of what it finds a machine's ceilings with."""
+        device = runtime.device()
+        return process_bytes(device) + (0 if self._ceilings else bench.ceilings_bytes(device))
+
+    def _forecast(self):
+        size = self._size(self.asked())
+        needed = estimate.refuse_too_large(*size, beside=self._beside())
+        took = estimate.seconds(*size, self._ceilings, self._runs + self._warmups)
+        return f"a run takes about {parts.seconds(took)} and {bench.gigabytes(needed)}"
+
     def _prepare(self):
         wanted = self.asked()
-        self._asked, self._measured = sorted(set(wanted["windows"])), self.model.value
+        if runtime.HAS_GPU:
+            torch.cuda.empty_cache()  # what this process keeps another one cannot have
+        estimate.refuse_too_large(*self._size(wanted), beside=self._beside())
+        self._asked, self._measured, self._clock = sorted(set(wanted["windows"])), self.model.value, None
+        self._done = 0
         steps = len(self._asked) * (self._runs + self._warmups)
-        return steps, "measuring what a copy and a large product reach here", (self._measured, wanted)
-
-    def _measure(self, model, wanted):
-        """The worker."""
-        reported = time.monotonic()
-
-        def on_run(done, total):
-            nonlocal reported
-            if time.monotonic() - reported > _BETWEEN_REPORTS:
-                self._report("round", done)
-                reported = time.monotonic()
-
-        ceilings = self._ceilings or Ceilings.measured(runtime.device())
-        self._report("ceilings", ceilings)
-        watch = Watch(on_point=lambda row: self._report("rows", [row]), on_run=on_run, stop=self._stop)
-        window_cost.window_cost(model, **wanted, ceilings=ceilings, watch=watch)
+        return steps, "measuring", (self._measured, wanted, self._ceilings)
 
     def _on_ceilings(self, ceilings):
         self._ceilings, config = ceilings, preset(self._measured)
         floors = [window_cost.floor_ms(config, window, _dtype(), ceilings) for window in self._asked]
         self._clock = _Clock([floor for floor in floors for _ in range(self._runs + self._warmups)])
-        self._say("making the model")
 
     def _on_round(self, done):
-        self.progress.value = done
-        if not self._stop.is_set():
-            at = min(done // (self._runs + self._warmups), len(self._asked) - 1)
-            self._say(f"window {self._asked[at]} ({at + 1} of {len(self._asked)}), {self._clock.text(done)}")
+        self.progress.value = self._done = done
+        self._say_progress()
+
+    def _progress(self):
+        if not self._done:
+            return ""
+        at = min(self._done // (self._runs + self._warmups), len(self._asked) - 1)
+        return f"{at} of {len(self._asked)} windows, {self._clock.text(self._done)}"
 
     def _on_rows(self, rows):
         for row in rows:
@@ -207,7 +236,8 @@ class WindowCost(Measuring):
         self.chart.value, self.table.value = png, table_html(rows)
         if not self.running:
             slug = records.slug() if self._live else self.recording.value.partition(" · ")[0]
-            self.downloads.value = parts.downloads_html(rows, png, f"window-cost-{model}-{slug}") if len(rows) else ""
+            links = parts.downloads_html(rows, png, f"window-cost-{model}-{slug}") if len(rows) else ""
+            self.downloads.value = links + (self._kept_html() if self._live else "")
 
     def _published_points(self):
         self._problems.pop("published", None)

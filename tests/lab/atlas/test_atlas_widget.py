@@ -1,6 +1,7 @@
 """The atlas' widget without a browser: it opens on records, filters them, measures, and shows what goes wrong."""
 import base64
 import io
+import os
 import re
 import threading
 import time
@@ -11,8 +12,51 @@ import pytest
 from kernels.lab.atlas import measure as atlas
 from kernels.lab.atlas.measure import ATLAS
 from kernels.lab.atlas.widget import ANY, Atlas, table_html
+from kernels.lab.widgets import jobs
 
 PNG = b"\x89PNG"
+
+
+# What a widget's process can run in place of jobs.atlas_cells. It lives on, so each leaves it as it was.
+
+def with_a_sleeper(report, stop, cells, trials):
+    """One that sleeps in the third property."""
+    test = atlas.test
+    atlas.test = lambda *cell, **options: test(*cell, **options) if cell[2] != atlas.PROPERTIES[2] else time.sleep(60)
+    try:
+        jobs.atlas_cells(report, stop, cells, trials)
+    finally:
+        atlas.test = test
+
+
+def failing(report, stop, cells, trials):
+    raise RuntimeError("the <device> is gone\nsecond line")
+
+
+def exiting(report, stop, cells, trials):
+    jobs.atlas_cells(report, stop, cells[:1], trials)
+    report("doing", "leaving")
+    os._exit(7)
+
+
+def slow(report, stop, cells, trials):
+    """A job that ends between two cells."""
+    for cell in cells:
+        if stop.is_set():
+            return
+        jobs.atlas_cells(report, stop, [cell], trials)
+        time.sleep(0.2)
+
+
+def telling_where(report, stop, cells, trials):
+    report("where", os.getpid())
+    jobs.atlas_cells(report, stop, cells, trials)
+
+
+@pytest.fixture
+def job(monkeypatch):
+    """Lets the widget's process run another function."""
+    return lambda function: monkeypatch.setattr(Atlas, "JOB", staticmethod(function))
 
 
 def row(op, property, verdict, dtype="float32", share=0.25):
@@ -121,33 +165,59 @@ def test_all_properties_of_an_op(data):
     assert "varies" not in set(made.rows.verdict)
 
 
-def test_stop_keeps_what_is_finished(data, monkeypatch):
-    real, started = atlas.test, threading.Event()
-
-    def slow(*cell, **options):
-        started.set()
-        time.sleep(0.2)
-        return real(*cell, **options)
-
-    monkeypatch.setattr(atlas, "test", slow)
-    made = widget(data, "amax", ANY, trials=2)
+def after(made, count):
+    """Run until so many rows have come."""
     made.run()
-    assert started.wait(5)
+    end = time.monotonic() + 60
+    while len(made.rows) < count and time.monotonic() < end:
+        made._take()
+        time.sleep(0.01)
+
+
+def test_stop_keeps_what_is_finished(data, job):
+    job(slow)
+    made = widget(data, "amax", ANY, trials=2)
+    after(made, 1)
     made.stop()
     made.join()
-    assert 1 <= len(made.rows) < len(atlas.PROPERTIES) and "ended after" in text(made.status)
+    assert 1 <= len(made.rows) < len(atlas.PROPERTIES) and "stopped after" in text(made.status)
+    assert "while" not in text(made.status), "it ended between two properties"
 
 
-def test_a_failing_measurement_is_shown(data, monkeypatch):
-    def fails(*_, **__):
-        raise RuntimeError("the <device> is gone\nsecond line")
+def test_stop_ends_an_op_that_runs_within_two_seconds(data, job):
+    job(with_a_sleeper)
+    made, said = widget(data, "amax", ANY, trials=2), []
+    after(made, 2)
+    time.sleep(0.5)  # now it sleeps in the third
+    made.status.observe(lambda change: "stopped after" in change["new"] and said.append(time.monotonic()), "value")
+    start = time.monotonic()
+    made.stop_button.click()
+    made.join(20)
+    assert said[0] - start < 2.0 and not made.running
+    assert list(made.rows.property) == list(atlas.PROPERTIES[:2]), "finished rows are kept"
+    assert f"stopped after 2 of {len(atlas.PROPERTIES)} properties" in text(made.status)
+    assert f"while testing amax, {atlas.PROPERTIES[2]}" in text(made.status)
+    assert len(pd.read_csv(made.file)) == 2 and str(made.file) in made.live.value
+    job(jobs.atlas_cells)
+    made.run()
+    made.join()
+    assert len(made.rows) == len(atlas.PROPERTIES) and "done" in text(made.status)
 
-    monkeypatch.setattr(atlas, "test", fails)
+
+def test_a_failing_measurement_is_shown(data, job):
+    job(failing)
     made = widget(data)
     made.run()
     made.join()
     assert "RuntimeError: the &lt;device&gt; is gone" in made.errors.value and not made.running
-    monkeypatch.undo()
+    job(exiting)
+    made.live_property.value = ANY
+    made.run()
+    made.join()
+    assert "the measuring process ended with code 7" in made.errors.value and len(made.rows) == 1
+    assert "broke off after 1 of" in text(made.status) and "while leaving" in text(made.status)
+    job(jobs.atlas_cells)
+    made.live_property.value = "position"
     made.run()
     made.join()
     assert made.errors.value == "" and len(made.rows) == 1
@@ -164,15 +234,28 @@ def test_a_second_run_replaces_the_first(data):
     assert list(made.rows.op) == ["sum"]
 
 
-def test_the_table_is_measured_on_one_thread_and_drawn_on_another(data, monkeypatch):
-    seen, real = set(), atlas.test
-    monkeypatch.setattr(atlas, "test", lambda *a, **k: seen.add(threading.get_ident()) or real(*a, **k))
-    made = widget(data)
-    drawn = []
+def test_the_table_is_measured_by_one_process_and_drawn_by_another(data, job, monkeypatch):
+    job(telling_where)
+    made, drawn, seen = widget(data), [], set()
+    monkeypatch.setattr(made, "_on_where", seen.add, raising=False)
     monkeypatch.setattr(made, "_draw", lambda: drawn.append(threading.get_ident()))
     made.run()
     made.join()
-    assert len(seen) == 1 and threading.get_ident() not in seen and set(drawn) == {threading.get_ident()}
+    assert len(seen) == 1 and os.getpid() not in seen and set(drawn) == {threading.get_ident()}
+
+
+@pytest.mark.parametrize("filter_text", ["", "   ", "7" * 5000, "<b>", "-1 0", "mm mm"])
+def test_any_text_can_be_looked_for(data, filter_text):
+    made = Atlas(out=data)
+    made.text.value = filter_text
+    assert made.errors.value == "" and "<b>mm" not in made.table.value
+    assert made.shown.empty == (filter_text.strip() not in ("", "mm mm"))
+    assert not made.shown.empty or "No recorded row" in text(made.table)
+
+
+def test_trials_below_one_are_refused(data):
+    with pytest.raises(ValueError, match="trials must be at least 1, got 0"):
+        Atlas(out=data, trials=0)
 
 
 @pytest.mark.parametrize("damage, told", [

@@ -1,13 +1,19 @@
 """WindowCost without a browser: it opens on records, runs to the end, stops, and shows what goes wrong."""
 import base64
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 
+import pandas as pd
 import pytest
 
 from kernels import runtime
 from kernels.lab import records
+from kernels.lab.widgets import jobs, process
+from kernels.lab.window import estimate
 from kernels.lab.window import measure as window_cost
 from kernels.lab.window.measure import VERIFY_COST, Ceilings
 from kernels.lab.window.widget import WindowCost, _Clock
@@ -20,12 +26,6 @@ def row(curve="paper", ops="default", tokens=16, ms=19.0):
     return {"curve": curve, "ops": ops, "tokens": tokens, "prefix": 0, "group": 1, "ms_p05": 0.98 * ms,
             "ms_p50": ms, "ms_p95": 1.05 * ms, "ms_per_token_p50": ms / tokens, "floor_ms": 3.5,
             "recorded_at": "2026-11-01T00:00:00Z", "source": "0123456789ab"}
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Ceilings known without measuring them."""
-    monkeypatch.setattr(Ceilings, "measured", classmethod(lambda cls, device: cls(20.0, 0.1)))
 
 
 @pytest.fixture
@@ -44,8 +44,42 @@ def data(tmp_path):
 
 def widget(data, windows="1 4 8", **options):
     made = WindowCost("tiny", out=data, **{"runs": 2, "warmups": 1, **options})
+    made._ceilings = Ceilings(20.0, 0.1)  # known without measuring them
     made.windows.value = windows
     return made
+
+
+# What a widget's process can run in place of jobs.window_cost. It lives on, so each leaves it as it was.
+
+def with_a_sleeper(report, stop, model, options, ceilings):
+    """One that sleeps in the window of 4 tokens."""
+    passed = window_cost.paper_pass
+    window_cost.paper_pass = lambda model, window: passed(model, window) if window != 4 else lambda: time.sleep(60)
+    try:
+        jobs.window_cost(report, stop, model, options, ceilings)
+    finally:
+        window_cost.paper_pass = passed
+
+
+def with_one_that_exits(report, stop, model, options, ceilings):
+    passed = window_cost.paper_pass
+    window_cost.paper_pass = lambda model, window: passed(model, window) if window != 4 else os._exit(5)
+    jobs.window_cost(report, stop, model, options, ceilings)
+
+
+def telling_where(report, stop, model, options, ceilings):
+    report("where", os.getpid())
+    jobs.window_cost(report, stop, model, options, ceilings)
+
+
+def seconds_to_stop(made) -> float:
+    """From a click on Stop until the widget says that it has stopped; it draws a last time after that."""
+    said = []
+    made.status.observe(lambda change: "stopped after" in change["new"] and said.append(time.monotonic()), "value")
+    start = time.monotonic()
+    made.stop_button.click()
+    made.join(20)
+    return said[0] - start
 
 
 def png(made) -> bytes:
@@ -118,20 +152,49 @@ def test_both_ops_are_measured_if_chosen(data):
     assert set(made.rows.ops) == {name for name, box in made.ops.items() if box.value}
 
 
-def test_only_the_worker_measures_and_only_the_maker_draws(data, monkeypatch):
+def test_only_another_process_measures_and_only_the_maker_draws(data, monkeypatch):
     made, measuring, drawing = widget(data, "1 2"), set(), set()
-    measure, draw = window_cost.window_cost, made._draw
-    monkeypatch.setattr(window_cost, "window_cost",
-                        lambda *a, **k: (measuring.add(threading.get_ident()), measure(*a, **k))[1])
+    draw = made._draw
+    monkeypatch.setattr(WindowCost, "JOB", staticmethod(telling_where))
+    monkeypatch.setattr(made, "_on_where", measuring.add, raising=False)
     monkeypatch.setattr(made, "_draw", lambda: (drawing.add(threading.get_ident()), draw()))
     made.run()
     made.join(60)
-    here = threading.get_ident()
-    assert len(measuring) == 1 and here not in measuring and drawing == {here}
+    assert len(measuring) == 1 and os.getpid() not in measuring and drawing == {threading.get_ident()}
+
+
+def test_stop_ends_a_pass_that_runs_within_two_seconds(data, monkeypatch):
+    monkeypatch.setattr(WindowCost, "JOB", staticmethod(with_a_sleeper))
+    made = widget(data, "1 2 4 8")
+    made.curves["graph"].value = False
+    made.run()
+    end = time.monotonic() + 60
+    while made.rows.tokens.nunique() < 2 and time.monotonic() < end:
+        made._take()
+        time.sleep(0.01)
+    time.sleep(0.5)  # now it sleeps in the third
+    assert seconds_to_stop(made) < 2.0 and not made.running
+    assert sorted(made.rows.tokens) == [1, 2] and "stopped after 2 of 4 windows" in text(made.status)
+    assert "while timing a window of 4" in text(made.status) and made.errors.value == ""
+    assert sorted(pd.read_csv(made.file).tokens) == [1, 2] and str(made.file) in made.downloads.value
+    monkeypatch.undo()
+    made.run()
+    made.join(60)
+    assert sorted(made.rows.tokens) == [1, 2, 4, 8]
+
+
+def test_a_process_that_ends_is_said_in_a_line(data, monkeypatch):
+    monkeypatch.setattr(WindowCost, "JOB", staticmethod(with_one_that_exits))
+    made = widget(data, "1 4")
+    made.curves["graph"].value = False
+    made.run()
+    made.join(60)
+    assert "the measuring process ended with code 5" in text(made.errors) and made.errors.value.count("<div") == 1
+    assert "broke off after 1 of 2 windows" in text(made.status) and list(pd.read_csv(made.file).tokens) == [1]
 
 
 def test_stop_keeps_the_finished_windows(data):
-    made = widget(data, "1 2 4 8 16", runs=100)
+    made = widget(data, "1 2 4 8 16", runs=300)
     made.table.observe(lambda change: made.stop(), "value")
     made.run()
     made.join(60)
@@ -173,17 +236,27 @@ def test_overlays_redraw_the_chart(data):
     assert made.errors.value == ""
 
 
-@pytest.mark.parametrize(("windows", "said"), [
-    ("1 many", "'many'"), ("", "''"), ("0 4", "'0'"), ("1 2000", "1..1024, the context of tiny, got 2000")])
-def test_windows_that_cannot_be_are_said_at_once(data, windows, said):
-    made = widget(data, windows)
+def test_windows_that_cannot_be_are_said_beside_them_and_at_once(data):
+    made = widget(data, "1")
     before = png(made)
-    made.run()
-    assert not made.running and said in text(made.errors).replace("&#x27;", "'") and png(made) == before
-    made.windows.value = "1"
+    for windows, said in (("1 many", "'many'"), ("", "''"), ("0 4", "'0'"), ("-1", "'-1'"), ("1.5", "'1.5'"),
+                          ("1 2000", "1..1024, the context of tiny, got 2000"), ("7" * 5000, "'777777777777777777'..")):
+        made.windows.value = windows
+        assert said in text(made.notes["windows"]).replace("&#x27;", "'")
+        made.run()
+        assert not made.running and png(made) == before and made.errors.value == ""
+        assert said in text(made.notes["windows"]).replace("&#x27;", "'")
+    made.windows.value = "2 2 1"
+    assert "2 stands there more than once, and will be measured once" in text(made.notes["windows"])
     made.run()
     made.join(60)
-    assert made.errors.value == "" and len(made.rows)
+    assert sorted(set(made.rows.tokens)) == [1, 2]
+
+
+@pytest.mark.parametrize("options", [{"runs": 0}, {"warmups": -1}])
+def test_counts_that_cannot_be_are_refused(data, options):
+    with pytest.raises(ValueError, match="runs must be at least 1 and warmups at least 0"):
+        WindowCost("tiny", out=data, **options)
 
 
 def test_nothing_chosen_is_said(data):
@@ -192,7 +265,7 @@ def test_nothing_chosen_is_said(data):
         for box in boxes.values():
             box.value = False
         made.run()
-        assert not made.running and "choose at least one of" in text(made.errors)
+        assert not made.running and "choose at least one of" in text(made.notes["curves"])
         boxes["paper" if boxes is made.curves else "default"].value = True
 
 
@@ -202,14 +275,51 @@ def test_a_graph_cannot_be_chosen_on_a_cpu(data):
     assert made.curves["graph"].disabled and "needs a CUDA GPU" in made.curves["graph"].description
 
 
-def test_a_model_that_does_not_fit_is_said(data, monkeypatch):
-    monkeypatch.setattr("kernels.model.cache.free_memory", lambda device: 1000)
+def test_what_does_not_fit_is_refused_before_anything_starts(data, monkeypatch):
     made = widget(data)
+    monkeypatch.setattr(estimate, "free_memory", lambda device: 500_000_000)
+    monkeypatch.setattr(process.Process, "__init__", lambda self: pytest.fail("a process was started"))
+    made.model.value = "llama-3.1-8b"
+    made.windows.value = "1 100000"
+    said = r"llama-3.1-8b and a window of 100000 tokens need about \d\d+ GB, and 0.5 GB are free: choose a smaller"
+    assert re.search(said, text(made.errors)), "before Run"
     made.run()
-    made.join(60)
-    assert "MemoryError: tiny in" in text(made.errors) and "GB free" in text(made.errors)
-    assert "broke off after 0 of 3 windows" in text(made.status)
-    assert made.progress.bar_style == "warning" and not made.run_button.disabled
+    assert not made.running and re.search(said, text(made.errors)) and not made.run_button.disabled
+    monkeypatch.setattr(estimate, "free_memory", lambda device: 10**13)
+    made.windows.value = "1"
+    assert made.errors.value == "" and re.search(r"a run takes about \d+ (s|min|h) and \d+ GB", text(made.status))
+
+
+PEAK = """
+import gc, re
+from kernels.lab.window import estimate
+from kernels.lab.window.measure import paper_pass
+from kernels.model.llama import Llama
+
+def status(key):
+    with open("/proc/self/status") as file:
+        return 1024 * int(re.search(rf"{key}:\\s*(\\d+) kB", file.read())[1])
+
+def pass_over(model, window):
+    paper_pass(model, window)()
+
+pass_over(Llama("tiny", device="cpu"), 4)
+gc.collect()
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak begins anew
+before = status("VmRSS")
+model = Llama("tiny", device="cpu")
+pass_over(model, 1024)
+print((estimate.bytes_needed(model.config, 1024, 1, model.dtype) - estimate.FIXED) / (status("VmHWM") - before))
+"""
+
+
+@pytest.mark.skipif(runtime.HAS_GPU or not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux' /proc")
+def test_the_bytes_estimated_are_a_processes_real_peak_and_at_most_three_times_it():
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"})  # what is freed goes back at once
+    assert done.returncode == 0, done.stderr
+    assert 0.8 <= float(done.stdout) <= 3.0, done.stdout
 
 
 def test_its_text_form_is_one_line(data):
