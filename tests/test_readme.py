@@ -110,6 +110,41 @@ def test_where_products_are_not_ahead_is_as_recorded():
                                f"tokens: {ours:.1f} us against {default:.1f})") in README
 
 
+def behind(op, clock, other, **only):
+    """(points at which the schedule takes longer than `other`, points, the largest ratio) on an H200."""
+    rows = records.load(machine="h200").query("op == @op and clock == @clock")
+    if only:
+        rows = rows[rows["shape"].str.contains("residual") == only["residual"]]
+    us = rows.pivot_table(index=["dtype", "shape", "tokens"], columns="implementation", values="us_p50")
+    ratio = (us.triton / us[other]).dropna()
+    return (ratio > 1).sum(), len(ratio), f"{ratio.max():.2f}"
+
+
+def test_where_rows_are_not_ahead_is_as_recorded():
+    points, of, most = behind("rms_norm", "call", "cuda", residual=False)
+    assert f"behind the default at {points} of {of} points on `call`, taking up to {most} times as long" in README
+    (cold, of, a), (graph, _, b), (call, _, c) = (behind("rms_norm", clock, "compile")
+                                                  for clock in ("cold", "graph", "call"))
+    assert (f"at {cold} of {of} points on `cold` (up to {a}), at {graph} on `graph` ({b}) and at {call} on `call` "
+            f"({c})") in README
+    (mean, of, a), (log, _, b), (soft, _, c) = (behind(op, "call", "cuda") for op in ("mean", "log_softmax", "softmax"))
+    assert (f"`mean` at {mean} of {of} points (up to {a} times as long), `log_softmax` at {log} ({b}) and `softmax` at "
+            f"{soft} ({c})") in README
+    log, _, most = behind("log_softmax", "graph", "cuda")
+    assert f"on `graph`, `log_softmax` at {log} ({most})" in README
+    (cold, of, a), (graph, _, b) = (behind("mean", clock, "compile") for clock in ("cold", "graph"))
+    assert f"`mean` is at {cold} of {of} points on `cold` ({a}) and at {graph} on `graph` ({b})" in README
+
+
+def test_where_rows_are_ahead_everywhere_nothing_is_said():
+    """The list above is complete."""
+    for op in ("rms_norm", "softmax", "log_softmax", "mean"):
+        assert behind(op, "cold", "cuda")[0] == 0, op
+    for op in ("rms_norm", "softmax", "mean"):
+        assert behind(op, "graph", "cuda")[0] == 0, op
+    assert behind("mean", "call", "compile")[0] == 0 and behind("rms_norm", "call", "cuda", residual=True)[0] == 0
+
+
 def _weight(shape):
     return "{N} x {K}".format(**Shape.parse(shape))
 

@@ -101,7 +101,7 @@ def plan(op: Op, device: torch.device) -> Plan:
             for name in RECORDED:
                 try:
                     times[name] = tried(op, name, shape, dtype, device, pace)
-                    said.append(f"{name} up to {max(times[name])}" if times[name] else f"{name} too slow")
+                    said.append(f"{name} up to {max(times[name])}" if times[name] else f"{name} too large or too slow")
                 except Exception as error:  # noqa: BLE001 - a contender that cannot run must not cost the others
                     said.append(f"{name} cannot: {str(error).splitlines()[0][:100]}")
             made.words.append(f"  {op.name} {shape} {dtype}, tokens: {', '.join(said)}")

@@ -6,6 +6,7 @@ import base64
 import html
 import inspect
 import io
+import re
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,11 +79,15 @@ def show(figure, alt: str) -> None:
     display({"text/html": words}, raw=True)
 
 
-def check(claim: str, condition) -> None:
+def check(claim: str, condition, absent: str = "") -> None:
     """Print a tick and the claim, or raise AssertionError that says what differs.
 
-    `condition` is a bool, a tensor or NumPy value of one element, or a Report of bits.check_invariance.
+    `condition` is a bool, a tensor or NumPy value of one element, or a Report of bits.check_invariance. `absent` says
+    why this machine cannot try it; then a circle and the start of that are printed in place of a tick.
     """
+    if absent:
+        print(f"○ {claim}: not here ({re.split('[:(]', absent)[0].strip()})")
+        return
     evidence = f": {condition}" if isinstance(condition, bits.Report) else ""
     if not _truth(condition):
         raise AssertionError(f"✗ {claim}{evidence or ': that is not so here'}")

@@ -81,6 +81,12 @@ def test_check_raises_on_what_does_not_hold(no, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("no", [True, False, None])
+def test_what_cannot_be_tried_gets_no_tick(no, capsys):
+    notebook.check("the kernel has these bits", no, absent="Triton cannot be imported here (why): install it")
+    assert capsys.readouterr().out == "○ the kernel has these bits: not here (Triton cannot be imported here)\n"
+
+
 @pytest.mark.parametrize("neither", [None, 1, "yes", torch.ones(2) == 1, np.ones(2) == 1, torch.tensor(1.0)])
 def test_check_wants_one_yes_or_no(neither):
     with pytest.raises(TypeError, match="one yes or no"):
