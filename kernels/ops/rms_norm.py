@@ -3,9 +3,9 @@
     stream = x + residual                      rounded to x's dtype, returned as the new residual stream
     y      = stream / sqrt(mean(stream**2) + eps) * weight
 
-The order. Square each element in float32. Sum the squares as arithmetic/sums.py says: chunks of 1024 in
-sequence, then neighbours in pairs. Multiply by float32(1 / D), add eps, take the square root, take the
-reciprocal. Each element is then (stream * reciprocal) * weight, rounded once to the dtype.
+The order. Square each element in float32. Sum the squares as arithmetic/sums.py says: chunks of 1024 in sequence,
+then neighbours in pairs. Multiply by float32(1 / D), add eps, take the square root, take the reciprocal. Each element
+is then (stream * reciprocal) * weight, rounded once to the dtype.
 
 Why a batch cannot change it: every step names elements of one row and the row's own length. The number of
 rows, the neighbours, the GPU and the launch appear nowhere.

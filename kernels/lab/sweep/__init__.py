@@ -2,7 +2,8 @@
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(__name__, submod_attrs={
-    "measure": ["Sweep", "sweep"],
+    "options": ["Sweep"],
+    "measure": ["sweep"],
     "chart": ["claim", "sweep_chart"],
     "widget": ["TokenSweep"],
 })

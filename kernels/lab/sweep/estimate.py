@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,9 +20,7 @@ from ... import runtime
 from ...model.cache import free_memory
 from ...op import DTYPES, Op, Shape
 from .. import bench
-
-if TYPE_CHECKING:
-    from .measure import Sweep
+from .options import Sweep
 
 # a call's copies beside its results, as a multiple of its rows in float32
 PYTHON = {"rms_norm": 1.6, "softmax": 2.4, "log_softmax": 2.4, "sum": 2.4, "mean": 2.4}
