@@ -252,8 +252,7 @@ def _inputs(tokens: int, shape, dtype=torch.bfloat16, device="cpu", seed: int = 
     shape = Shape.parse(shape, "D")
     x = bits.portable(tokens, shape["D"], dtype, device, seed)
     weight = bits.portable(1, shape["D"], dtype, device, seed + 1)[0]
-    residual = bits.portable(tokens, shape["D"], dtype, device, seed + 2) if shape.get("residual") else None
-    return x, weight, residual
+    return x, weight, bits.portable(tokens, shape["D"], dtype, device, seed + 2) if shape.get("residual") else None
 
 
 def _work(tokens: int, shape, dtype=torch.bfloat16) -> Work:
