@@ -1,4 +1,4 @@
-# Each target sets up .venv first when it is missing or older than what it is made from.
+# Each target sets up .venv first when it is missing or not made from these pins by this Python.
 # PYTHON=python3.12 chooses the interpreter, ARGS="..." is handed to the command behind a target.
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' requirements.txt)
 ROOT_USER := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test figures notebooks record FORCE
+.PHONY: help lab test mutants figures notebooks record FORCE
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -29,6 +29,9 @@ test: $(READY) ## check style and types, run all tests
 	$(BIN)/python -m pytest -n 2 -m "not serial" $(ARGS) || test $$? = 5  # 5: ARGS chose none of these
 	$(BIN)/python -m pytest -m serial $(ARGS) || test $$? = 5
 
+mutants: $(READY) ## plant known faults one at a time, list those that no test notices
+	$(BIN)/python -m tests.mutants $(ARGS)
+
 figures: $(READY) ## redraw every figure from data/
 	$(BIN)/python -m figures $(ARGS)
 
@@ -38,15 +41,15 @@ notebooks: $(READY) ## execute every notebook and keep its outputs
 record: $(READY) ## measure this machine into data/
 	$(BIN)/python -m kernels record --out data $(ARGS)
 
-# A PYTHON named by the caller counts also when .venv is up to date but was made with another version.
-ifneq ($(origin PYTHON),file)
-ifneq ($(shell $(PYTHON) -V 2>&1),$(shell $(BIN)/python -V 2>&1))
+# The stamp holds what .venv was made from, whole: times change with a checkout or a copy, and a content may not.
+# The Python is the caller's where one is named, else the one that made .venv.
+made_from = { cat requirements.txt pyproject.toml; $(1) -V; } 2>&1
+ifneq ($(shell $(call made_from,$(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON))) | cmp -s - $(READY) 2>/dev/null || echo other),)
 $(READY): FORCE
-endif
 endif
 
 # The stamp comes last, so an interrupted set-up is taken up again.
-$(READY): requirements.txt pyproject.toml
+$(READY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "Python 3.11 or newer is needed; '$(PYTHON)' is: $$($(PYTHON) -V 2>&1)." \
 		"Name another one, as in: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
@@ -57,4 +60,4 @@ $(READY): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check "$(TORCH)"
 	$(BIN)/python -m pip install --disable-pip-version-check -e ".[test]"
 	$(BIN)/jupyter labextension disable --level=sys_prefix "@jupyterlab/apputils-extension:announcements"
-	@touch $@
+	@$(call made_from,$(BIN)/python) > $@

@@ -244,7 +244,7 @@ def test_the_makefile_reads_torchs_pin_from_requirements():
 
 
 @needs_make
-@pytest.mark.parametrize("target", ["lab", "test", "figures", "notebooks", "record"])
+@pytest.mark.parametrize("target", ["lab", "test", "mutants", "figures", "notebooks", "record"])
 def test_make_help_lists(target):
     said = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert re.search(rf"^make {target}\s+\S", said, re.M)
@@ -276,6 +276,51 @@ def test_an_interrupted_set_up_leaves_no_stamp(tmp_path):
     made = subprocess.run(["make", "test", f"PYTHON={broken}"], cwd=tmp_path, capture_output=True, text=True)
     assert made.returncode != 0
     assert not (tmp_path / ".venv" / ".ready").exists()
+
+
+@pytest.fixture
+def made_venv(tmp_path):
+    """A folder whose .venv bears a stamp of its Python and pins; gives whether `make` would set it up again."""
+    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    pythons = {version: tmp_path / path for version, path in (("3.12.1", ".venv/bin/python"), ("3.13.0", "newer"))}
+    for version, python in pythons.items():
+        python.write_text(f"#!/bin/sh\necho Python {version}\n")
+        python.chmod(0o755)
+    pins = "".join((tmp_path / name).read_text() for name in ("requirements.txt", "pyproject.toml"))
+    (tmp_path / ".venv" / ".ready").write_text(f"{pins}Python 3.12.1\n")
+
+    def set_up_again(*named):
+        environment = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "MAKEFLAGS")}
+        dry = subprocess.run(["make", "--dry-run", "figures", *named], cwd=tmp_path, env=environment,
+                             capture_output=True, text=True, check=True)
+        assert "-m figures" in dry.stdout
+        return "pip install" in dry.stdout
+    return tmp_path, set_up_again
+
+
+@needs_make
+def test_the_environment_is_kept_while_its_pins_and_python_are_the_same(made_venv):
+    folder, set_up_again = made_venv
+    assert not set_up_again()
+    os.utime(folder / ".venv" / ".ready", (0, 0))  # a checkout or a copy: older than the pins, which are the same
+    assert not set_up_again() and not set_up_again(f"PYTHON={folder}/.venv/bin/python")
+
+
+@needs_make
+@pytest.mark.parametrize("change", ["requirements.txt", "pyproject.toml", "python", "stamp", "caller"])
+def test_the_environment_is_set_up_again_after_a_change(change, made_venv):
+    folder, set_up_again = made_venv
+    if change == "python":
+        (folder / "newer").replace(folder / ".venv" / "bin" / "python")
+    elif change == "stamp":
+        (folder / ".venv" / ".ready").write_text("")
+    elif change != "caller":
+        before = (folder / change).stat()
+        (folder / change).write_text((folder / change).read_text().replace("2", "3", 1))
+        os.utime(folder / change, (0, before.st_mtime - 9**9))  # older than the stamp
+    assert set_up_again(*[f"PYTHON={folder}/newer"] * (change == "caller"))
 
 
 def test_citation_names_this_version_and_licence():
