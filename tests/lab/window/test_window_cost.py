@@ -218,7 +218,6 @@ def test_the_command_refuses_what_it_cannot_record(arguments, tmp_path, capsys):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not runtime.HAS_GPU, reason="no CUDA GPU on this machine")
 @pytest.mark.parametrize("ops", ["default", "invariant"])
 def test_the_graph_chooses_the_token_that_eager_code_does(ops):
     model = Llama("tiny", ops=ops, dtype=torch.float32)
