@@ -93,6 +93,7 @@ def text(html) -> str:
     return re.sub(r"<[^>]*>", " ", html.value)
 
 
+@pytest.mark.serial  # it is timed
 def test_it_opens_on_the_first_machine_in_a_second(data):
     seconds = []
     for _ in range(3):  # matplotlib looks for its fonts the first time
@@ -184,6 +185,7 @@ def test_stop_keeps_what_is_finished(data, job):
     assert "while" not in text(made.status), "it ended between two properties"
 
 
+@pytest.mark.serial  # it is timed
 def test_stop_ends_an_op_that_runs_within_two_seconds(data, job):
     job(with_a_sleeper)
     made, said = widget(data, "amax", ANY, trials=2), []

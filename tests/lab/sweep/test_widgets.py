@@ -241,6 +241,7 @@ def test_stop_ends_early_and_keeps_rows(out):
 
 
 @pytest.mark.parametrize("what", [with_a_sleeper, with_a_busy_one])
+@pytest.mark.serial  # it is timed
 def test_stop_ends_an_op_that_runs_within_two_seconds(out, job, what):
     job(what)
     widget, took = stopped(small(out, ("python", "split"), "1 2 4 8"), 4)

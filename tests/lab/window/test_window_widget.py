@@ -90,6 +90,7 @@ def text(html) -> str:
     return re.sub(r"<[^>]*>", " ", html.value)
 
 
+@pytest.mark.serial  # it is timed
 def test_it_opens_on_recorded_rows_in_a_second(data):
     seconds = []
     for _ in range(3):  # matplotlib looks for its fonts the first time
@@ -163,6 +164,7 @@ def test_only_another_process_measures_and_only_the_maker_draws(data, monkeypatc
     assert len(measuring) == 1 and os.getpid() not in measuring and drawing == {threading.get_ident()}
 
 
+@pytest.mark.serial  # it is timed
 def test_stop_ends_a_pass_that_runs_within_two_seconds(data, monkeypatch):
     monkeypatch.setattr(WindowCost, "JOB", staticmethod(with_a_sleeper))
     made = widget(data, "1 2 4 8")
