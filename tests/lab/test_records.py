@@ -2,9 +2,12 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
 import pytest
@@ -36,6 +39,33 @@ def test_rows_replace_those_with_their_key_and_keep_the_rest(tmp_path):
     again = records.TOKEN_SWEEP.read(tmp_path)
     assert tuple(again.columns) == records.TOKEN_SWEEP.columns
     assert again.digest.tolist() == ["00ff"] * 3
+
+
+DIGITS = ["0123456789012345", "1" * 16, "1e10000000000000", "0" * 16, "-inf"]
+
+
+def test_a_digest_of_digits_alone_stays_text(tmp_path):
+    for _ in range(2):
+        rows = [row(i, digest=text, source=text[:12]) for i, text in enumerate(DIGITS, 1)]
+        records.TOKEN_SWEEP.merge(tmp_path, rows)
+        table = records.TOKEN_SWEEP.read(tmp_path)
+        assert table.digest.tolist() == DIGITS and table.source.tolist() == [text[:12] for text in DIGITS]
+    assert (tmp_path / "token_sweep.csv").read_text().count(",0123456789012345,") == 1
+
+
+def test_numbers_are_written_with_six_digits(tmp_path):
+    table = records.TOKEN_SWEEP.merge(tmp_path, [row(16384, us=1234.56789, gbytes_per_s=0.000123456789)])
+    assert (table.us_p50[0], table.gbytes_per_s[0], table.tokens[0]) == (1234.57, 0.000123457, 16384)
+
+
+def test_the_last_of_two_rows_with_one_key_counts(tmp_path):
+    table = records.TOKEN_SWEEP.merge(tmp_path, [row(1, us=1.0), row(2, us=2.0), row(1, us=3.0)])
+    assert table.us_p50.tolist() == [3.0, 2.0] == records.TOKEN_SWEEP.read(tmp_path).us_p50.tolist()
+
+
+def test_each_clock_is_a_row_of_its_own(tmp_path):
+    table = records.TOKEN_SWEEP.merge(tmp_path, [row(1, clock=clock) for clock in bench.CLOCKS])
+    assert sorted(table.clock) == sorted(bench.CLOCKS)
 
 
 @pytest.mark.parametrize("content, word", [
@@ -172,15 +202,38 @@ def test_two_processes_writing_one_file_lose_no_row(tmp_path):
     assert records.TOKEN_SWEEP.read(tmp_path).groupby("implementation").size().tolist() == [15, 15]
 
 
-def test_a_folder_belongs_to_one_machine(tmp_path):
+@pytest.mark.parametrize("field", ["device", "torch", "triton"])
+def test_a_folder_belongs_to_one_machine(field, tmp_path):
     own = records.open_machine(tmp_path)
     records.note_machine(own, "token_sweep.csv", copy_gbytes_per_s=1.0)
     assert records.open_machine(tmp_path) == own
     machine = json.loads((own / "machine.json").read_text())
-    (own / "machine.json").write_text(json.dumps(machine | {"torch": "0.1"}))
+    (own / "machine.json").write_text(json.dumps(machine | {field: "0.1"}))
     assert records.open_machine(tmp_path).name == own.name + "-2"
-    with pytest.raises(ValueError, match="torch was 0.1"):
+    with pytest.raises(ValueError, match=f"{field} was 0.1, here {re.escape(str(machine[field]))}"):
         records.open_machine(tmp_path, own.name)
+
+
+def test_what_may_change_on_a_machine_is_noted_anew(tmp_path):
+    machine = records.note_machine(tmp_path, "a.csv", copy_gbytes_per_s=1.0)
+    older = machine | {"driver": "1", "python": "3.0", "host_cpu": "older", "date": "2000-01-01T00:00:00Z"}
+    (tmp_path / "machine.json").write_text(json.dumps(older))
+    again = records.note_machine(tmp_path, "a.csv", copy_gbytes_per_s=2.0)
+    assert again.pop("date") > machine.pop("date")[:10] and again == machine
+    assert json.loads((tmp_path / "machine.json").read_text()).items() > machine.items()
+
+
+def test_two_writers_of_machine_json_lose_no_command(tmp_path, monkeypatch):
+    real = records.this_machine
+    monkeypatch.setattr(records, "this_machine", lambda: time.sleep(0.01) or real())  # between a read and a write
+
+    def write(name):
+        for i in range(8):
+            records.note_machine(tmp_path, f"{name}{i}.csv")
+
+    with ThreadPoolExecutor(2) as writers:
+        list(writers.map(write, "ab"))
+    assert sorted(records.read_machine(tmp_path)["command"]) == [f"{name}{i}.csv" for name in "ab" for i in range(8)]
 
 
 def cpu(monkeypatch, name):
