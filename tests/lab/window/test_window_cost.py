@@ -1,18 +1,21 @@
 """Windows of tokens, measured on the smallest model: right rows, resumed, stopped, refused."""
 import json
 import threading
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import runtime
+from kernels import OPS, runtime
 from kernels.lab import bench, records
 from kernels.lab.window import measure as window_cost
 from kernels.lab.window.measure import VERIFY_COST, Ceilings, Watch
 from kernels.model.config import PRESETS
-from kernels.model.llama import Llama
+from kernels.model.llama import Llama, choose_ops
 
+CPU = torch.device("cpu")
 CEILINGS = Ceilings(copy_gbytes_per_s=20.0, matmul_tflops=0.1)
 CURVES = window_cost.curves_on(runtime.device())
 COLUMNS = ("curve,ops,tokens,prefix,group,ms_p05,ms_p50,ms_p95,ms_per_token_p50,floor_ms,recorded_at,source")
@@ -52,6 +55,88 @@ def test_percentiles_are_those_of_the_timed_runs_after_the_warm_ups(monkeypatch)
     monkeypatch.setattr(window_cost.time, "perf_counter", clock)
     row = measure(windows=(4,), curves=["paper"], runs=10, warmups=1, model=Llama("tiny")).iloc[0]
     assert (row.ms_p05, row.ms_p50, row.ms_p95) == pytest.approx((2.45, 6.5, 10.55))
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """(model, tokens, positions, cache, options, logits) of every forward."""
+    seen, real = [], Llama.__call__
+
+    def forward(model, tokens, positions, cache, **options):
+        logits = real(model, tokens, positions, cache, **options)
+        seen.append((model, tokens.clone(), positions.clone(), cache, options, logits))
+        return logits
+
+    monkeypatch.setattr(Llama, "__call__", forward)
+    return seen
+
+
+def prompt(window):
+    return [[(7919 * i + 13) % 256 for i in range(window)]]
+
+
+@pytest.mark.parametrize("ops", ["default", "invariant"])
+def test_each_round_is_one_forward_over_the_whole_window_with_these_ops(ops, forwards):
+    measure(windows=(3, 8), curves=["paper"], ops=(ops,), runs=2, warmups=1)
+    assert [tokens.shape for _, tokens, *_ in forwards] == [(1, 3)] * 3 + [(1, 8)] * 3
+    for model, tokens, positions, cache, options, logits in forwards:
+        window = tokens.shape[1]
+        norm = OPS["rms_norm"].cuda if ops == "default" else choose_ops("invariant", model.device).rms_norm
+        assert model.ops_name == ops and model.ops.rms_norm is norm
+        assert tokens.tolist() == prompt(window) and positions.tolist() == [[*range(window)]]
+        assert cache.capacity == window and options == {"prefix": 0} and logits.shape == (1, 256)
+    assert choose_ops("invariant", CPU).rms_norm is OPS["rms_norm"].python
+
+
+def test_the_ops_of_a_curve_take_turns(forwards):
+    measure(windows=(4,), curves=["paper"], ops=("default", "invariant"), runs=2, warmups=1)
+    assert [model.ops_name for model, *_ in forwards] == ["default", "invariant"] * 3
+
+
+def test_the_chosen_token_is_read_back_within_the_time(forwards, monkeypatch):
+    clock, read = iter(range(100)), []
+    real = torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda t: read.append("item") or real(t))
+    monkeypatch.setattr(window_cost.time, "perf_counter", lambda: read.append("clock") or next(clock))
+    model = Llama("tiny")
+    measure(model=model, windows=(4,), curves=["paper"], runs=2, warmups=0)
+    assert read == ["clock", "item", "clock"] * 2
+    token = window_cost.paper_pass(model, 4)()
+    assert token == int(forwards[-1][-1].argmax()) and type(token) is int
+
+
+class PlayedModel:
+    """Chooses a token by a sum, when its graph is replayed."""
+
+    device, config = CPU, PRESETS["tiny"]
+
+    def cache(self, requests, capacity):
+        return requests, capacity
+
+    def __call__(self, tokens, positions, cache, prefix):
+        self.given, self.token = (tokens, positions, cache, prefix), torch.tensor([-1])
+        return SimpleNamespace(argmax=lambda dim: self.token)
+
+    def replay(self):
+        tokens, positions, *_ = self.given
+        self.token.fill_(int((tokens * (positions + 1)).sum()))
+
+
+def test_a_graph_takes_the_prompt_from_the_host_at_each_replay(monkeypatch):
+    model, replays = PlayedModel(), []
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    graph = SimpleNamespace(replay=lambda: replays.append(1) or model.replay())
+    for name, value in {"Stream": lambda device: stream, "current_stream": lambda device: stream,
+                        "stream": lambda side: nullcontext(), "graph": lambda graph: nullcontext(),
+                        "CUDAGraph": lambda: graph}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    step = window_cost.graph_pass(model, 5)
+    wanted = sum(token * (i + 1) for i, token in enumerate(prompt(5)[0]))
+    for count in (1, 2):
+        assert step() == wanted and len(replays) == count
+        tokens, positions, cache, prefix = model.given
+        assert (tokens.tolist(), positions.tolist(), cache, prefix) == (prompt(5), [[*range(5)]], (1, 5), 0)
+        tokens.zero_(), positions.zero_()
 
 
 def test_callbacks_see_every_row_and_every_round():
@@ -101,6 +186,26 @@ def test_the_floor_counts_every_matrix_product(name):
         model(tokens, tokens, model.cache(1, 24), prefix=0)
     flops = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
     assert sum(2 * m * n * k for m, n, k in window_cost.products(model.config, 24)) == flops["aten.mm"]
+
+
+def test_the_floor_by_pencil():
+    """8 tokens through two layers of `tiny`: bytes decide the first two products and the head, FLOPs the others."""
+    ceilings = Ceilings(copy_gbytes_per_s=10.0, matmul_tflops=0.034)
+    numbers = {"qkv": 8 * 64 + 128 * 64 + 8 * 128, "output": 8 * 64 + 64 * 64 + 8 * 64, "head": 64 + 256 * 64 + 256}
+    flops = {"gate_up": 2 * 8 * 384 * 64, "down": 2 * 8 * 64 * 192}
+    layer = 4 * (numbers["qkv"] + numbers["output"]) / 10e9 + (flops["gate_up"] + flops["down"]) / 34e9
+    wanted = 1e3 * (2 * layer + 4 * numbers["head"] / 10e9)
+    assert window_cost.floor_ms(PRESETS["tiny"], 8, torch.float32, ceilings) == pytest.approx(wanted, rel=1e-12)
+    layer = (2 * 8 * 128 * 64 + 2 * 8 * 64 * 64 + flops["gate_up"] + flops["down"]) / 34e9
+    wanted = 1e3 * (2 * layer + 2 * numbers["head"] / 10e9)
+    assert window_cost.floor_ms(PRESETS["tiny"], 8, torch.bfloat16, ceilings) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_a_row_has_the_floor_of_its_window_and_of_the_models_dtype():
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = measure(model=Llama("tiny", dtype=dtype), windows=(1, 8), curves=["paper"], runs=1)
+        assert rows.floor_ms.tolist() == [
+            window_cost.floor_ms(PRESETS["tiny"], window, dtype, CEILINGS) for window in (1, 8)]
 
 
 def test_the_floor_is_weights_once_at_first_and_flops_at_last():
