@@ -628,10 +628,9 @@ def test_tiled_ignores_the_batch(dtype):
 
 
 @needs_triton
-def test_frozen_is_one_schedule_and_exact_product():
+def test_frozen_is_the_exact_product():
     given_ = whole_inputs(130, 40, 70)
     assert same_bits(OP.extras["frozen"](*given_), exact_product(*given_).bfloat16())
-    assert str(contenders.FROZEN).startswith("pointer 128x128x64")
 
 
 def test_no_split_k_is_refused_where_there_is_no_such_setting():
