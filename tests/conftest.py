@@ -44,8 +44,8 @@ def pytest_make_collect_report():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Under pytest-xdist this runs once, in the process that sums up."""
-    if path := os.environ.get("SAME_BITS_PASSED"):
+    """Once a session: a worker of pytest-xdist leaves it to the process that sums up."""
+    if (path := os.environ.get("SAME_BITS_PASSED")) and not hasattr(terminalreporter.config, "workerinput"):
         with open(path, "a") as file:
             file.write(f"{len(terminalreporter.stats.get('passed', []))}\n")
 

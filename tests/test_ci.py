@@ -62,8 +62,9 @@ def test_in_ci_only_tests_marked_gpu_may_skip(tmp_path):
     (tmp_path / "conftest.py").write_bytes((ROOT / "tests" / "conftest.py").read_bytes())
     (tmp_path / "test_skips.py").write_text(SKIPS)
     (tmp_path / "test_module.py").write_text("import pytest\npytest.importorskip('no_such_module')\n")
-    found, said = outcomes(tmp_path, tmp_path, "-c", ROOT / "pyproject.toml", "--continue-on-collection-errors",
-                           SAME_BITS_CI="1", SAME_BITS_PASSED=str(tmp_path / "passed"))
+    found, said = outcomes(tmp_path, tmp_path, "-n", "2", "-c", ROOT / "pyproject.toml",
+                           "--continue-on-collection-errors", SAME_BITS_CI="1",
+                           SAME_BITS_PASSED=str(tmp_path / "passed"))
     by_name = {name.rpartition(".")[2].partition("[")[0]: what for name, (what, _) in found.items()}
     assert by_name.pop("test_passes") == "passed" and by_name.pop("test_marked") == "skipped"
     assert len(by_name) == 5 and set(by_name.values()) <= {"failure", "error"}, by_name
