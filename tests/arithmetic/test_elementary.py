@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from kernels import runtime
 from kernels.arithmetic import elementary
 from kernels.arithmetic.elementary import exp, fma, log, tl_exp, tl_fma, tl_log
-from kernels.bits import bits, same_bits
+from kernels.bits import bits, digest, same_bits
 from kernels.runtime import tl, triton
 
 needs_triton = pytest.mark.skipif(bool(runtime.WHY_NOT), reason=runtime.WHY_NOT or "Triton runs here")
@@ -242,6 +242,45 @@ def test_ln_2_in_two_pieces():
     assert float32(math.log(2) - elementary.LN2).item() == elementary.LN2_REST
 
 
+# pinned: the constants, and the bits of a sample of all float32 numbers
+
+def test_the_constants_are_these():
+    """Written out: one bit of the last coefficient moves a few results in a million."""
+    coefficients = elementary.EXP, elementary.LOG
+    assert [[c.hex() for c in some] for some in coefficients] == [[float.fromhex(c).hex() for c in some] for some in (
+        ("0x1p-1", "0x1.55548cp-3", "0x1.5558cep-5", "0x1.12475ep-7", "0x1.69fc84p-10"),
+        ("-0x1.fffff8p-2", "0x1.555550p-2", "-0x1.000422p-2", "0x1.99a3f6p-3", "-0x1.542810p-3", "0x1.2271b2p-3",
+         "-0x1.0f32dap-3", "0x1.08466cp-3", "-0x1.383fcap-4"))]
+    assert float32(1 / math.log(2)).item() == elementary.LOG2_E and elementary.MAGIC == 12583069.0
+    assert (elementary.LOWEST, elementary.HIGHEST, elementary.SHIFT) == (-104.0, 89.0, 30)
+    assert elementary.SQRT_HALF == bits(float32(math.sqrt(0.5))).item() == 0x3F3504F3
+
+
+def sample() -> torch.Tensor:
+    """Every 4099th of the 2**32 patterns from -0 on; and where n of exp and of log changes, the five around it."""
+    every = torch.arange(-(2**31), 2**31, 4099)
+    steps = bits(float32(*(math.log(2) * (n + 0.5) for n in range(-151, 129)))).long()
+    roots = 0x3504F3 + (torch.arange(255) << 23)
+    near = (torch.cat([steps, roots])[:, None] + torch.arange(-2, 3)).flatten()
+    return torch.cat([every, near]).int().view(torch.float32).to(HERE)
+
+
+DIGESTS = {"exp": "e73ec70f2adb91ff229fe9aeea0b50a31ea2130c46eb0c4a9430d029ed760ddb",
+           "log": "e836e7b29886f8d9f452f2afe6d78c7d11f28f4fa0727273cb55eaeb45520a73"}
+
+
+@pytest.mark.parametrize("name", DIGESTS)
+def test_the_bits_of_the_sample_are_these(name):
+    assert digest(PYTHON[name](sample())) == DIGESTS[name]
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered")
+@pytest.mark.parametrize("name", DIGESTS)
+def test_a_kernels_bits_of_the_sample_are_these(name):
+    assert digest(run(name, sample())) == DIGESTS[name]
+
+
 # calls
 
 @pytest.mark.parametrize("function", [exp, log])
@@ -343,6 +382,26 @@ def test_a_kernels_fma_has_the_bits_of_python(exponents):
     assert same_bits(run("fma", c, a, b), fma(a, b, c))
     if exponents == 255:
         assert fma(a, b, c).isnan().any() and fma(a, b, c).isinf().any()
+
+
+def hard_triples():
+    """(a, b, c) of both signs: a b halfway between two float32 numbers and a small c; a b nearly half an ulp of c."""
+    halfway = [(math.ldexp(i, scale), float(j), math.ldexp(1.0, k + scale)) for i, j in ((4097, 4097), (5793, 5791))
+               for scale in (-60, 0, 60) for k in (-6, -28, -29, -31, -40, -89)]
+    pairs = [(i, round(2**47 / i)) for i in range(9000000, 9003000)]
+    half = [(float(i), float(j), math.ldexp(c, 48)) for i, j in pairs if 0 < abs(i * j - 2**47) < 2**18
+            for c in (2**23, 2**23 + 1, 2**24 - 1)]
+    return [(a, sign * b, other * c) for a, b, c in halfway + half for sign in (1, -1) for other in (1, -1)]
+
+
+@needs_triton
+def test_a_kernels_fma_is_rounded_once_where_float64_would_round_twice():
+    triples = hard_triples()
+    a, b, c = (float32(*column).to(HERE) for column in zip(*triples, strict=True))
+    exact = float32(*(exact_fma(*t) for t in triples))
+    assert same_bits(run("fma", c, a, b).cpu(), exact)
+    wrong = (naive_fma(a, b, c).cpu() != exact).view(-1, 4).sum(0)
+    assert len(triples) > 200 and (wrong > 20).all(), "inverse: hard for every choice of signs"
 
 
 def _compile(targets):
