@@ -280,6 +280,39 @@ def test_a_launch_hands_a_kernel_its_pointers_in_order(gpu, op, shape, dtype):
 
 
 @needs_interpreter
+@every_op
+def test_each_pointer_that_is_no_multiple_of_16_is_told(gpu, op):
+    """After a call whose pointers all are: what was compiled for it must not be launched."""
+    arguments = arguments_of(op, dtype=torch.float16)
+    if op is MATMUL:
+        arguments = tuple((a * 4).round() for a in arguments)
+    schedule = op.schedules(SHAPES.get(op.name, "D=40"), torch.float16)[0]
+    for given in (arguments, arguments[:2]) if op in (NORM, MATMUL) else (arguments,):
+        wanted = op.python(*given)
+        for i, a in enumerate(given):
+            if isinstance(a, torch.Tensor):
+                for place in (given, (*given[:i], moved(a, 1), *given[i + 1:])):
+                    assert same_bits(op.run_schedule(schedule, *place), wanted), i
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])
+@pytest.mark.parametrize("schedule", [NORM.call.Schedule(1, 4), NORM.call.Schedule(2, 4), NORM.call.Schedule(1, 4, 1),
+                                      NORM.call.Schedule(1, 4, 4)], ids=str)
+def test_rms_norm_reads_x_and_residual_in_place_at_strides_of_their_own(gpu, schedule, dtype):
+    """Rows of two chunks; the residual's rows are further apart than those of x."""
+    x, weight, residual = NORM.inputs(3, "D=1030,residual", dtype)
+    wide, apart = torch.zeros(3, 1040, dtype=dtype), torch.zeros(6, 1030, dtype=dtype)
+    wide[:, :1030], apart[::2] = x, residual
+    given = (wide[:, :1030], weight, apart[::2])
+    for residual_too in (True, False):
+        arguments = given if residual_too else given[:2]
+        assert same_bits(NORM.run_schedule(schedule, *arguments), NORM.python(*arguments))
+        assert gpu[-1]["x_ptr"] == wide.data_ptr()
+    assert gpu[0]["residual_ptr"] == apart.data_ptr()
+
+
+@needs_interpreter
 def test_the_pointers_of_rms_norm(gpu):
     x, weight, residual = NORM.inputs(2, "D=40,residual", torch.float16)
     y, stream = NORM.triton(x, weight, residual)

@@ -211,6 +211,35 @@ def test_check_notices_a_changed_byte(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("kind", ["svg", "png"])
+def test_check_notices_one_changed_byte_of_a_figure(kind, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("figures.__main__.FOLDER", tmp_path)
+    for path in figures.FOLDER.glob("rms_norm_bandwidth.*g"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert main(["rms_norm_bandwidth", "--check"]) == 0 and "as it was" in capsys.readouterr().out
+    path = tmp_path / f"rms_norm_bandwidth.{kind}"
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    path.write_bytes(whole)
+    assert main(["rms_norm_bandwidth", "--check"]) == 1 and "changed" in capsys.readouterr().out
+    assert path.read_bytes() == whole, "it writes nothing"
+
+
+def test_check_notices_one_changed_number_of_the_data(tmp_path, capsys):
+    data, out = tmp_path / "data", tmp_path / "drawn"
+    (data / "h200").mkdir(parents=True)
+    for name in ("token_sweep.csv", "machine.json"):
+        (data / "h200" / name).write_bytes((records.DATA / "h200" / name).read_bytes())
+    options = ["rms_norm_bandwidth", "--data", str(data), "--out", str(out)]
+    assert main(options) == 0 and main([*options, "--check"]) == 0
+    rows = records.TOKEN_SWEEP.read(data / "h200")
+    drawn = rows.query("op == 'rms_norm' and implementation == 'triton' and clock == 'cold' and dtype == 'bfloat16' "
+                       "and shape == 'D=8192,residual'").iloc[-1:]
+    assert len(drawn) == 1
+    records.TOKEN_SWEEP.merge(data / "h200", drawn.assign(gbytes_per_s=drawn.gbytes_per_s * 1.02))
+    assert main([*options, "--check"]) == 1
+
+
 def test_an_unknown_figure_is_named(capsys):
     assert main(["no_such"]) == 2
     assert "no_such" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import OPS, Op
-from kernels.bits import ADVERSARIAL, adversarial, same_bits
+from kernels.bits import ADVERSARIAL, adversarial, digest, same_bits
 from kernels.lab import records
 from kernels.lab.proofs import digests
 from kernels.op import DTYPES, Shape, Work, dtype_name
@@ -272,6 +272,39 @@ def test_a_wrong_digest_is_noticed(tmp_path):
     count, wrong = digests.check(tmp_path)
     assert count == 2 and len(wrong) == 2
     assert any(f"D=100,residual 9 4 wide: recorded {altered}, here {row['digest']}" in line for line in wrong)
+    assert digests.main(["--check", "--out", str(tmp_path)]) == 1
+
+
+def swept(folder, recorded):
+    """A GPU's token sweep of one small point."""
+    row = dict.fromkeys(records.TOKEN_SWEEP.columns, 1.0) | {
+        "op": "mean", "implementation": "triton", "dtype": "float32", "shape": "D=33", "tokens": 5, "clock": "cold",
+        "same_bits": True, "digest": recorded, "schedule": "", "recorded_at": "", "source": "0" * 12}
+    records.TOKEN_SWEEP.merge(folder, [row])
+    (folder / "machine.json").write_text("{}")
+
+
+@pytest.mark.parametrize("place", [0, 7, 15])
+def test_one_changed_digit_of_a_sweep_is_noticed(place, tmp_path, capsys):
+    right = digest(OPS["mean"].python(*OPS["mean"].inputs(5, "D=33", torch.float32)))[:16]
+    swept(tmp_path / "h200", right)
+    assert digests.main(["--check", "--out", str(tmp_path)]) == 0
+    assert "1 of 1 digests reproduced" in capsys.readouterr().out
+    wrong = right[:place] + ("0" if right[place] != "0" else "1") + right[place + 1:]
+    swept(tmp_path / "h200", wrong)
+    assert digests.main(["--check", "--out", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert f"h200 mean float32 D=33 5 tokens: recorded {wrong}, here {right}" in printed
+    assert "0 of 1 digests reproduced" in printed
+
+
+@pytest.mark.parametrize("place", [0, 31, 63])
+def test_one_changed_digit_of_a_digest_is_noticed(place, tmp_path):
+    row = digests.measured(SMALL, "cpu")
+    digests.DIGESTS.merge(tmp_path / "machine", [row])
+    assert digests.main(["--check", "--out", str(tmp_path)]) == 0
+    wrong = row["digest"][:place] + ("0" if row["digest"][place] != "0" else "1") + row["digest"][place + 1:]
+    digests.DIGESTS.merge(tmp_path / "machine", [{**row, "digest": wrong}])
     assert digests.main(["--check", "--out", str(tmp_path)]) == 1
 
 

@@ -123,6 +123,27 @@ def test_threads_are_changed_and_given_back():
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.parametrize("before, few, counts", [
+    (1, False, [2, 3, 4]), (2, False, [2, 3, 4]), (8, False, [2, 3, 4, 8]), (1, True, [2]), (2, True, [2]),
+    (6, True, [6])])
+def test_thread_counts_on_a_machine_of_any_size(before, few, counts, monkeypatch):
+    """Alone, then by each count; whatever the machine has, more than one thread is tried, and its own count."""
+    set_to, threads = [], [before]
+
+    def set_threads(count):
+        set_to.append(count)
+        threads[0] = count
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
+    monkeypatch.setattr(torch, "set_num_threads", set_threads)
+    tally = properties.Tally()
+    given = case(lambda x: x * threads[0], few=few)
+    properties._threads(given, torch.float32, torch.device("cpu"), tally, trials=5)
+    rounds = max(properties.SEEDS, -(-5 // len(counts)))
+    assert set_to == [1, *counts] * rounds + [before]
+    assert tally.trials == rounds * len(counts) >= 5 and tally.columns()["distinct"] == 1 + len(counts)
+
+
 @pytest.mark.gpu
 def test_a_graph_replays_the_bits_of_the_eager_call_and_a_host_call_is_no_part_of_it():
     calls = itertools.count()

@@ -472,6 +472,18 @@ def test_a_bank_is_made_in_a_thread_of_its_own(monkeypatch):
     assert counters.take(0, 1, 4) and makers and threading.get_ident() not in makers
 
 
+def test_each_gpu_has_a_bank_of_its_own(monkeypatch):
+    counters, made = fake_banks(monkeypatch), []
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, dtype, device: made.append((size, dtype, str(device))) or zeros(
+        *size, dtype=dtype, device=device))
+    for index in (1, 0, 1):
+        address = counters.take(index, 7, 4)
+        bank = counters.banks[index][0]
+        assert bank.data_ptr() <= address < bank.data_ptr() + 4 * counters.BANK and not bank.any()
+    assert made == [((counters.BANK,), torch.int32, f"cuda:{index}") for index in (1, 0)]
+
+
 def test_a_bank_that_finds_no_memory_says_so(monkeypatch):
     counters = fake_banks(monkeypatch)
 
