@@ -45,7 +45,7 @@ def test_larger():
     assert larger(1, 2) == 2
 
 def test_nothing():
-    assert True
+    assert larger(2, 2) == 2
 
 def test_waits():
     time.sleep(300 if larger(1, 2) == 1 else 0)

@@ -167,24 +167,14 @@ def measured(job, monkeypatch):
     return found
 
 
-def stopped(widget, kept):
-    """The widget, stopped once `kept` rows have come and split runs at 4 tokens; how long until it said so."""
+def until_split_runs(widget, kept):
+    """The widget, once `kept` rows have come and split runs at 4 tokens."""
     widget.run()
     end = time.monotonic() + 60
     while (len(widget.rows) < kept or "split at 4 tokens" not in widget.status.value) and time.monotonic() < end:
         widget._take()
         time.sleep(0.01)
-    return widget, seconds_to_stop(widget)
-
-
-def seconds_to_stop(widget) -> float:
-    """From a click on Stop until the widget says that it has stopped; it draws a last time after that."""
-    said = []
-    widget.status.observe(lambda change: "stopped after" in change["new"] and said.append(time.monotonic()), "value")
-    start = time.monotonic()
-    widget.stop_button.click()
-    widget.join(20)
-    return said[0] - start
+    return widget
 
 
 # --- the widget
@@ -242,10 +232,10 @@ def test_stop_ends_early_and_keeps_rows(out):
 
 @pytest.mark.parametrize("what", [with_a_sleeper, with_a_busy_one])
 @pytest.mark.serial  # it is timed
-def test_stop_ends_an_op_that_runs_within_two_seconds(out, job, what):
+def test_stop_ends_an_op_that_runs_within_two_seconds(out, job, what, seconds_to_stop):
     job(what)
-    widget, took = stopped(small(out, ("python", "split"), "1 2 4 8"), 4)
-    assert took < 2.0 and not widget.running
+    widget = until_split_runs(small(out, ("python", "split"), "1 2 4 8"), 4)
+    assert seconds_to_stop(widget) < 2.0 and not widget.running
     assert list(widget.rows.tokens) == [1, 1, 2, 2], "finished points are kept"
     assert "stopped after 2 of 4 points" in widget.status.value
     assert "while running split at 4 tokens" in widget.status.value
@@ -257,7 +247,8 @@ def test_stop_ends_an_op_that_runs_within_two_seconds(out, job, what):
     assert len(ran(widget).rows) == 8 and "done" in widget.status.value
 
 
-def test_stop_while_the_process_starts(out):
+@pytest.mark.serial  # it is timed
+def test_stop_while_the_process_starts(out, seconds_to_stop):
     process.end_idle()
     widget = small(out)
     widget.run()

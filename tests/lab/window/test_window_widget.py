@@ -72,16 +72,6 @@ def telling_where(report, stop, model, options, ceilings):
     jobs.window_cost(report, stop, model, options, ceilings)
 
 
-def seconds_to_stop(made) -> float:
-    """From a click on Stop until the widget says that it has stopped; it draws a last time after that."""
-    said = []
-    made.status.observe(lambda change: "stopped after" in change["new"] and said.append(time.monotonic()), "value")
-    start = time.monotonic()
-    made.stop_button.click()
-    made.join(20)
-    return said[0] - start
-
-
 def png(made) -> bytes:
     return bytes(made.chart.value)
 
@@ -165,7 +155,7 @@ def test_only_another_process_measures_and_only_the_maker_draws(data, monkeypatc
 
 
 @pytest.mark.serial  # it is timed
-def test_stop_ends_a_pass_that_runs_within_two_seconds(data, monkeypatch):
+def test_stop_ends_a_pass_that_runs_within_two_seconds(data, monkeypatch, seconds_to_stop):
     monkeypatch.setattr(WindowCost, "JOB", staticmethod(with_a_sleeper))
     made = widget(data, "1 2 4 8")
     made.curves["graph"].value = False
