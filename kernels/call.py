@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 
 from .launch import Launch, Step
 from .op import DTYPES
-from .runtime import require_subnormals, require_triton
+from .runtime import contiguous_strides, require_subnormals, require_triton
 
 
 class Call(ABC):
@@ -103,6 +103,8 @@ class Call(ABC):
 
     def unusual(self, schedule: Any, *arguments: Any) -> Any:
         """The call for tensors of other classes, or under a transform or a dispatch mode: right, or refused by name."""
+        if torch.compiler.is_compiling():  # an export that Dynamo does not trace
+            return self.traced(self.custom, *arguments)
         given = dict(zip(_names(self.parameters), arguments, strict=True))
         for name, argument in given.items():
             if isinstance(argument, torch.Tensor):
@@ -190,13 +192,21 @@ class Plan:
         schedule = schedule or call.schedule(*arguments)
         readable = call.readable(*arguments)
         self.copies = any(a is not b for a, b in zip(arguments, readable, strict=True))
-        self.launch = call.launch
+        self.launch, self.dtype = call.launch, call.result_dtype(*arguments)
+        self.like = _like(readable[0], self.dtype)
         if index < 0:
             readable, self.launch = call.in_float32(*readable), call.interpret
-        self.steps, self.dtype = call.steps(schedule, *readable), call.result_dtype(*arguments)
+        self.steps = call.steps(schedule, *readable)
         self.first, self.second = ([Launch(step, index) for step in self.steps] + [None])[:2]
         self.scratch = self.steps[0].leaves
         call.prepare(self, *arguments)
+
+
+def _like(x: torch.Tensor, dtype: torch.dtype) -> Callable:
+    """x -> memory of x's shape, contiguous; named arguments would cost a quarter of a microsecond a call."""
+    if x.stride() == contiguous_strides(x.shape) and dtype == x.dtype:
+        return torch.empty_like
+    return partial(torch.empty_like, memory_format=torch.contiguous_format, dtype=dtype)
 
 
 class Plans(dict):
@@ -233,9 +243,6 @@ def check_tensors(**tensors) -> None:
         raise ValueError(f"{first} must be on a CPU or a CUDA GPU, got {x.device}")
     if x.is_cpu:
         require_subnormals()
-
-
-_PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 def refuse_foreign(what: str, name: str, tensor: torch.Tensor) -> None:
@@ -297,7 +304,7 @@ def _integers(values: list | tuple) -> tuple[int, ...]:
 
 _TRITON = """\
 def triton({head}):
-    if is_compiling():
+    if is_dynamo_compiling():
         return call.traced(call.custom, {names})
 {guard}
 {look_up}
@@ -318,7 +325,7 @@ def run_schedule(schedule, {head}):
     return plan.launch(plan, {names})
 """
 _GUARD = """\
-    if {foreign} or transform() is not None or forward._current_level >= 0 or modes():
+    if {foreign} or level() is not None or forward._current_level >= 0 or modes():
         return call.unusual({schedule}, {names})"""
 _LOOK_UP = """\
     try:
@@ -364,8 +371,8 @@ def _straight(call: Call, name: str, function: Callable | None = None) -> Callab
         names=names, lists=lists, negative=any_of("is_neg()"), key=", ".join(key),
         schedule=", schedule" if chosen else "",
         optional="".join(f"        if {n} is not None:\n            key += ({_KEY.format(n)})\n" for n in optional))
-    foreign = " or ".join([f"{n}.__class__ not in plain" for n in always]
-                          + [f"{n} is not None and {n}.__class__ not in plain" for n in optional])
+    other = "{0}.__class__ is not plain and {0}.__class__ is not parameter"  # faster than a set of both
+    foreign = " or ".join([*map(other.format, always), *(f"{n} is not None and {other.format(n)}" for n in optional)])
     guard = _GUARD.format(foreign=foreign, names=names, schedule="schedule" if chosen else "None")
     source = _TEMPLATES[name].format(
         names=names, guard=guard, look_up=look_up, gradient=any_of("requires_grad"),
@@ -373,10 +380,11 @@ def _straight(call: Call, name: str, function: Callable | None = None) -> Callab
     file = f"<{name} of {call.name}>"
     linecache.cache[file] = (len(source), None, source.splitlines(True), file)  # for tracebacks and inspect
     scope: dict[str, Any] = {
-        "call": call, "function": function, "plans": call.plans, "plain": _PLAIN, "resolved": _resolved,
-        "integers": _integers, "forward": forward_ad, "grad_enabled": torch.is_grad_enabled,
-        "is_compiling": torch.compiler.is_compiling, "modes": torch._C._len_torch_dispatch_stack,
-        "transform": torch._C._functorch.peek_interpreter_stack}
+        "call": call, "function": function, "plans": call.plans, "plain": torch.Tensor,
+        "parameter": torch.nn.Parameter, "resolved": _resolved, "integers": _integers, "forward": forward_ad,
+        "grad_enabled": torch.is_grad_enabled, "is_compiling": torch.compiler.is_compiling,
+        "is_dynamo_compiling": torch.compiler.is_dynamo_compiling, "modes": torch._C._len_torch_dispatch_stack,
+        "level": torch._C._functorch.maybe_current_level}
     exec(compile(source, file, "exec"), scope)  # noqa: S102 - this file's text and a class's parameter names alone
     written = scope[name]
     written.__doc__, written.__qualname__ = call.__doc__, f"{call.name}.{name}"

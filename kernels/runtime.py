@@ -109,6 +109,11 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if HAS_GPU else torch.device("cpu")
 
 
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of contiguous memory; with them torch.empty_strided takes half the time of torch.empty."""
+    return torch.empty(shape, device="meta").stride()
+
+
 @cache
 def has_pdl(index: int) -> bool:
     """Whether GPU `index` can start a kernel's blocks while the one before it ends (sm_90 and later)."""

@@ -42,7 +42,7 @@ from ..arithmetic.sums import CHUNK, add_in_sequence, ordered_sum, tree, tree_do
 from ..call import KernelCall, check_tensors
 from ..launch import Step, compiled
 from ..op import Op, Shape, Work
-from ..runtime import tl, triton
+from ..runtime import contiguous_strides, tl, triton
 
 RESIDENT_WIDTH = 16 * CHUNK  # wider rows are streamed
 ENOUGH_PROGRAMS = 132  # to give each multiprocessor of a large GPU one
@@ -329,11 +329,12 @@ class _Reduction(KernelCall):
 
     def prepare(self, plan, x, dim, keepdim):
         plan.shape, plan.device = _shape(x, _dims(x, dim), keepdim), x.device
+        plan.strides = contiguous_strides(plan.shape)
 
     def launch(self, plan, x, dim, keepdim):
         if plan.copies:
             x = self.readable(x, dim, keepdim)[0]
-        y = torch.empty(plan.shape, dtype=plan.dtype, device=plan.device)
+        y = torch.empty_strided(plan.shape, plan.strides, dtype=plan.dtype, device=plan.device)
         px, py = x.data_ptr(), y.data_ptr()
         if plan.second is None:
             plan.first(px, px, py)

@@ -220,7 +220,7 @@ class _RMSNorm(KernelCall):
     def launch(self, plan, x, weight, residual, eps):
         if plan.copies:
             x, weight, residual, eps = self.readable(x, weight, residual, eps)
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        y = plan.like(x)
         px, pw, py = x.data_ptr(), weight.data_ptr(), y.data_ptr()
         if residual is None:
             plan.first(px | pw, px, px, pw, py, py)

@@ -389,7 +389,7 @@ class _Softmax(KernelCall):
 
     def launch(self, plan, x, dim, dtype):
         read = self.readable(x, dim, dtype)[0] if plan.copies else x
-        y = torch.empty_like(read, memory_format=torch.contiguous_format, dtype=dtype)
+        y = plan.like(read)
         px, py = read.data_ptr(), y.data_ptr()
         if plan.second is None:
             plan.first(px, px, py)

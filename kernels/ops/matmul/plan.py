@@ -12,7 +12,7 @@ import torch
 
 from ...launch import Launch
 from ...op import Shape, dtype_name
-from ...runtime import current_device, current_stream, has_pdl, require_triton
+from ...runtime import contiguous_strides, current_device, current_stream, has_pdl, require_triton
 from . import order as orders
 from .counters import COUNTERS, Counters
 from .descriptors import leading, made_at
@@ -34,6 +34,7 @@ class Plan:
         self.product = p = Product.of(x, weight, bias, order, multiprocessors(self.index) if on_gpu else 132,
                                       adder="" if on_gpu else dtype_name(x.dtype))
         self.shape, self.dtype = (*x.shape[:-1], p.n), x.dtype
+        self.strides = contiguous_strides(self.shape)
         self.copies_x, self.copies_bias = x.dim() != 2 and not x.is_contiguous(), bias is not None
         self.forced, self.wanted = schedule is not None, [schedule]
         self.ready: dict[bool, Chosen] = {}
@@ -59,7 +60,7 @@ class Plan:
         if self.copies_bias:
             bias = bias.contiguous()
         device = x.device
-        y = torch.empty(self.shape, dtype=self.dtype, device=device)
+        y = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
         px, pw, py = x.data_ptr(), weight.data_ptr(), y.data_ptr()
         pb = px if bias is None else bias.data_ptr()
         low = (px | pw | pb) & 15
