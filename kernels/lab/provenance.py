@@ -1,15 +1,16 @@
-"""Which code decided a recorded row: `source`, a hash that a comment, an import or a move does not change."""
+"""Which code decided a recorded row: `source`, a hash that no comment and no layout changes."""
 from __future__ import annotations
 
 import ast
 import csv
-import hashlib
 import inspect
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from ..op import Op
+from ..launch import Step
+from ..op import DTYPES, Op, Shape
+from . import closure
 
 ROOT = Path(__file__).resolve().parents[2]
 SAME_CODE = ROOT / "data" / "same_code.csv"
@@ -22,13 +23,36 @@ def source(*files: str) -> str:
     Code is the syntax tree without imports, comments and docstrings. A file in kernels/lab counts only if it is among
     `files`: widgets, charts and records decide no row.
     """
-    trees = sorted(_tree(path.read_text(encoding="utf-8")) for path in deciding(*files))
-    return hashlib.sha256("\0".join(trees).encode()).hexdigest()[:12]
+    return closure.digest(*sorted(closure.tree(path.read_text(encoding="utf-8")) for path in deciding(*files)))
 
 
 def of_op(op: Op) -> str:
-    """`source` of what an op computes, how it is called and how its numbers are added."""
+    """`source` of what an op computes, how it is called and how its numbers are added: of all its files."""
     return source(inspect.getfile(inspect.unwrap(op.python)))
+
+
+def of_row(op: Op, implementation: str, dtype: str, shape: str, tokens: int, clock="", schedule="") -> str:
+    """`source` of a measured row. ValueError for a `schedule` that the op has no more, or that no longer suits.
+
+    A schedule's time on a GPU, and its bits, are decided by what is launched; its time on the host by all the op's
+    files; every other implementation by its function and what that calls.
+    """
+    if implementation == "triton" and clock == "call":
+        return of_op(op)
+    if implementation == "triton":
+        return closure.of_launches(launches(op, schedule, dtype, shape, tokens))
+    return closure.of_functions(op.implementation(implementation))
+
+
+def launches(op: Op, schedule: str, dtype: str, shape: str | Shape, tokens: int) -> list[Step]:
+    """The launches of a schedule, given by its name, for contiguous arguments. ValueError for a name the op has not."""
+    numbers = DTYPES[dtype]
+    parse = getattr(op.call.Schedule, "parse", None)  # the matrix product's are text in tables
+    if parse is None:
+        parse = {str(s): s for s in op.schedules(shape, numbers)}.get
+    if (found := parse(schedule)) is None:
+        raise ValueError(f"{op.name} has no schedule {schedule!r} at {shape}, {dtype}")
+    return op.call.launches(found, *op.inputs(tokens, shape, numbers, "meta"))
 
 
 @cache
@@ -71,28 +95,3 @@ def _imports(node: ast.AST, path: Path) -> Iterator[tuple[str, list[str]]]:
 
 def _file(base: Path) -> Path | None:
     return next((p for p in (base.with_name(base.name + ".py"), base / "__init__.py") if p.is_file()), None)
-
-
-def _tree(text: str) -> str:
-    """Code as text that is the same in every version of Python: empty fields are left out."""
-    return "\n".join(map(_plain, _body(ast.parse(text))))
-
-
-def _plain(node) -> str:
-    if isinstance(node, list):
-        return "[" + " ".join(map(_plain, node)) + "]"
-    if not isinstance(node, ast.AST):
-        return repr(node)
-    fields = ((name, _body(node) if name == "body" and isinstance(node.body, list) else value)
-              for name, value in ast.iter_fields(node) if name not in ("kind", "type_comment", "ctx"))
-    kept = (f"{name}={_plain(value)}" for name, value in fields
-            if isinstance(node, ast.Constant) or value not in (None, []))
-    return f"{type(node).__name__}({' '.join(kept)})"
-
-
-def _body(node) -> list:
-    """The statements of a block that do something."""
-    def idle(statement):
-        text = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
-        return text or isinstance(statement, (ast.Import, ast.ImportFrom))
-    return [statement for statement in node.body if not idle(statement)]

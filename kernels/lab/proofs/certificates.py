@@ -2,11 +2,13 @@
 
 The trusted schedule is held to the specification on a few elements, every other one to the trusted schedule on whole
 results, over adversarial inputs. Schedules are compared in processes of their own, because a kernel that hangs or
-reads outside its arguments breaks the process it runs in. Rows go to certificates.csv; `python -m kernels tune`
-writes them.
+reads outside its arguments breaks the process it runs in. Rows go to certificates.csv.
+
+    python -m kernels certificates    prove again what this GPU's table chooses; `tune` proves what it stores
 """
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import queue
@@ -19,12 +21,14 @@ from functools import cache
 
 import torch
 
-from ... import bits, runtime
+from ... import bits, runtime, tables
+from ...launch import Step
 from ...op import DTYPES, Shape, dtype_name
 from ...ops.matmul.op import matmul as op
 from ...ops.matmul.order import chain, order
 from ...ops.matmul.schedule import Schedule
-from .. import provenance, records
+from .. import closure, provenance, records
+from .generated_code import bare_ptx
 
 TRUSTED = Schedule("pointer", 32, 32, 32, warps=4, stages=2)
 ROWS = 259  # of an input to prove on: whole tiles of every schedule, and three more
@@ -32,7 +36,8 @@ STREAM_ROWS = 1283  # enough tiles that programs carry chains over to one anothe
 KINDS = ("portable", "residue", "cancellation", "wide", "subnormal", "signed_zero")
 CERTIFICATES = records.Table(
     "certificates.csv",
-    ("op", "dtype", "shape", "schedule", "tokens", "input", "digest", "trusted", "recorded_at", "source"),
+    ("op", "dtype", "shape", "schedule", "tokens", "input", "digest", "trusted", "ptx", "triton", "recorded_at",
+     "source"),
     ("op", "dtype", "shape", "schedule", "tokens", "input"),
 )
 
@@ -83,9 +88,20 @@ def certificates(schedule: Schedule, n: int, k: int, dtype: torch.dtype, device)
     prove(schedule, n, k, dtype, device)
     (n, k), rows = stand_in(n, k), _rows(schedule)
     same = {"op": "matmul", "dtype": dtype_name(dtype), "shape": f"N={n},K={k}", "schedule": str(schedule),
-            "tokens": rows, "trusted": str(TRUSTED), "recorded_at": records.now(), "source": provenance.of_op(op)}
+            "tokens": rows, "trusted": str(TRUSTED), "recorded_at": records.now()}
+    steps = provenance.launches(op, str(schedule), same["dtype"], same["shape"], rows)
+    same |= {"ptx": ptx(steps, device), "triton": records.this_machine()["triton"],
+             "source": closure.of_launches(steps)}
     results = {kind: op.run_schedule(schedule, *_case(n, k, dtype, kind, device, rows)[0]) for kind in KINDS}
     return [{**same, "input": kind, "digest": bits.digest(y)} for kind, y in results.items()]
+
+
+def ptx(steps: list[Step], device) -> str:
+    """The hash of the PTX that this GPU's Triton makes of these launches; "" on a CPU, whose interpreter makes none."""
+    if torch.device(device).type != "cuda":
+        return ""
+    index = torch.device(device).index or 0
+    return closure.digest(*(bare_ptx(step.compiled(index).kernel.asm["ptx"]) for step in steps))
 
 
 def _rows(schedule: Schedule) -> int:
@@ -195,7 +211,49 @@ def _worker() -> None:
         print(json.dumps(answer), file=out, flush=True)
 
 
+def record(folder, workers: int | None = None) -> tuple[int, list[str]]:
+    """Prove the schedules that this GPU's table chooses, into folder/certificates.csv: how many, and what went wrong.
+    """
+    device, wrong, count = runtime.device(), [], 0
+    table = tables.of_gpu(device.index, Schedule.parse).get("matmul", {})
+    chosen = {(schedule, n, k, dtype) for dtype, shapes in table.items() for (n, k), column in shapes.items()
+              for schedule in column.values()}
+    jobs = [{"schedule": str(s), "n": n, "k": k, "dtype": dtype} for s, n, k, dtype in sorted(chosen, key=str)]
+    for n, k, dtype in {(*stand_in(job["n"], job["k"]), job["dtype"]) for job in jobs}:
+        check_trusted(n, k, DTYPES[dtype], device)
+    for job, answer in zip(jobs, prove_all(jobs, workers or max(1, min(16, (os.cpu_count() or 2) - 1))), strict=True):
+        if answer:
+            wrong.append(f"N={job['n']} K={job['k']} {job['schedule']}: {answer}")
+            continue
+        rows = certificates(Schedule.parse(job["schedule"]), job["n"], job["k"], DTYPES[job["dtype"]], device)
+        CERTIFICATES.merge(folder, rows)
+        count += 1
+    return count, wrong
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kernels certificates", description=__doc__.splitlines()[0])
+    parser.add_argument("--workers", type=int)
+    parser.add_argument("--out", default=records.DATA, help="the data folder")
+    parser.add_argument("--machine", help="the folder's name under it (default: from the device)")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    a = parser.parse_args(argv)
+    if a.worker:
+        _worker()
+        return 0
+    if not runtime.HAS_GPU:
+        print("error: schedules are proved on a CUDA GPU, and there is none here", file=sys.stderr)
+        return 1
+    try:
+        folder = records.open_machine(a.out, a.machine)
+        count, wrong = record(folder, a.workers)
+        records.note_machine(folder, CERTIFICATES.file)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(*wrong, f"proved {count} of {count + len(wrong)} schedules in {folder / CERTIFICATES.file}", sep="\n")
+    return 1 if wrong else 0
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] != ["--worker"]:
-        sys.exit("error: `python -m kernels tune` starts this file as its worker")
-    _worker()
+    sys.exit(main())

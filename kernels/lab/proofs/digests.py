@@ -22,11 +22,12 @@ import torch
 
 from ... import OPS, bits, runtime
 from ...op import DTYPES, Op, Shape
-from .. import provenance, records
+from .. import older, provenance, records
+from .certificates import CERTIFICATES
 
 DIGESTS = records.Table(
     "digests.csv",
-    ("op", "implementation", "dtype", "shape", "rows", "seed", "input", "digest", "recorded_at", "source"),
+    ("op", "implementation", "dtype", "shape", "rows", "seed", "input", "schedule", "digest", "recorded_at", "source"),
     ("op", "implementation", "dtype", "shape", "rows", "seed", "input"),
 )
 ROWS, ADVERSARIAL_ROWS, MANY_ROWS = 256, 32, 4096  # a CPU redoes them in about ten seconds
@@ -90,14 +91,16 @@ def specified(case: Case) -> str:
 def measured(case: Case, device) -> dict:
     """One row: the digest of `triton` on a GPU, or of `python` on a CPU. Raises RuntimeError if the two differ."""
     op, given = OPS[case.op], arguments(case, device)
-    result, implementation = op.python(*given), "python"
+    result, implementation, schedule = op.python(*given), "python", ""
     if torch.device(device).type == "cuda":
         specification, result, implementation = result, op.triton(*given), "triton"
+        schedule = op.schedule(case.rows, case.shape, DTYPES[case.dtype])
         if not bits.same_bits(specification, result):
             count = bits.elements_differ(specification, result)
             raise RuntimeError(f"{case}: triton and python differ on this GPU in {count} elements; nothing is recorded")
-    return {**vars(case), "implementation": implementation, "digest": bits.digest(result),
-            "recorded_at": records.now(), "source": provenance.of_op(op)}
+    return {**vars(case), "implementation": implementation, "schedule": schedule, "digest": bits.digest(result),
+            "recorded_at": records.now(),
+            "source": provenance.of_row(op, implementation, case.dtype, case.shape, case.rows, schedule=schedule)}
 
 
 def record(folder, device=None, ops=tuple(OPS)) -> int:
@@ -170,7 +173,7 @@ def main(argv=None) -> int:
         parser.error(f"op must be one of {', '.join(OPS)}, got {', '.join(sorted(unknown))}")
     try:
         if a.check:
-            return _report(*map(operator.add, check(a.out, a.every), check_sweeps(a.out, a.every)))
+            return _report(a.out, *map(operator.add, check(a.out, a.every), check_sweeps(a.out, a.every)))
         folder = records.open_machine(a.out, a.machine)
         print(f"recorded {record(folder, ops=a.ops or tuple(OPS))} digests in {folder / DIGESTS.file}")
         records.note_machine(folder, DIGESTS.file)
@@ -180,9 +183,11 @@ def main(argv=None) -> int:
     return 0
 
 
-def _report(count: int, wrong: list[str]) -> int:
+def _report(out, count: int, wrong: list[str]) -> int:
     print(*wrong, sep="\n", end="\n" if wrong else "")
     print(f"{count - len(wrong)} of {count} digests reproduced on a CPU ({torch.backends.cpu.get_cpu_capability()})")
+    for table in (records.TOKEN_SWEEP, DIGESTS, CERTIFICATES):
+        print(*(f"older code: {line}\n" for line in older.listed(table, out)), sep="", end="")
     return 1 if wrong or not count else 0
 
 

@@ -17,7 +17,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 
 from ... import OPS, runtime
-from ...launch import Step
 from ...op import DTYPES, Shape
 from .. import provenance
 
@@ -37,6 +36,7 @@ class Job:
     target: int
     fusion: bool = False  # True only to see what the compiler would fuse if it were allowed to
     second: bool = False  # the second launch, of a schedule that has two
+    tokens: int = TOKENS
 
 
 @dataclass(frozen=True)
@@ -171,24 +171,22 @@ def _compile(job: Job, sass: bool) -> dict:
     from triton.runtime import driver
 
     driver.set_active(_Absent(job.target))
-    step = launches(job)[job.second]
+    step = provenance.launches(OPS[job.op], job.schedule, job.dtype, job.shape, job.tokens)[job.second]
     options = {**step.compile_options(job.target >= 90), "enable_fp_fusion": job.fusion}
     given = (*step.examples("cpu"), *step.arguments(job.target >= 90))
     return _code(step.kernel.warmup(*given, grid=(1,), **options), sass)
 
 
-def launches(job: Job) -> list[Step]:
-    """The launches of a job's schedule, for contiguous arguments."""
-    op, dtype = OPS[job.op], DTYPES[job.dtype]
-    schedules = {str(s): s for s in op.schedules(job.shape, dtype)}
-    parse = getattr(op.call.Schedule, "parse", schedules.__getitem__)  # the matrix product's are text in tables
-    schedule = schedules.get(job.schedule) or parse(job.schedule)
-    return op.call.launches(schedule, *op.inputs(TOKENS, job.shape, dtype, "meta"))
+def bare_ptx(ptx: str) -> str:
+    """PTX without what only a debugger reads: lines of source, comments, files."""
+    code = re.split(r"^\s*\.(?:file|section)\b", ptx, maxsplit=1, flags=re.M)[0]
+    lines = (re.sub(r"\s*//.*", "", line) for line in code.splitlines())
+    return "\n".join(line for line in lines if line.strip() and not re.match(r"\s*\.loc\b", line))
 
 
 def _code(kernel, sass: bool) -> dict:
-    code = re.split(r"^\s*\.(?:file|section)\b", kernel.asm["ptx"], maxsplit=1, flags=re.M)[0]
-    return {"ptx": code, "sass": kernel.asm["sass"] if sass else "", "shared_bytes": kernel.metadata.shared}
+    return {"ptx": bare_ptx(kernel.asm["ptx"]), "sass": kernel.asm["sass"] if sass else "",
+            "shared_bytes": kernel.metadata.shared}
 
 
 def _worker(sass: bool) -> None:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ... import OPS, bits
 from ...op import DTYPES
-from .. import bench, provenance, records
+from .. import bench, older, provenance, records
 from .estimate import refuse_too_large
 from .options import TOKENS, Sweep
 
@@ -100,9 +100,8 @@ def _recorded(wanted, done) -> set:
     """Points all of whose wanted rows are recorded by this very code, with at least as many repeats."""
     if done is None or not len(done):
         return set()
-    this_code = provenance.known_as(provenance.of_op(wanted.op))
-    enough = done.source.isin(this_code) & (done.repeats >= wanted.passes * wanted.repeats)
-    rows = done[(done.op == wanted.op.name) & enough]
+    rows = done[(done.op == wanted.op.name) & (done.repeats >= wanted.passes * wanted.repeats)]
+    rows = rows[~older.mark(rows).older]
     have = set(rows[["implementation", "dtype", "shape", "tokens", "clock"]].itertuples(index=False, name=None))
     lines = [(name, clock) for name in wanted.implementations for clock in wanted.clocks]
     return {point for point in wanted.points() if all((name, *point, clock) in have for name, clock in lines)}
@@ -143,13 +142,14 @@ def _row(wanted, key, timing, work, verdict) -> dict:
     name, dtype, shape, tokens, clock = key
     percentiles = timing.percentiles()
     us = percentiles["us_p50"]
+    schedule = wanted.op.schedule(tokens, shape, DTYPES[dtype]) if name == "triton" else None
     return {
         "op": wanted.op.name, "implementation": name, "dtype": dtype, "shape": shape, "tokens": tokens, "clock": clock,
         **percentiles, "repeats": len(timing.us),
         "gbytes_per_s": work.bytes / us / 1e3, "tflops": work.flops / us / 1e6,
         "same_bits": verdict.same, "elements_differ": verdict.differ, "digest": verdict.digest,
-        "schedule": wanted.op.schedule(tokens, shape, DTYPES[dtype]) if name == "triton" else None,
-        "recorded_at": records.now(), "source": provenance.of_op(wanted.op),
+        "schedule": schedule, "recorded_at": records.now(),
+        "source": provenance.of_row(wanted.op, name, dtype, shape, tokens, clock, schedule),
     }
 
 

@@ -8,12 +8,17 @@ import pytest
 import torch
 
 from kernels import bits, rms_norm, softmax
-from kernels.lab import bench, provenance, records
+from kernels.lab import bench, older, provenance, records
 from kernels.lab.sweep import measure as sweep
 from kernels.op import DTYPES
 
 CPU = torch.device("cpu")
-OP = replace(rms_norm, schedule=lambda tokens, shape, dtype: f"{tokens} {shape} {dtype}")
+OP = replace(rms_norm, schedule=lambda tokens, shape, dtype: chosen(tokens, shape, dtype))  # another at each count
+
+
+def chosen(tokens, shape, dtype):
+    return str(rms_norm.schedules(shape, dtype)[tokens + dtype.itemsize])
+
 SHAPES, NAMES, TOKENS = ("D=32", "D=48,residual"), ("float32", "bfloat16"), (1, 3)
 CLOCKS = ("graph", "call")
 SAMPLES = ([1.0, 10.0, 100.0], [2.0, 20.0, 200.0])  # of the first pass and of the second, whose median is 15
@@ -65,8 +70,9 @@ def test_every_row_is_that_of_its_own_point(measured, tmp_path):
         assert (r.us_p50, r.repeats) == (us, 6) and r.us_p05 < r.us_p20 < us < r.us_p80 < r.us_p95
         assert r.gbytes_per_s == pytest.approx(moved / (us * 1e-6) / 1e9, rel=1e-5)
         assert r.tflops == pytest.approx((5 if residual else 4) * r.tokens * width / (us * 1e-6) / 1e12, rel=1e-5)
-        assert r.schedule == f"{r.tokens} {r.shape} {dtype}" if r.implementation == "triton" else pd.isna(r.schedule)
-        assert r.source == provenance.of_op(rms_norm) and r.same_bits and r.elements_differ == 0
+        assert r.schedule == chosen(r.tokens, r.shape, dtype) if r.implementation == "triton" else pd.isna(r.schedule)
+        assert r.source == provenance.of_row(rms_norm, r.implementation, r.dtype, r.shape, r.tokens, r.clock,
+                                             r.schedule) and r.same_bits and r.elements_differ == 0
 
 
 def test_a_point_is_timed_on_its_own_inputs(measured):
@@ -120,10 +126,10 @@ def test_points_of_other_code_are_measured_again(measured, tmp_path, monkeypatch
     for stale in (done.assign(source=done.source.mask(one, "0" * 12)), done[~one]):
         assert todo(stale) == [POINT]
         assert todo(stale, implementations=("cuda", "triton")) == todo(stale, clocks=("graph",)) == []
-    older = done.assign(source="0" * 12)
-    assert todo(older) == EVERY
-    monkeypatch.setattr(provenance, "known_as", lambda now: {now, "0" * 12})
-    assert todo(older) == []
+    stale = done.assign(source="0" * 12)
+    assert todo(stale) == EVERY
+    monkeypatch.setattr(older, "is_older", lambda row: row.source != "0" * 12)
+    assert todo(stale) == []
 
 
 def test_points_with_too_few_samples_are_measured_again(measured, tmp_path):
@@ -137,7 +143,7 @@ def test_points_with_too_few_samples_are_measured_again(measured, tmp_path):
 def test_a_sweep_of_changed_code_replaces_the_rows_of_the_old(measured, tmp_path):
     done = recorded(tmp_path)
     records.TOKEN_SWEEP.merge(tmp_path, done[at(done, POINT)].assign(source="0" * 12, digest="f" * 16))
-    assert set(records.TOKEN_SWEEP.read(tmp_path).source) == {provenance.of_op(rms_norm), "0" * 12}
+    assert at(records.TOKEN_SWEEP.read(tmp_path).query("source == '000000000000'"), POINT).all()
     before = len(measured)
     again = recorded(tmp_path)
     assert len(measured) - before == 2 * 2 and len(again) == len(done)  # clocks, passes

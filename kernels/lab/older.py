@@ -1,0 +1,68 @@
+"""Older code: recorded rows that code decided which is not today's, so that they say nothing of today's kernels."""
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from .. import OPS, tables
+from ..op import Shape
+from . import closure, provenance, records
+
+
+def is_older(row) -> bool:
+    """Whether a row of a token sweep, of digests or of certificates was decided by other code than today's."""
+    schedule = getattr(row, "schedule", "")
+    given = (row.op, getattr(row, "implementation", "triton"), row.dtype, row.shape,
+             int(row.tokens if hasattr(row, "tokens") else row.rows), getattr(row, "clock", ""))
+    return row.source not in _todays(*given, schedule if isinstance(schedule, str) else "")
+
+
+@cache
+def _todays(op: str, implementation: str, dtype: str, shape: str, tokens: int, clock: str, schedule: str) -> frozenset:
+    """Every source that counts as today's for such a row."""
+    known = OPS[op]
+    try:
+        now = {provenance.of_row(known, implementation, dtype, shape, tokens, clock, schedule)}
+    except ValueError:  # a schedule or an implementation that is no more
+        now = set()
+    return frozenset({*now, *(known_as(op) if implementation == "triton" and clock != "call" else ())})
+
+
+@cache
+def known_as(op: str) -> frozenset[str]:
+    """Sources of an op's launches that data/same_code.csv lists as today's."""
+    return provenance.known_as(of_stored(op)) - {of_stored(op)}
+
+
+@cache
+def of_stored(op: str) -> str:
+    """`source` of every launch that the tables of this suite's GPUs choose for an op."""
+    known, found = OPS[op], []
+    read = getattr(known.call.Schedule, "parse", None)  # the matrix product alone has tables
+    for gpu in ("h100", "h200") if read else ():
+        for dtype, shapes in tables.load(gpu, read).get(op, {}).items():
+            found += [provenance.launches(known, str(schedule), dtype, Shape(N=n, K=k), tokens)
+                      for (n, k), column in shapes.items() for tokens, schedule in column.items()]
+    return closure.digest(*map(closure.of_launches, found))
+
+
+def mark(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with a column `older`."""
+    return rows.assign(older=np.fromiter((is_older(row) for row in rows.itertuples()), bool, len(rows)))
+
+
+def listed(table: records.Table, out=records.DATA) -> list[str]:
+    """One line for each machine, op and implementation that has older rows in a table: how many of how many."""
+    lines = []
+    for path in sorted(Path(out).glob(f"*/{table.file}")):
+        rows = mark(table.read(path.parent))
+        kinds = [c for c in ("op", "implementation", "clock") if c in rows]
+        every = Counter(rows[kinds].itertuples(index=False, name=None))
+        old = Counter(rows[rows.older][kinds].itertuples(index=False, name=None))
+        lines += [f"{path.parent.name} {table.file} {' '.join(kind)}: {old[kind]} of {every[kind]} rows"
+                  for kind in sorted(old)]
+    return lines
