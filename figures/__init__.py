@@ -1,8 +1,9 @@
 """Every figure of the suite, drawn from data/ alone and byte for byte the same on the same pins.
 
-A module here is one figure: `draw(data, machine) -> Figure` and `ALT`, what a reader who cannot see it should know of
-ours. Of another machine, or of a part of a record, a figure shows what there is and says what is not; it raises
-ValueError, or FileNotFoundError where there is no table, only if nothing is left to draw.
+A module here is one figure: `draw(data, machine) -> Figure` and `words(data, machine) -> str`, what a reader who cannot
+see it should know. (readme.py draws nothing: it writes README's numbers.) Of another machine, or of a part of a record,
+a figure shows what there is and says what is not; it raises ValueError, or FileNotFoundError where there is no table,
+only if nothing is left to draw.
 """
 from __future__ import annotations
 
@@ -18,11 +19,12 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parent
 CLOCKS = {"cold": "device time with inputs out of cache", "graph": "CUDA-graph replay on warm inputs, no launch",
-          "call": "host wall time, launch included"}
+          "call": "host wall time, launch included", "event": "an event pair around each eager call, warm inputs",
+          "flush": "an event pair around an eager call, inputs out of cache"}
 
 
 def names() -> list[str]:
-    return sorted(m.name for m in pkgutil.iter_modules([str(FOLDER)]) if not m.name.startswith("_"))
+    return sorted({m.name for m in pkgutil.iter_modules([str(FOLDER)]) if not m.name.startswith("_")} - {"readme"})
 
 
 def render(name: str, **of) -> dict[str, bytes]:
@@ -45,15 +47,36 @@ def render(name: str, **of) -> dict[str, bytes]:
 
 
 def sweep_rows(data, machine: str | None, ops: Iterable[str]) -> tuple[pd.DataFrame, dict]:
-    """A machine's rows of these ops in its token sweep, and its machine.json. ValueError where there are none."""
-    from kernels.lab import records
+    """A machine's rows of these ops in its token sweep, with a column `older` for those of older code, and its
+    machine.json. ValueError where there are none.
+    """
+    from kernels.lab import older, records
 
     rows = records.load(machine=machine, out=data)
     name, rows = rows.machine.iloc[0] if len(rows) else machine, rows[rows.op.isin(list(ops))]
     if not len(rows):
         todo = " or ".join(f"python -m kernels sweep {op}" for op in ops)
         raise ValueError(f"no {' or '.join(ops)} rows are recorded for {name or 'any machine'} in {data}: {todo}")
-    return rows, described(data, name)
+    return older.mark(rows), described(data, name)
+
+
+def of_older_code(rows: pd.DataFrame) -> str:
+    """A line for the caption that counts the rows of older code; '' if there are none."""
+    return f"\nof older code, drawn hollow: {rows.older.sum()} of {len(rows)} points" if rows.older.any() else ""
+
+
+def ends(rows: pd.DataFrame, column: str = "us_p50", per: float = 1.0, names: Iterable[str] = (), cpu=False) -> str:
+    """Of each contender, in words: its value at the fewest and the most tokens."""
+    from kernels.lab import style
+
+    said = []
+    for name in names or style.in_order(rows):
+        mine = rows[rows.implementation == name].sort_values("tokens")
+        if len(mine):
+            first, last = mine.iloc[0], mine.iloc[-1]
+            low, high = (f"{v:,.0f}" if v >= 100 else f"{v:.3g}" for v in (first[column] / per, last[column] / per))
+            said.append(f"{style.contender(name, cpu)['label']} {low} at {first.tokens} and {high} at {last.tokens}")
+    return "; ".join(said) or "nothing recorded"
 
 
 def described(data, machine: str) -> dict:

@@ -1,4 +1,4 @@
-"""Draw every figure, or those that are named, as SVG and PNG.
+"""Draw every figure, or those that are named, as SVG and PNG, and write README's numbers.
 
     python -m figures                    ours, from data/, into figures/
     python -m figures --check            say which of them would come out otherwise
@@ -40,6 +40,8 @@ def _run(argv) -> int:
         return 2
     out = a.out or (FOLDER / (a.machine or a.data.resolve().name) if of else FOLDER)
     left = {name: _draw(name, of, out, a.check) for name in a.name or names()}
+    if not (of or a.name or a.out):
+        left["README.md"] = _write_readme(a.check)
     excused = of and not a.name and set(left.values()) - {None}  # a record need not have everything
     return int(None in left.values() and not excused or a.check and "changed" in left.values())
 
@@ -58,6 +60,21 @@ def _draw(name, of, out, check) -> str | None:
         records.write_atomic(records.made(out) / f"{name}.{kind}", files[kind])
     word = "changed" if changed else "as it was"
     print(f"{name}: {word}")
+    return word
+
+
+def _write_readme(check) -> str:
+    """'changed' or 'as it was'; README's numbers and the words of its figures are drawn like the figures."""
+    from kernels.lab import records
+
+    from . import readme
+
+    text = readme.README.read_text(encoding="utf-8")
+    made = readme.written(text)
+    if made != text and not check:
+        records.write_atomic(readme.README, made)
+    word = "changed" if made != text else "as it was"
+    print(f"README.md: {word}")
     return word
 
 

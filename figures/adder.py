@@ -8,7 +8,8 @@ from kernels.lab import records
 from kernels.lab.adder import chart as adder_chart
 
 EXPONENTS, ACCUMULATOR = (3, -6, -14, -27), -2
-ALT = adder_chart.in_words(explain(*adder_chart.example(EXPONENTS, ACCUMULATOR), HOPPER), HOPPER)
+def words(data=records.DATA, machine: str | None = None) -> str:
+    return adder_chart.in_words(explain(*adder_chart.example(EXPONENTS, ACCUMULATOR), HOPPER), HOPPER)
 
 
 def draw(data=records.DATA, machine: str | None = None) -> Figure:

@@ -9,7 +9,7 @@ from kernels.lab.atlas import chart as atlas_chart
 from kernels.lab.atlas import measure as atlas
 
 
-def _machines(data) -> list[str]:
+def machines_shown(data) -> list[str]:
     """The first recorded GPU and the first recorded CPU."""
     found = {}
     for name in atlas.machines(data):
@@ -19,7 +19,7 @@ def _machines(data) -> list[str]:
 
 def _tables(data=records.DATA, machine: str | None = None) -> dict:
     """Folder's name -> its rows that are ours to show."""
-    tables = {name: atlas.recorded(name, data) for name in ([machine] if machine else _machines(data))}
+    tables = {name: atlas.recorded(name, data) for name in ([machine] if machine else machines_shown(data))}
     return {name: rows[rows.op.isin(atlas.names()) & rows.dtype.isin(atlas.RECORDED_DTYPES)]
             for name, rows in tables.items()}
 
@@ -64,4 +64,5 @@ def _lacking(tables) -> str:
     return "".join(f" Not recorded for {name}: {count} ops." for name, count in few.items() if count)
 
 
-ALT = atlas_chart.words(_headed(records.DATA, _tables()))
+def words(data=records.DATA, machine: str | None = None) -> str:
+    return atlas_chart.words(_headed(data, _tables(data, machine)))

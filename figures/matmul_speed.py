@@ -7,21 +7,21 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from figures import CLOCKS, medians, named_once, not_recorded, pick, sweep_rows
+from figures import CLOCKS, medians, named_once, not_recorded, of_older_code, pick, sweep_rows
 from kernels import matmul
 from kernels.lab import records, style
 from kernels.op import Shape
 
-ALT = ("Small panels, one for each of eleven weights of a Llama-3.1-8B-shaped model and of tensor-parallel shards: "
-       "speed relative to cuBLAS over 1 to 4096 tokens, bfloat16, inputs out of cache, with a grey line at equal "
-       "speed. The solid line of the fixed order with a free schedule stays near the grey line. The dashed line of "
-       "one frozen schedule lies below it nearly everywhere. Two thin lines show cuBLAS without split-K and fixed "
-       "tiles of 128 rows.")
 NAMES = {"tiled": {"linewidth": 1.1, "markersize": 5.5, "alpha": 0.7},
          "cublas_no_split_k": {"linewidth": 1.1, "markersize": 3.5, "alpha": 0.7},
          "frozen": {"linewidth": 1.6, "markersize": 3.5},
          "triton": {"linewidth": 2.4, "markersize": 5}}
 COLUMNS = 4
+# the layer of Llama-3.1-8B, or of the 70B cut over 8 GPUs, that has such a weight
+LAYERS = {"N=6144,K=4096": "query, key, value", "N=4096,K=4096": "attention's output", "N=28672,K=4096": "gate and up",
+          "N=4096,K=14336": "down", "N=128256,K=4096": "head", "N=1280,K=8192": "70B / 8: q, k, v",
+          "N=7168,K=8192": "70B / 8: gate, up", "N=8192,K=1024": "70B / 8: att. output",
+          "N=8192,K=3584": "70B / 8: down", "N=1024,K=4096": "key, or value", "N=512,K=4096": "query / 8"}
 
 
 def draw(data=records.DATA, machine: str | None = None) -> Figure:
@@ -33,8 +33,9 @@ def draw(data=records.DATA, machine: str | None = None) -> Figure:
     figure = Figure(figsize=(13, 1.2 + 2.5 * lines), layout="constrained")
     grid = figure.subplots(lines, COLUMNS, sharex=True, sharey=True, squeeze=False)
     for axes, shape in zip(grid.flat, shapes, strict=False):
-        _panel(axes, speed.loc[shape], names, machine["is_cpu"])
-        axes.set_title("{N:,} x {K:,}".format(**Shape.parse(shape)), fontsize=11)
+        _panel(axes, speed.loc[shape], names, machine["is_cpu"], rows[rows["shape"] == shape])
+        layer = LAYERS.get(shape)
+        axes.set_title("{N:,} x {K:,}".format(**Shape.parse(shape)) + (f"  {layer}" if layer else ""), fontsize=10.5)
     grid.flat[0].set_ylim(0, 1.05 * max(1.1, speed.max(axis=None)))
     _edges(grid, len(shapes), sorted(speed.index.unique("tokens")), default)
     figure.suptitle(_claim(speed, machine["ours"], default), x=0.01, ha="left", fontsize=14, fontweight="bold")
@@ -42,8 +43,21 @@ def draw(data=records.DATA, machine: str | None = None) -> Figure:
     style.caption(figure, f"weight N x K, {rows.dtype.iloc[0]} · {machine['device']}, torch {machine['torch']} · clock "
                           f"`{clock}`: {CLOCKS[clock]}, {medians(rows)} · 1 is the speed of F.linear"
                           f"{'' if machine['is_cpu'] else ' (cuBLAS)'}\n{_bits(rows, names)}"
-                          + not_recorded([*names], rows.implementation))
+                          + not_recorded([*names], rows.implementation) + of_older_code(rows))
     return figure
+
+
+def words(data=records.DATA, machine: str | None = None) -> str:
+    rows, machine = recorded(data, machine)
+    names = NAMES if machine["ours"] in NAMES else {machine["ours"]: None, **NAMES}
+    speed, default = relative(rows, names), "the default's" if machine["is_cpu"] else "cuBLAS'"
+    said = "; ".join(f"{style.contender(name, machine['is_cpu'])['label']} {column.min():.2f} to {column.max():.2f}, "
+                     f"in the geometric mean {_mean(column):.2f}"
+                     for name, column in speed.items() if column.notna().any())
+    return (f"{_claim(speed, machine['ours'], default)}. Small panels, one for each of "
+            f"{len(speed.index.unique('shape'))} weights of a Llama-3.1-8B-shaped model and of tensor-parallel shards, "
+            f"over token counts: times {default} speed, with a grey line at 1. Over all panels: {said}. "
+            f"{_bits(rows, names)}.")
 
 
 def recorded(data, machine: str | None = None) -> tuple[pd.DataFrame, dict]:
@@ -67,12 +81,14 @@ def relative(rows, names=tuple(NAMES)) -> pd.DataFrame:
     return us[list(names)].rdiv(us.cuda, axis=0)
 
 
-def _panel(axes, speed, names, cpu):
+def _panel(axes, speed, names, cpu, rows):
     axes.axhline(1, color=style.GREY, linewidth=1.3, zorder=1)
     for name, look in names.items():
         mine = speed[name].dropna()
         if len(mine):
-            axes.plot(mine.index, mine, **style.contender(name, cpu) | look)
+            line, = axes.plot(mine.index, mine, **style.contender(name, cpu) | look)
+            old = rows[rows.implementation == name].set_index("tokens").older.reindex(mine.index)
+            style.hollow(axes, mine.index, mine, old.to_frame(), line)
 
 
 def _edges(grid, panels, tokens, default):

@@ -2,16 +2,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from figures import CLOCKS, medians, named_once, not_recorded, pick, sweep_rows
+from figures import CLOCKS, medians, named_once, not_recorded, of_older_code, pick, sweep_rows
 from kernels.lab import records, style
 
-ALT = ("Two panels, bfloat16 left and float32 right: how many times as fast as PyTorch's default the fixed-order "
-       "Triton kernels run over 1 to 4096 tokens, inputs out of cache, on log axes. A grey line marks equal speed. "
-       "Lines for softmax and log_softmax 32000 and 128256 wide and for mean 4096 and 8192 wide lie above it: 1.3 "
-       "to 1.7 at 4096 tokens, and 1.5 to 9.0 at 32 or fewer, where the default leaves most of the GPU idle.")
 OPS = ("softmax", "log_softmax", "mean")
 MARKERS = ("o", "s", "^")
 
@@ -20,29 +17,54 @@ LINES = ((0, (4, 2)), "-", (0, (1, 1.5)), "-.")
 TICKS = (1, 1.5, 2, 3, 5, 8)
 
 
-def draw(data=records.DATA, machine: str | None = None) -> Figure:
+def recorded(data, machine) -> tuple[pd.DataFrame, pd.Series, pd.Series, dict]:
+    """The rows of one clock; how many times the default's speed ours has by dtype, op, shape and tokens; whether that
+    is of older code; and the machine. ValueError where no point has both.
+    """
     rows, machine = sweep_rows(data, machine, OPS)
     rows = pick(rows, "clock", *CLOCKS)
-    clock = rows.clock.iloc[0]
-    us = rows.pivot(index=["dtype", "op", "shape", "tokens"], columns="implementation", values="us_p50")
-    us = us.reindex(columns=["cuda", machine["ours"]]).dropna()
+    rows = rows[rows.implementation.isin(["cuda", machine["ours"]])]
+    table = rows.pivot(index=["dtype", "op", "shape", "tokens"], columns="implementation", values=["us_p50", "older"])
+    us = table.us_p50.reindex(columns=["cuda", machine["ours"]]).dropna().astype(float)
     if not len(us):
         raise ValueError(f"no point of {', '.join(OPS)} is recorded for both cuda and {machine['ours']}")
-    ratio = us.cuda / us[machine["ours"]]
+    return rows, us.cuda / us[machine["ours"]], table.older.loc[us.index].any(axis=1), machine
+
+
+def words(data=records.DATA, machine: str | None = None) -> str:
+    rows, ratio, _, machine = recorded(data, machine)
+    tokens = ratio.index.get_level_values("tokens")
+    few, many = ratio[tokens <= 32], ratio[tokens == tokens.max()]
+    at_few = f" and {few.min():.1f} to {few.max():.1f} at 32 or fewer" if len(few) else ""
+    below = (ratio < 1).sum()
+    return (f"{_claim(ratio)}. Two panels, bfloat16 and float32, over token counts on log axes: how many times as "
+            "fast as PyTorch's default softmax, log_softmax and mean run in their fixed order, "
+            f"{CLOCKS[rows.clock.iloc[0]]}. "
+            f"{below or 'None'} of {len(ratio)} points {'lie' if below != 1 else 'lies'} below the grey line at 1: "
+            f"{many.min():.1f} to {many.max():.1f} at {tokens.max()} tokens{at_few}.")
+
+
+def _claim(ratio) -> str:
+    return (f"Softmax and mean in a fixed order: {np.exp(np.log(ratio).mean()):.1f} times the default's speed in the "
+            f"geometric mean, {ratio.min():.2f} at worst")
+
+
+def draw(data=records.DATA, machine: str | None = None) -> Figure:
+    rows, ratio, older, machine = recorded(data, machine)
+    clock = rows.clock.iloc[0]
     figure = Figure(figsize=(13, 5.4), layout="constrained")
     for axes, dtype in zip(figure.subplots(1, 2, sharey=True), ("bfloat16", "float32"), strict=True):
         axes.set_title(dtype)
         if dtype in ratio.index.unique("dtype"):
-            _panel(axes, ratio[dtype])
+            _panel(axes, ratio[dtype], older[dtype])
     _axis(figure.axes[0], ratio)
-    figure.legend(*named_once(figure.axes), loc="outside right center", handlelength=3.6)
-    figure.suptitle(f"Softmax and mean in a fixed order: {np.exp(np.log(ratio).mean()):.1f} times the default's speed "
-                    f"in the geometric mean, {ratio.min():.2f} at worst", x=0.01, ha="left", fontsize=14,
-                    fontweight="bold")
+    figure.axes[0].legend(*named_once(figure.axes), loc="upper left", fontsize=8.5, handlelength=3.6)
+    figure.suptitle(_claim(ratio), x=0.01, ha="left", fontsize=14, fontweight="bold")
     style.caption(figure, f"{machine['device']}, torch {machine['torch']} · clock `{clock}`: {CLOCKS[clock]}, "
                           f"{medians(rows)} · default: F.softmax, F.log_softmax, torch.mean"
                           + not_recorded(OPS, ratio.index.unique("op"))
-                          + not_recorded(["bfloat16", "float32"], ratio.index.unique("dtype")))
+                          + not_recorded(["bfloat16", "float32"], ratio.index.unique("dtype"))
+                          + of_older_code(older.to_frame("older")))
     return figure
 
 
@@ -50,11 +72,12 @@ def _axis(axes, ratio):
     axes.set_ylabel("Times the default's speed")
     axes.set_yscale("log")
     low = [tick for tick in (0.01, 0.03, 0.1, 0.3, 0.6) if tick > ratio.min() / 2 and ratio.min() < 1]
+    axes.set_ylim(top=1.6 * ratio.max())  # room for the legend
     axes.set_yticks([*low, *TICKS], [f"{tick:g}" for tick in (*low, *TICKS)])
     axes.minorticks_off()
 
 
-def _panel(axes, ratio):
+def _panel(axes, ratio, older):
     axes.axhline(1, color=style.GREY, linewidth=1.4)
     tokens = sorted(ratio.index.unique("tokens"))
     palette = sns.color_palette("colorblind")
@@ -65,8 +88,9 @@ def _panel(axes, ratio):
         lines = LINES if len(shapes) > 1 else LINES[1:]
         for i, shape in enumerate(shapes):
             mine = ratio[op, shape]
-            axes.plot(mine.index, mine, color=color, marker=marker, markersize=6, linestyle=lines[i % len(lines)],
-                      label=f"{op}, {shape.removeprefix('D=')} wide")
+            line, = axes.plot(mine.index, mine, color=color, marker=marker, markersize=6,
+                              linestyle=lines[i % len(lines)], label=f"{op}, {shape.removeprefix('D=')} wide")
+            style.hollow(axes, mine.index, mine, older[op, shape].to_frame("older"), line)
     style.token_axis(axes, tokens, log=True)
 
 

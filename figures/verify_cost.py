@@ -10,13 +10,6 @@ from kernels.lab import records, style
 from kernels.lab.window import chart as window_chart
 from kernels.lab.window.measure import VERIFY_COST
 
-ALT = ("Two panels over the tokens in a window. Left, the published chart's axes: latency per token in milliseconds "
-       "over 16 to 512 tokens, our eager passes as a blue line with round markers and the area beneath in green. It "
-       "halves with every doubling and flattens towards the right; hollow marks show the published points. Right, the "
-       "time of the whole pass in milliseconds on log axes, over 16 to 1024 tokens: eager passes are level up to 256 "
-       "tokens, a CUDA graph takes 0.6 to 0.9 of their time, rises slowly up to 128, and both then rise in "
-       "proportion to the tokens. So does the dotted floor below, level up to its knee. Dashed lines, the same with "
-       "this suite's ops, lie below those of the default.")
 TOKENS = (16, 32, 64, 128, 256, 512)
 
 
@@ -44,6 +37,21 @@ def draw(data=records.DATA, machine: str | None = None) -> Figure:
     style.caption(figure, _caption(machine) + not_recorded(["paper", "graph"], rows.curve)
                   + not_recorded(["default", "invariant"], rows.ops) + not_recorded(CEILINGS, machine))
     return figure
+
+
+def words(data=records.DATA, machine: str | None = None) -> str:
+    rows = records.load(VERIFY_COST, machine, out=data)
+    said = []
+    for (curve, ops), mine in rows.groupby(["curve", "ops"], sort=False):
+        few, many = (mine.loc[mine.tokens == count].iloc[0] for count in (mine.tokens.min(), mine.tokens.max()))
+        said.append(f"{curve} with {ops} ops {few.ms_p50:.1f} at {few.tokens} and {many.ms_p50:.1f} at {many.tokens}")
+    paper = rows[(rows.curve == "paper") & (rows.ops == "default") & rows.tokens.isin(TOKENS)].sort_values("tokens")
+    per = [f"{row.ms_p50 / row.tokens:.3f} at {row.tokens}" for row in (*paper.iloc[:1].itertuples(),
+                                                                      *paper.iloc[-1:].itertuples())]
+    return (f"{_claim(rows)}. Two panels over the tokens in a window. Left, the published chart's axes: latency per "
+            "token in milliseconds of our eager passes, with the area beneath in green, "
+            f"{' and '.join(per)}; hollow marks are the published points. Right, the whole pass in milliseconds on log "
+            f"axes: {'; '.join(said)}; dotted, the matrix products' least time by measured ceilings.")
 
 
 def _claim(rows) -> str:

@@ -1,15 +1,19 @@
-"""The README's numbers are those of data/: every table under "Measured" is computed again from data/h200's CSV."""
+"""README's numbers are those of data/: it is what figures/readme.py writes, which follows the data, and its tables are
+computed a second way here.
+"""
+import importlib
 import re
+import shutil
 
-import pandas as pd
 import pytest
 
-from kernels import tables
+import figures
+from figures import readme
 from kernels.lab import records
-from kernels.lab.proofs.certificates import CERTIFICATES, stand_in
+from kernels.lab.proofs.certificates import CERTIFICATES
+from kernels.lab.proofs.tensor_core import TENSOR_CORE
 from kernels.lab.window.measure import VERIFY_COST
 from kernels.op import Shape
-from kernels.ops.matmul.schedule import Schedule
 
 README = (records.ROOT / "README.md").read_text(encoding="utf-8")
 SECTION = README.partition("## Measured on an H200")[2].partition("\n## ")[0]
@@ -53,7 +57,7 @@ def window(label, tokens, state):
 
 
 @pytest.mark.parametrize("number, lookup, labels, rows", [
-    (0, rms_norm, 1, 4), (1, reductions, 1, 6), (2, matmul, 2, 9), (3, window, 1, 3)],
+    (0, rms_norm, 1, 4), (1, reductions, 1, 6), (3, matmul, 2, 9), (4, window, 1, 3)],
     ids=lambda value: getattr(value, "__name__", ""))
 def test_a_table_is_what_was_recorded(number, lookup, labels, rows):
     header, rule, *lines = TABLES[number]
@@ -69,86 +73,172 @@ def test_a_table_is_what_was_recorded(number, lookup, labels, rows):
     assert not wrong
 
 
-def test_the_limits_of_wide_softmax_are_those_recorded():
-    rows = records.load(machine="h200").query("clock == 'cold' and tokens == 4096 and implementation == 'triton'")
-    rows = rows[rows.op.isin(["softmax", "log_softmax"])].set_index(["dtype", "shape"]).gbytes_per_s
-    share = 100 * rows / records.read_machine(records.DATA / "h200")["copy_gbytes_per_s"]
-    wide = [*share.loc["bfloat16"], *share["float32", "D=128256"]]
-    assert len(wide) == 6 and f"reach {min(wide):.0f}-{max(wide):.0f} % of a copy's bandwidth at 4096" in README
-    narrow = share["float32", "D=32000"]
-    assert {f"rows 32000 wide reach {value:.0f} %" in README for value in narrow} == {True}
+def test_the_readme_is_what_make_figures_writes():
+    """Red? Run make figures."""
+    assert readme.written(README) == README
 
 
-def test_the_certificates_are_those_recorded():
-    rows = pd.concat([records.load(CERTIFICATES, machine) for machine in records.machines(CERTIFICATES.file)])
-    assert set(rows.machine) == {"h200", "h100"}
-    assert (rows.groupby(["dtype", "shape", "input", "tokens"]).digest.nunique() == 1).all()
-    assert f"{rows.schedule.nunique()} schedules and {len(rows)} comparisons on an H200 and an H100" in README
-    proved = set(rows[["machine", "dtype", "shape", "schedule"]].itertuples(index=False, name=None))
-    stored = [(machine, dtype, *stand_in(n, k), str(schedule)) for machine in ("h200", "h100")
-              for dtype, columns in tables.load(machine, Schedule.parse)["matmul"].items()
-              for (n, k), column in columns.items() for schedule in column.values()]
-    assert len(stored) > 200 and {(m, d, f"N={n},K={k}", s) for m, d, n, k, s in stored} <= proved
+def test_the_two_orders_give_what_is_printed():
+    code, printed = re.search(r">>> (.+)\n(.+)\n```", README).groups()
+    assert repr(eval(code)) == printed  # noqa: S307 - a line of our README
+    assert len({*eval(code)}) == 2  # noqa: S307
 
 
-def test_where_products_are_not_ahead_is_as_recorded():
-    us = SWEEP.loc["matmul"].unstack("implementation")
-    speed = us.cuda / us.triton
-    (lowest, tokens), slow = speed.idxmin(), (speed < 0.97).sum()
-    assert (f"at {slow} points it is below 0.97, lowest {speed.min():.2f} ({_weight(lowest)} at {tokens} "
-            "tokens)") in README
-    call = records.load(machine="h200").query("op == 'matmul' and clock == 'call'").pivot_table(
-        index=["shape", "tokens"], columns="implementation", values="us_p50")
-    later = (call.triton - call.cuda).dropna().reset_index(name="us")
-    few = later[later.tokens <= 64].us
-    assert (f"at most {few.max():.1f} us slower than the default up to 64 tokens, and faster at {(few < 0).sum()} of "
-            f"those {len(few)} points") in README
-    more = later[later.tokens > 64]
-    worst = more.loc[more.us.idxmax()]
-    ours, default = call.loc[(worst["shape"], worst.tokens), ["triton", "cuda"]]
-    assert len(more) == 6 and (f"the worst is {worst.us:.1f} us slower ({_weight(worst['shape'])} at {worst.tokens} "
-                               f"tokens: {ours:.1f} us against {default:.1f})") in README
+@pytest.mark.parametrize("text", ["", "<!-- make figures: result -->\n<!-- end -->\n"])
+def test_a_readme_without_its_marks_is_refused(text):
+    with pytest.raises(ValueError, match="must hold '<!-- make figures: NAME -->'"):
+        readme.written(text)
 
 
-def behind(op, clock, other, **only):
-    """(points at which the schedule takes longer than `other`, points, the largest ratio) on an H200."""
-    rows = records.load(machine="h200").query("op == @op and clock == @clock")
-    if only:
-        rows = rows[rows["shape"].str.contains("residual") == only["residual"]]
-    us = rows.pivot_table(index=["dtype", "shape", "tokens"], columns="implementation", values="us_p50")
-    ratio = (us.triton / us[other]).dropna()
-    return (ratio > 1).sum(), len(ratio), f"{ratio.max():.2f}"
+def test_the_words_of_an_image_are_those_of_its_figure():
+    for name in ("rms_norm_time", "verify_cost", "matmul_speed", "reductions_speed"):
+        words = importlib.import_module(f"figures.{name}").words()
+        assert f"![{words}](figures/{name}.png)" in README
 
 
-def test_where_rows_are_not_ahead_is_as_recorded():
-    points, of, most = behind("rms_norm", "call", "cuda", residual=False)
-    assert f"behind the default at {points} of {of} points on `call`, taking up to {most} times as long" in README
-    (cold, of, a), (graph, _, b), (call, _, c) = (behind("rms_norm", clock, "compile")
-                                                  for clock in ("cold", "graph", "call"))
-    assert (f"at {cold} of {of} points on `cold` (up to {a}), at {graph} on `graph` ({b}) and at {call} on `call` "
-            f"({c})") in README
-    (mean, of, a), (log, _, b), (soft, _, c) = (behind(op, "call", "cuda") for op in ("mean", "log_softmax", "softmax"))
-    assert (f"`mean` at {mean} of {of} points (up to {a} times as long), `log_softmax` at {log} ({b}) and `softmax` at "
-            f"{soft} ({c})") in README
-    log, _, most = behind("log_softmax", "graph", "cuda")
-    assert f"on `graph`, `log_softmax` at {log} ({most})" in README
-    (cold, of, a), (graph, _, b) = (behind("mean", clock, "compile") for clock in ("cold", "graph"))
-    assert f"`mean` is at {cold} of {of} points on `cold` ({a}) and at {graph} on `graph` ({b})" in README
+# recomputed from altered data
 
 
-def test_where_rows_are_ahead_everywhere_nothing_is_said():
-    """The list above is complete."""
-    for op in ("rms_norm", "softmax", "log_softmax", "mean"):
-        assert behind(op, "cold", "cuda")[0] == 0, op
-    for op in ("rms_norm", "softmax", "mean"):
-        assert behind(op, "graph", "cuda")[0] == 0, op
-    assert behind("mean", "call", "compile")[0] == 0 and behind("rms_norm", "call", "cuda", residual=True)[0] == 0
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory):
+    """A copy of what README's numbers come from."""
+    data = tmp_path_factory.mktemp("altered") / "data"
+    for name in ("h200", "h100", "cpu-avx512", "schedules"):
+        shutil.copytree(records.DATA / name, data / name, ignore=shutil.ignore_patterns("host*", "*.lock"))
+    return data
 
 
-def _weight(shape):
-    return "{N} x {K}".format(**Shape.parse(shape))
+@pytest.fixture
+def altered(copied):
+    """altered(table, change, machine): README's text with other rows, which are put back afterwards."""
+    kept = {}
+
+    def alter(table, change, machine="h200"):
+        path = copied / machine / table.file
+        kept.setdefault(path, path.read_bytes())
+        table.merge(copied / machine, change(table.read(copied / machine)))
+        return readme.result(copied) + readme.measured(copied)
+    yield alter
+    for path, content in kept.items():
+        path.write_bytes(content)
+
+
+def test_a_copy_gives_the_same_text(copied):
+    bare = re.sub(r"!\[[^\]]*\]", "![]", README)
+    assert readme.result(copied) in bare and readme.measured(copied) in bare
+
+
+def numbers(text) -> list[str]:
+    return re.findall(r"\d[\d,.]*", text)
+
+
+def differs(text) -> int:
+    """How many of its numbers are not README's."""
+    before = numbers(readme.result() + readme.measured())
+    after = numbers(text)
+    return sum(a != b for a, b in zip(before, after, strict=False)) + abs(len(before) - len(after))
+
+
+@pytest.mark.parametrize("where, least", [
+    ("op == 'rms_norm' and implementation == 'triton' and clock == 'cold'", 4),
+    ("op == 'rms_norm' and implementation == 'cuda' and clock == 'call'", 1),
+    ("op == 'rms_norm' and implementation == 'flashinfer' and clock == 'call'", 2),
+    ("op == 'softmax' and implementation == 'triton' and clock == 'cold'", 4),
+    ("op == 'mean' and implementation == 'compile' and clock == 'graph'", 1),
+    ("op == 'matmul' and implementation == 'triton' and clock == 'cold'", 12),
+    ("op == 'matmul' and implementation == 'frozen' and clock == 'cold'", 12),
+    ("op == 'matmul' and implementation == 'cublas_no_split_k' and clock == 'cold'", 2)])
+def test_other_times_give_other_numbers(altered, where, least):
+    text = altered(records.TOKEN_SWEEP, lambda rows: rows.query(where).assign(us_p50=lambda r: r.us_p50 * 0.7))
+    assert differs(text) >= least
+
+
+@pytest.mark.parametrize("where", ["op == 'rms_norm' and implementation == 'triton'", "op == 'mean'",
+                                   "op == 'matmul' and implementation == 'triton'",
+                                   "op == 'matmul' and implementation == 'cuda'"])
+def test_other_bits_give_another_text(altered, where):
+    text = altered(records.TOKEN_SWEEP, lambda rows: rows.query(where).assign(same_bits=lambda r: ~r.same_bits))
+    assert differs(text)
+
+
+def test_other_bandwidth_gives_another_share(altered):
+    text = altered(records.TOKEN_SWEEP, lambda rows: rows.query(
+        "op == 'softmax' and clock == 'cold' and implementation == 'triton'").assign(gbytes_per_s=1000.0))
+    assert differs(text)
+
+
+def test_other_digests_of_cublas_are_counted(altered):
+    text = altered(records.TOKEN_SWEEP, lambda rows: rows.query(
+        "op == 'matmul' and implementation == 'cublas_no_split_k'").assign(digest="f" * 16))
+    assert "at 0 of 77 points" in text and "at 0 of the other 44" in text
+
+
+def test_other_certificates_windows_and_sums_give_another_text(altered):
+    text = altered(CERTIFICATES, lambda rows: rows.head(1).assign(digest="f" * 64))
+    assert "more than one digest" in text
+    text = altered(TENSOR_CORE, lambda rows: rows.head(2).assign(mismatches=3))
+    assert "6 differ" in text
+    text = altered(VERIFY_COST, lambda rows: rows.query("curve == 'graph'").assign(
+        ms_p50=lambda r: r.ms_p50 * 2, floor_ms=lambda r: r.floor_ms * 2))
+    assert differs(text) >= 9
+
+
+def test_rows_of_older_code_are_counted(altered):
+    text = altered(records.TOKEN_SWEEP, lambda rows: rows.query("op == 'mean'").assign(source="0" * 12))
+    assert f"{len(records.load(machine='h200').query('op == @op', local_dict={'op': 'mean'}))} of `mean`" in text
+
+
+@pytest.mark.parametrize("name, where", [
+    ("rms_norm_time", "op == 'rms_norm'"), ("rms_norm_bandwidth", "op == 'rms_norm'"),
+    ("reductions_speed", "op == 'softmax' and implementation == 'triton'"),
+    ("matmul_speed", "op == 'matmul' and implementation == 'triton'"), ("matmul_roofline", "op == 'matmul'")])
+def test_the_words_and_the_title_of_a_figure_follow_the_data(altered, copied, name, where):
+    figure = importlib.import_module(f"figures.{name}")
+
+    def title(data):
+        drawn = figure.draw(data, "h200")
+        return drawn.get_suptitle() or drawn.axes[0].get_title(loc="left") or drawn.axes[0].get_title()
+
+    before = figure.words(copied, "h200"), title(copied)
+    assert before[0] == figure.words() and before[1] == title(records.DATA)
+    altered(records.TOKEN_SWEEP, lambda rows: rows.query(where).assign(
+        us_p50=lambda r: r.us_p50 * 0.5 ** (r.implementation == "triton"), tflops=lambda r: r.tflops * 0.5,
+        gbytes_per_s=lambda r: r.gbytes_per_s * 0.5))
+    after = figure.words(copied, "h200"), title(copied)
+    assert after[0] != before[0] and after[1] != before[1]
+
+
+def test_every_figure_of_ours_has_its_title_in_its_words():
+    for name in ("rms_norm_time", "reductions_speed", "matmul_speed", "matmul_roofline", "verify_cost"):
+        figure = importlib.import_module(f"figures.{name}")
+        assert figure.words().startswith(figure.draw().get_suptitle()), name
+    assert set(figures.names()) >= {"adder", "atlas"}
 
 
 def test_no_table_is_left_out():
-    assert len(TABLES) == 4
+    assert len(TABLES) == 5
     assert "\n|" not in re.sub(r"(?:^\|.*\n)+", "", SECTION, flags=re.M)
+
+
+def test_where_a_schedule_is_behind_is_all_of_it():
+    """Counted another way: point by point."""
+    rows = records.load(machine="h200")
+    rows = rows[rows.clock.isin(["cold", "graph", "call"])]
+    key, wrong = ["op", "dtype", "shape", "tokens", "clock"], []
+    times = {name: rows[rows.implementation == name].set_index(key).us_p50.to_dict()
+             for name in ("triton", "cuda", "compile", "flashinfer", "cublas_no_split_k")}
+    ours, counted = times.pop("triton"), {}
+    for name, theirs in times.items():
+        for point in ours.keys() & theirs.keys():
+            behind = counted.setdefault((point[0], name, point[-1]), [0, 0])
+            behind[0] += ours[point] > theirs[point]
+            behind[1] += 1
+    said = {tuple(cell.strip("`") for cell in line[:3]): line[3] for line in TABLES[2][2:]}
+    wrong = {k: v for k, v in counted.items() if v[0] and said.get(k) != f"{v[0]} of {v[1]}"}
+    assert not wrong and len(said) == sum(1 for v in counted.values() if v[0])
+
+
+def test_shapes_in_the_products_table_are_those_of_the_op():
+    from kernels import matmul
+    shapes = {"N={},K={}".format(*line[0].split(" x ")) for line in TABLES[3][2:] if line[0]}
+    assert len(shapes) == 3 and {str(Shape.parse(s)) for s in shapes} <= set(matmul.shapes)

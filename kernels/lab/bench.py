@@ -1,9 +1,13 @@
-"""Time, measured three ways, with contenders interleaved.
+"""Time, measured in several ways, with contenders interleaved.
 
 cold   device time a call, inputs out of cache: a CUDA graph of calls on as many separate inputs, replayed
        after a read of three L2s' worth of memory has evicted them; CUDA events around the replay, divided
 graph  device time a call on warm inputs: a CUDA graph of calls on one input
 call   host wall clock a call over a queue of calls, launch included: what eager code pays
+event  an event pair around each eager call on warm inputs, the device idle before: what papers often report.
+       Up to some tens of microseconds it measures the launch
+flush  an event pair around an eager call after a read of three L2s' worth of memory: a check of `cold`,
+       above it by the pair and the launch gap
 """
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ import torch
 from .. import runtime
 from ..model.cache import free_memory
 
-CLOCKS = ("cold", "graph", "call")
+CLOCKS = ("cold", "graph", "call", "event", "flush")
 LARGE_COPY = {"cuda": 1 << 30, "cpu": 1 << 26}  # float32 numbers
 PERCENTILES = (5, 20, 50, 80, 95)
 
@@ -43,7 +47,12 @@ class Timing:
 
 
 def clocks(device: torch.device) -> tuple[str, ...]:
-    """The clocks there are on this device: all three on a GPU, `call` on a CPU."""
+    """The clocks of a sweep that names none: cold, graph and call on a GPU, `call` on a CPU."""
+    return CLOCKS[:3] if device.type == "cuda" else ("call",)
+
+
+def known(device: torch.device) -> tuple[str, ...]:
+    """Every clock there is on this device."""
     return CLOCKS if device.type == "cuda" else ("call",)
 
 
@@ -54,12 +63,14 @@ def measure(contenders: Mapping[str, Callable], inputs: Callable[[int], tuple], 
     inputs(i) makes the i-th set of arguments. set_bytes is how many bytes one call touches; it decides how many sets a
     graph holds. A contender that fails gives its exception; the others go on.
     """
-    if clock not in clocks(device):
-        raise ValueError(f"clock must be one of {', '.join(clocks(device))} on {device}, got {clock!r}")
+    if clock not in known(device):
+        raise ValueError(f"clock must be one of {', '.join(known(device))} on {device}, got {clock!r}")
     if not contenders:
         return {}
     if clock == "call":
         return _call(contenders, inputs(0), device, repeats)
+    if clock in ("event", "flush"):
+        return _pairs(contenders, inputs(0), clock == "flush", device, repeats)
     return _replay(contenders, inputs, clock == "cold", device, set_bytes, repeats)
 
 
@@ -107,6 +118,29 @@ def _capture(function, sets):
     return graph
 
 
+def _pairs(contenders, arguments, flush, device, repeats):
+    evict = torch.zeros(3 * l2_bytes(device) // 4 if flush else 1, dtype=torch.float32, device=device)
+    results, samples = {}, {name: [] for name in contenders}
+    for name, function in contenders.items():
+        try:
+            function(*arguments)
+        except Exception as error:  # noqa: BLE001 - as above
+            results[name] = error
+            del samples[name]
+    for _ in range(repeats + 1):
+        for name, us in samples.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize(device)
+            for _ in range(4 if flush else 0):  # keeps the device busy while the host queues the call
+                evict.sum()
+            start.record()
+            contenders[name](*arguments)
+            end.record()
+            torch.cuda.synchronize(device)
+            us.append(start.elapsed_time(end) * 1e3)
+    return {**results, **{name: Timing(us[1:]) for name, us in samples.items()}}  # the first round only warms up
+
+
 def _call(contenders, arguments, device, repeats, budget_s=0.02):
     results, queue = {}, {}
     for name, function in contenders.items():
@@ -139,27 +173,6 @@ def _synchronize(device):
 def l2_bytes(device: torch.device) -> int:
     """Bytes of a GPU's L2 cache."""
     return torch.cuda.get_device_properties(device).L2_cache_size
-
-
-def after_flush(function: Callable, arguments: tuple, repeats: int = 15) -> Timing:
-    """A second way to measure a cold time, as a check of `cold`: events around one eager call after an L2 flush.
-
-    It also counts the event pair and the launch gap, about 2-3 us.
-    """
-    device = arguments[0].device
-    evict = torch.zeros(3 * l2_bytes(device) // 4, dtype=torch.float32, device=device)
-    function(*arguments)
-    us = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        for _ in range(4):  # keeps the device busy while the host queues the call
-            evict.sum()
-        start.record()
-        function(*arguments)
-        end.record()
-        torch.cuda.synchronize(device)
-        us.append(start.elapsed_time(end) * 1e3)
-    return Timing(us)
 
 
 def copy_gbytes_per_s(device: torch.device | None = None, repeats: int = 11) -> float:

@@ -54,7 +54,7 @@ def closure(function: Any) -> dict[str, str]:
         name = f"{each.__module__}.{each.__qualname__}"
         if name in found:
             continue
-        text = textwrap.dedent(inspect.getsource(each))
+        text = _text(each)
         found[name] = tree(text)
         for said, value in _named(each, ast.parse(text)):
             if inspect.isfunction(value) or inspect.isclass(value):
@@ -64,13 +64,23 @@ def closure(function: Any) -> dict[str, str]:
     return found
 
 
+def _text(function: Any) -> str:
+    """The source of a function or class; what was made without a file, or amid a line, counts by its compiled code."""
+    try:
+        text = textwrap.dedent(inspect.getsource(function))
+        ast.parse(text)
+    except (OSError, SyntaxError):
+        text = repr((function.__code__.co_code, function.__code__.co_names))
+    return text
+
+
 def _named(function: Any, code: ast.Module) -> Iterator[tuple[str, Any]]:
     """(name, what it stands for) of each name in the tree that is code of this project, or a plain value.
 
     A decorator is not followed, and a switch is left out: both say where the code runs.
     """
     scope = _scope(function)
-    decorators = {id(inner) for outer in code.body[0].decorator_list for inner in ast.walk(outer)}
+    decorators = {id(inner) for outer in getattr(code.body[0], "decorator_list", ()) for inner in ast.walk(outer)}
     for node in (node for node in ast.walk(code) if id(node) not in decorators):
         value = _value(node, scope)
         value = value.value if type(value).__name__ == "constexpr" else bare(value)

@@ -15,18 +15,22 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 _SAFE = sns.color_palette("colorblind").as_hex()
-GREEN, VERMILION, BLUE, ORANGE, PURPLE, GREY = _SAFE[2], _SAFE[3], _SAFE[0], _SAFE[1], _SAFE[4], "#6e6e6e"
+GREEN, VERMILION, BLUE, ORANGE, GREY = _SAFE[2], _SAFE[3], _SAFE[0], _SAFE[1], "#6e6e6e"
+PURPLE = "#a23f91"  # darker than the palette's, which fades in thin lines
+SKY = _SAFE[9]
 BROWN = "#7a4b1e"  # darker than the palette's, which the colour-blind take for green or purple
 # a verdict: its glyph, its fill and the ink on it; told apart by lightness, not hue
 SAME, MOVED = ("✓", "#e0efe9", "#14604a"), ("✗", "#8c1d18", "#ffffff")
 
-# implementation -> colour, marker, line style, the published chart's wording or ours
+# implementation -> colour, marker, line style, label
 CONTENDERS = {
-    "cuda": (GREEN, "o", "-", "Non-batch-invariant (CUDA)"),
-    "python": (VERMILION, "s", "-", "Batch-invariant (Python)"),
-    "triton": (BLUE, "^", "-", "Batch-invariant (Triton)"),
+    "cuda": (GREEN, "o", "-", "PyTorch's default"),
+    "python": (VERMILION, "s", "-", "Specification"),
+    "triton": (BLUE, "^", "-", "Schedule (Triton)"),
     "compile": (ORANGE, "D", "--", "torch.compile of the default"),
     "flashinfer": (PURPLE, "v", "-.", "FlashInfer"),
+    "eager": (BROWN, "P", ":", "PyTorch eager, float32"),
+    "two_pass": (SKY, "X", ":", "Eager add, two-pass Triton"),
     "tiled": (BROWN, "*", (0, (6, 1.5, 1, 1.5, 1, 1.5)), "Fixed tiles of 128 rows (tiled)"),
     "frozen": (ORANGE, "D", (0, (4, 2)), "One frozen schedule"),
     "cublas_no_split_k": (PURPLE, "v", "-.", "cuBLAS without split-K (no guarantee)"),
@@ -34,7 +38,10 @@ CONTENDERS = {
 }
 
 
-ON_A_CPU = {"cuda": "Default (PyTorch on a CPU)", "triton": "Batch-invariant (Triton's interpreter)"}
+ON_A_CPU = {"triton": "Schedule (Triton's interpreter)"}
+# the lines of LLM-42's first chart, in its wording: whose code they are there, and which of ours has their method
+PUBLISHED = {"cuda": ("flashinfer", "Non-batch-invariant (CUDA)"), "python": ("eager", "Batch-invariant (Python)"),
+             "triton": ("two_pass", "Batch-invariant (Triton)")}
 
 
 def contender(name: str, cpu: bool = False) -> dict:
@@ -48,6 +55,14 @@ def in_order(rows: pd.DataFrame) -> list[str]:
     """The contenders in these rows, in the theme's order; unknown ones last."""
     found = set(rows.implementation)
     return [n for n in CONTENDERS if n in found] + sorted(found - set(CONTENDERS))
+
+
+def hollow(axes: Axes, x, y, rows: pd.DataFrame, line) -> None:
+    """White inside the marks of those rows that are of older code, if the rows have a column `older`."""
+    if "older" in rows and rows.older.any():
+        old = rows.older.to_numpy(bool)
+        axes.plot(np.asarray(x)[old], np.asarray(y)[old], linestyle="none", marker=line.get_marker(),
+                  markersize=0.5 * line.get_markersize(), color="white", zorder=line.get_zorder() + 1, label="_older")
 
 
 def theme() -> None:

@@ -25,7 +25,7 @@ from ..call import KernelCall, check_tensors, row_stride
 from ..launch import Step, compiled
 from ..op import Op, Shape, Work
 from ..runtime import tl, triton
-from .contenders import flashinfer_rms_norm, split_rms_norm
+from .contenders import eager_rms_norm, flashinfer_rms_norm, split_rms_norm, two_pass_rms_norm
 
 RESIDENT_WIDTH = 16 * CHUNK  # wider rows do not fit a block's registers and are read twice
 
@@ -266,5 +266,6 @@ rms_norm = Op(
     cuda=_cuda, python=_CALL.specification(_python), triton=_CALL.triton, inputs=_inputs, work=_work, per_token=(0, 2),
     shapes=("D=8192,residual", "D=8192", "D=4096,residual", "D=4096"), schedules=_schedules,
     schedule=lambda tokens, shape, dtype: str(_schedule(tokens, Shape.parse(shape, "D")["D"], dtype.itemsize)),
-    extras={"compile": compiled(_cuda), "flashinfer": flashinfer_rms_norm, "split": split_rms_norm},
+    extras={"compile": compiled(_cuda), "flashinfer": flashinfer_rms_norm, "eager": eager_rms_norm,
+            "two_pass": two_pass_rms_norm, "split": split_rms_norm},
     mutates=frozenset({"flashinfer"}), call=_CALL)

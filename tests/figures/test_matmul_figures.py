@@ -49,7 +49,8 @@ def panels(figure):
 def test_a_panel_for_every_weight_and_a_line_for_every_contender(data):
     figure = matmul_speed.draw(data)
     titles = [axes.get_title(loc="left") for axes in panels(figure)]
-    assert titles == ["{:,} x {:,}".format(*(int(part[2:]) for part in shape.split(","))) for shape in matmul.shapes]
+    sizes = [[int(part[2:]) for part in shape.split(",")] for shape in matmul.shapes]
+    assert [title.partition("  ")[0] for title in titles] == ["{:,} x {:,}".format(*two) for two in sizes]
     for axes in panels(figure):
         assert axes.lines[0].get_ydata() == [1, 1]
         for name in set(SPEED) - {"cuda"}:
@@ -86,12 +87,12 @@ def test_the_roofline_has_its_ceilings_and_stays_below(data):
     for axes, shape in zip(figure.axes, matmul_roofline.SHAPES, strict=True):
         most = next(drawn for drawn in axes.lines if drawn.get_label() == "Measured ceilings").get_ydata()
         work = [matmul.work(tokens, shape) for tokens in TOKENS]
-        np.testing.assert_allclose(most, [min(w.flops / w.bytes * 4, 700) for w in work])
+        np.testing.assert_allclose(most, [min(w.flops / w.bytes * 4, 714) for w in work])  # the fastest, not 700
         for name in matmul_roofline.NAMES:
             np.testing.assert_array_equal(line(axes, name).get_xdata(), TOKENS)
         assert (line(axes, "frozen").get_ydata() < most).all()
-    assert figure.get_suptitle() == ("In a fixed order: up to 102% of a copy's bandwidth at 1 token, "
-                                     "up to 102% of a large product's speed at 4096")
+    assert figure.get_suptitle() == ("In a fixed order: 102% to 102% of a copy's bandwidth at 1 token, "
+                                     "100% to 100% of the fastest product's speed at 4096")
 
 
 @pytest.mark.parametrize("module", [matmul_speed, matmul_roofline])

@@ -164,7 +164,8 @@ def test_a_contender_that_fails_costs_no_other(gpu, clock):
 
 
 def test_clocks_are_a_devices_and_others_are_refused():
-    assert bench.clocks(CPU) == ("call",) and bench.clocks(CUDA) == ("cold", "graph", "call")
+    assert bench.clocks(CPU) == bench.known(CPU) == ("call",)
+    assert bench.clocks(CUDA) == ("cold", "graph", "call") and bench.known(CUDA) == bench.CLOCKS
     assert bench.measure({}, lambda i: (), "call", device=CPU, set_bytes=1) == {}
     for device, clock in ((CPU, "cold"), (CUDA, "sundial")):
         with pytest.raises(ValueError, match=f"clock must be one of .* on {device}, got '{clock}'"):
@@ -177,12 +178,15 @@ def test_percentiles_are_those_of_all_samples():
         {"us_p05": 5.0, "us_p20": 20.0, "us_p50": 50.0, "us_p80": 80.0, "us_p95": 95.0})
 
 
-def test_after_a_flush_one_eager_call_is_timed(gpu):
-    given = []
-    x = SimpleNamespace(device=CUDA)
-    timing = bench.after_flush(contender(gpu, 2.0, given), (x,), repeats=3)
-    assert timing.us == [2000.0] * 3 and given == [x] * 4
-    assert gpu.did == ["call 2.0", *[*[f"evict {3 * L2}"] * 4, "call 2.0"] * 3]
+@pytest.mark.parametrize("clock", ["event", "flush"])
+def test_an_event_pair_around_each_call(gpu, clock):
+    """The first round warms up. Only `flush` evicts, before the pair, and calls one contender after the other."""
+    timings, made, given = timed(gpu, clock, set_bytes=1)
+    evict = [f"evict {3 * L2}"] * 4 if clock == "flush" else []
+    assert [did for did in gpu.did if not did.startswith("wait")] == [
+        "call 2.0", "call 3.0", *[*evict, "call 2.0", *evict, "call 3.0"] * 4]
+    assert {name: timing.us for name, timing in timings.items()} == {"a": [2000.0] * 3, "b": [3000.0] * 3}
+    assert len(made) == 1 and [len(g) for g in given] == [5, 5]
 
 
 # ceilings

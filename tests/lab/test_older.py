@@ -53,7 +53,12 @@ def changed(monkeypatch):
 
     def change(old, new):
         read = []
-        monkeypatch.setattr(closure.inspect, "getsource", lambda f: (read.append(real(f)), read[-1].replace(old, new))[1])
+
+        def getsource(function):
+            read.append(real(function))
+            return read[-1].replace(old, new)
+
+        monkeypatch.setattr(closure.inspect, "getsource", getsource)
         for cached in (closure.closure, older._todays, older.of_stored, older.known_as):
             cached.cache_clear()
         return read
@@ -152,8 +157,9 @@ def test_a_schedule_that_is_no_more_is_older_code():
 
 
 def test_an_unknown_source_is_older_whatever_the_implementation():
+    today = {name: provenance.of_row(OPS["rms_norm"], name, "float32", "D=64", 4)
+             for name in ("cuda", "python", "compile")}
     frame = pd.DataFrame([{"op": "rms_norm", "implementation": name, "dtype": "float32", "shape": "D=64", "tokens": 4,
                            "clock": clock, "schedule": None, "source": source}
-                          for name in ("cuda", "python", "compile") for clock in ("call", "graph")
-                          for source in (provenance.of_row(OPS["rms_norm"], name, "float32", "D=64", 4, clock), "1" * 12)])
+                          for name in today for clock in ("call", "graph") for source in (today[name], "1" * 12)])
     assert older.mark(frame).older.tolist() == [False, True] * 6

@@ -65,3 +65,14 @@ def test_the_sums_that_the_readme_counts_are_those_recorded():
     rows = records.load(TENSOR_CORE, "h200")
     readme = (records.ROOT / "README.md").read_text(encoding="utf-8")
     assert f": {rows.outputs.sum():,} sums of this GPU's" in readme and rows.mismatches.sum() == 0
+
+
+def test_cold_is_what_an_eager_call_takes_after_a_flush():
+    """The other way adds the event pair and the launch gap, a few microseconds, to a call that is short."""
+    rows = records.load(machine="h200")
+    us = rows[rows.clock.isin(["cold", "flush"])].pivot_table(
+        index=["op", "implementation", "dtype", "shape", "tokens"], columns="clock", values="us_p50").dropna()
+    assert len(us) >= 20 and {"cuda", "triton"} <= set(us.index.unique("implementation"))
+    over = us.flush - us.cold
+    assert (over < 6).all() and (us.flush > 0.95 * us.cold).all()
+    assert over[us.cold < 10].between(1, 6).all() and (us.cold < 10).any()

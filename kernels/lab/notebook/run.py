@@ -1,6 +1,7 @@
 """The runner: executes the notebooks and leaves them in normal form.
 
     python -m kernels notebooks run 00 03     execute, normalise and save (`run all` for every notebook)
+    python -m kernels notebooks redraw all    execute only the cells that draw recorded data: one output everywhere
     python -m kernels notebooks clean 03      normalise what JupyterLab saved, without executing
     python -m kernels notebooks check all     say what is wrong with the files as they are
 
@@ -9,6 +10,7 @@ A notebook is named by its number, or by a path. One that fails, or breaks a rul
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import os
@@ -220,6 +222,21 @@ def run(path, timeout: float = 120) -> None:
     _save(path, normalise(execute(read(path), path.parent, timeout, path.name)))
 
 
+def redraw(path, timeout: float = 120) -> None:
+    """Execute only a notebook's cells that draw one of the suite's figures, after its first. Raises NotebookError."""
+    path = Path(path)
+    nb = read(path)
+    code = [cell for cell in nb.cells if cell.cell_type == "code"]
+    drawing = [cell for cell in code if cell.source.startswith("from figures import")]
+    if drawing:
+        counts, short = [cell.execution_count for cell in drawing], copy.copy(nb)
+        short.cells = [copy.deepcopy(code[0]), *drawing]  # whose outputs are replaced
+        execute(short, path.parent, timeout, path.name)
+        for cell, count in zip(drawing, counts, strict=True):
+            cell.execution_count = count
+        _save(path, normalise(nb))
+
+
 def clean(path) -> None:
     """Normalise one notebook as it is. Raises NotebookError."""
     _save(Path(path), normalise(read(path)))
@@ -265,11 +282,12 @@ def find(names: Sequence[str], folder=NOTEBOOKS) -> list[Path]:
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels notebooks", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["run", "clean", "check"])
+    parser.add_argument("action", choices=["run", "redraw", "clean", "check"])
     parser.add_argument("names", nargs="+", help="numbers, paths, or all")
     parser.add_argument("--timeout", type=float, default=120, help="seconds a notebook may take")
     a = parser.parse_args(argv)
-    action = {"run": lambda path: run(path, a.timeout), "clean": clean, "check": check_file}[a.action]
+    action = {"run": lambda path: run(path, a.timeout), "redraw": lambda path: redraw(path, a.timeout),
+              "clean": clean, "check": check_file}[a.action]
     failed = False
     try:
         for path in find(a.names):

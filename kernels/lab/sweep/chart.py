@@ -19,7 +19,8 @@ from matplotlib.transforms import ScaledTranslation
 from .. import style
 
 CLOCKS = {"cold": "device time, inputs out of cache", "graph": "device time, warm inputs",
-          "call": "host time a call, launch included"}
+          "call": "host time a call, launch included", "event": "an event pair around each call, warm inputs",
+          "flush": "an event pair around a call, inputs out of cache"}
 WIDTH, PLOT_INCHES = 9.0, 7.9
 
 
@@ -90,6 +91,7 @@ def time_lines(axes: Axes, rows: pd.DataFrame, tokens: Sequence[int], *, log: bo
                 axes.vlines(x, low, high, color=look["color"], alpha=0.35, linewidth=5)
         lines += axes.plot(x, middle, **look | (_FAINT if faint else {"markersize": size}),
                            zorder=2 if faint else 3)
+        style.hollow(axes, x, middle, mine, lines[-1])
     return lines
 
 

@@ -41,8 +41,8 @@ class Sweep:
         if unknown:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {unknown[0]!r}")
         for clock in self.clocks:
-            if clock not in bench.clocks(self.device):
-                raise ValueError(f"clock must be one of {', '.join(bench.clocks(self.device))} here, got {clock!r}")
+            if clock not in bench.known(self.device):
+                raise ValueError(f"clock must be one of {', '.join(bench.known(self.device))} here, got {clock!r}")
         if not self.tokens or self.tokens[0] < 1:
             raise ValueError(f"tokens must be whole numbers of at least 1, got {self.tokens}")
         for name in ("passes", "repeats"):

@@ -133,7 +133,7 @@ def test_bad_exponents_are_named(arguments, said):
 
 def test_the_figure_is_this_picture_and_its_words():
     table = explain(*example(figure_module.EXPONENTS, figure_module.ACCUMULATOR))
-    assert in_words(table, HOPPER) == figure_module.ALT
+    assert in_words(table, HOPPER) == figure_module.words()
     assert figure_module.draw().axes[0].get_title(loc="left") == adder_chart.claim(table, HOPPER)
 
 

@@ -460,8 +460,8 @@ def test_the_title_and_the_words_are_the_data():
         rows = atlas.recorded(machine)
         batch = rows[(rows.property == "batch") & (rows.op.isin(atlas.names()))]
         moved, tested = (set(batch.op[batch.verdict.isin(some)]) for some in (["varies"], ["varies", "same"]))
-        assert f"batch {len(moved)} of {len(tested)}," in drawing.ALT
+        assert f"batch {len(moved)} of {len(tested)}," in drawing.words()
         left_out = set(rows.op[(rows.property == "run") & (rows.verdict == "varies")]) | {"multinomial", "dropout"}
         claim = f"{len(moved - left_out)} of {len(tested - left_out)}"
-        assert claim in title and f"batch {claim} without" in drawing.ALT and claim in readme
+        assert claim in title and f"batch {claim} without" in drawing.words() and claim in readme
     assert "atlas" in figures.names()

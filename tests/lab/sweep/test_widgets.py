@@ -816,7 +816,7 @@ def test_contenders_of_one_op_are_told_apart(op):
 def test_one_line_and_one_band_a_contender():
     _, axes, _ = drawn(rows_of())
     assert [line.get_label() for line in axes.lines] == [
-        "Non-batch-invariant (CUDA)", "Batch-invariant (Python)", "Batch-invariant (Triton)"]
+        "PyTorch's default", "Specification", "Schedule (Triton)"]
     assert [line.get_marker() for line in axes.lines] == ["o", "s", "^"]
     assert len(axes.collections) == 3
     np.testing.assert_allclose(axes.lines[2].get_ydata(), [5 + t / 50 for t in TOKENS])
@@ -883,7 +883,7 @@ def test_overlays_are_thin_dashed_and_named():
     assert all(line.get_linewidth() < 1.5 and line.get_alpha() < 1 and line.get_linestyle() == "--" for line in thin)
     labels = [t.get_text() for legend in _legends(axes) for t in legend.get_texts()]
     assert "h100 (recorded, call clock)" in labels
-    assert labels.count("FlashInfer") == labels.count("Non-batch-invariant (CUDA)") == 1
+    assert labels.count("FlashInfer") == labels.count("PyTorch's default") == 1
 
 
 def test_published_points_are_marks_without_lines():
