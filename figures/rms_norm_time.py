@@ -20,20 +20,22 @@ def draw(data=records.DATA, machine: str | None = None) -> Figure:
     rows, machine = recorded(data, machine)
     tokens = sorted({*TOKENS, *rows.tokens})
     figure = Figure(figsize=(15, 5.8), layout="constrained")
-    left, middle, right = figure.subplots(1, 3, width_ratios=(1.1, 1, 1))
+    clocks = ("call",) if machine["is_cpu"] else ("graph", "call")
+    left, *others = figure.subplots(1, 1 + len(clocks), width_ratios=(1.1, *(1 for _ in clocks)))
     _published_axes(left, rows, tokens, machine)
-    for axes, clock, title in ((middle, "graph", "This suite, on the device"), (right, "call", "This suite, a call")):
-        _ours(axes, rows, clock, tokens, machine)
-        axes.set_title(title)
+    for axes, clock in zip(others, clocks, strict=True):
+        _ours(axes, rows, clock, tokens, machine, legend=axes is others[0])
+        axes.set_title({"graph": "This suite, on the device", "call": "This suite, a call"}[clock])
     figure.suptitle(_claim(rows, machine), x=0.01, ha="left", fontsize=14, fontweight="bold")
     drawn = pd.concat([_theirs(rows), rows[rows.implementation.isin(OURS) & rows.clock.isin(["graph", "call"])]])
     what = f"{specified(rows)}. Lines: {machine['device']}, {medians(drawn)} with their 20-80 % band. "
     style.caption(figure, textwrap.fill(what +
                           f"Left, evenly spaced counts and time from zero: clock `event`, {CLOCKS['event']}; dashed, "
                           "the same code on the clock `graph`. Hollow marks: published by LLM-42, measured on an H100 "
-                          f"PCIe. Middle and right, log axes: clocks `graph`, {CLOCKS['graph']}, and `call`, "
-                          f"{CLOCKS['call']}.", 215)
-                          + not_recorded([*THEIRS, *OURS], drawn.implementation) + of_older_code(drawn))
+                          "PCIe. Beside it, log axes: "
+                          + " and ".join(f"clock `{clock}`, {CLOCKS[clock]}" for clock in clocks) + ".", 215)
+                          + not_recorded(dict.fromkeys([*THEIRS, *OURS]), drawn.implementation)
+                          + of_older_code(drawn))
     return figure
 
 
@@ -41,10 +43,11 @@ def words(data=records.DATA, machine: str | None = None) -> str:
     rows, machine = recorded(data, machine)
     graph, call = (rows[(rows.clock == clock) & rows.implementation.isin(OURS)] for clock in ("graph", "call"))
     theirs, cpu = _theirs(rows), machine["is_cpu"]
-    return (f"{_claim(rows, machine)}. Three panels over token counts. Left, LLM-42's published chart measured again "
+    device = "" if cpu else f" Middle, device time in microseconds: {ends(graph)}."
+    return (f"{_claim(rows, machine)}. Panels over token counts. Left, LLM-42's published chart measured again "
             f"with code of the same methods, milliseconds: {ends(theirs, per=1e3, names=THEIRS)}; hollow marks are the "
-            f"published points, dashed lines the same code as a CUDA graph. Middle, device time in microseconds: "
-            f"{ends(graph, cpu=cpu)}. Right, a call with its launch: {ends(call, cpu=cpu)}.")
+            f"published points, dashed lines the same code as a CUDA graph.{device} Right, a call with its "
+            f"launch, in microseconds: {ends(call, cpu=cpu)}.")
 
 
 def recorded(data, machine):
@@ -63,10 +66,10 @@ def _claim(rows, machine) -> str:
     """Our kernel's time as a part of the default's, at the counts where both are recorded."""
     us = rows.pivot(index=["clock", "tokens"], columns="implementation", values="us_p50")
     said = []
-    for clock, what in (("graph", "the default's time on the device"), ("call", "that of its call")):
+    for clock, what in (("graph", "on the device"), ("call", "in a call")):
         if {"cuda", machine["ours"]} <= set(us) and clock in us.index:
             ratio = (us[machine["ours"]] / us.cuda)[clock].dropna()
-            said += [f"{ratio.min():.2f} to {ratio.max():.2f} times {what}"] if len(ratio) else []
+            said += [f"{ratio.min():.2f} to {ratio.max():.2f} times the default's time {what}"] if len(ratio) else []
     return f"RMSNorm in a fixed order takes {' and '.join(said)}" if said else "RMSNorm's execution time against tokens"
 
 
@@ -94,24 +97,23 @@ def _published_axes(axes, rows, tokens, machine):
         _say_empty(axes, "event")
 
 
-def _ours(axes, rows, clock, tokens, machine):
+def _ours(axes, rows, clock, tokens, machine, legend):
     rows = rows[(rows.clock == clock) & rows.implementation.isin(OURS)]
-    labels = style.ON_A_CPU if machine["is_cpu"] else {}
+    labels, tokens = (style.ON_A_CPU, sorted(set(rows.tokens))) if machine["is_cpu"] else ({}, tokens)
     chart.time_lines(axes, rows, tokens, log=True, unit="us", labels=labels)
     style.token_axis(axes, tokens, log=True)
     axes.set_xticks(tokens[::2], [str(t) for t in tokens[::2]])
     axes.set_yscale("log")
     axes.set_ylabel({"graph": "Device time (µs)", "call": "Host time a call (µs)"}[clock])
     if not len(rows):
-        _say_empty(axes, clock, " (a CPU has none)" if machine["is_cpu"] else "")
+        _say_empty(axes, clock)
         return
     style.time_ticks(axes, log=True)
     axes.minorticks_off()
-    axes.margins(y=0.3 if clock == "graph" else 0.05)
-    if clock == "graph":
-        axes.legend(loc="upper left")
+    if legend:
+        axes.legend(loc="best" if machine["is_cpu"] else "upper left")
 
 
-def _say_empty(axes, clock, why=""):
-    axes.text(0.5, 0.5, f"nothing recorded on the clock {clock}{why}", transform=axes.transAxes, ha="center",
+def _say_empty(axes, clock):
+    axes.text(0.5, 0.5, f"nothing recorded on the clock {clock}", transform=axes.transAxes, ha="center",
               color=style.GREY)

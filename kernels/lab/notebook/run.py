@@ -1,7 +1,7 @@
 """The runner: executes the notebooks and leaves them in normal form.
 
     python -m kernels notebooks run 00 03     execute, normalise and save (`run all` for every notebook)
-    python -m kernels notebooks redraw all    execute only the cells that draw recorded data: one output everywhere
+    python -m kernels notebooks redraw all    execute, and keep only outputs that are the same on every machine
     python -m kernels notebooks clean 03      normalise what JupyterLab saved, without executing
     python -m kernels notebooks check all     say what is wrong with the files as they are
 
@@ -222,19 +222,18 @@ def run(path, timeout: float = 120) -> None:
     _save(path, normalise(execute(read(path), path.parent, timeout, path.name)))
 
 
+RECORDED = "recorded"  # the tag of a cell that prints recorded data alone, so that its output is the same everywhere
+
+
 def redraw(path, timeout: float = 120) -> None:
-    """Execute only a notebook's cells that draw one of the suite's figures, after its first. Raises NotebookError."""
+    """Execute one notebook and replace the outputs of its cells tagged `recorded`. Raises NotebookError."""
     path = Path(path)
     nb = read(path)
-    code = [cell for cell in nb.cells if cell.cell_type == "code"]
-    drawing = [cell for cell in code if cell.source.startswith("from figures import")]
-    if drawing:
-        counts, short = [cell.execution_count for cell in drawing], copy.copy(nb)
-        short.cells = [copy.deepcopy(code[0]), *drawing]  # whose outputs are replaced
-        execute(short, path.parent, timeout, path.name)
-        for cell, count in zip(drawing, counts, strict=True):
-            cell.execution_count = count
-        _save(path, normalise(nb))
+    fresh = normalise(execute(copy.deepcopy(nb), path.parent, timeout, path.name))
+    for mine, theirs in zip(nb.cells, fresh.cells, strict=True):
+        if RECORDED in mine.metadata.get("tags", ()):
+            mine.outputs = theirs.outputs
+    _save(path, normalise(nb))
 
 
 def clean(path) -> None:
