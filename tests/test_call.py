@@ -358,3 +358,13 @@ def test_a_plan_that_is_kept_launches_without_another_check(gpu, op, monkeypatch
     with pytest.raises(TypeError, match="x must be one of"):
         op.run_schedule(schedule, *(a.double() if isinstance(a, torch.Tensor) else a for a in arguments_of(op)))
     assert len(op.call.plans) == 2
+
+
+@needs_triton
+def test_one_argument_that_must_be_copied_is_enough():
+    """A plan that copies none would hand a GPU the pointer of a strided weight."""
+    x, weight = torch.ones(2, 48), torch.ones(96)[::2]
+    plan = OPS["rms_norm"].call.plan
+    assert plan((x, weight, None, 1e-6)).copies
+    assert plan((x.t().contiguous().t(), weight.contiguous(), None, 1e-6)).copies
+    assert not plan((x, weight.contiguous(), None, 1e-6)).copies

@@ -81,3 +81,15 @@ def test_what_is_said_to_be_the_same_code_is_of_this_project(tmp_path, monkeypat
     assert provenance.known_as("bbbbbbbbbbbb") == {"aaaaaaaaaaaa", "bbbbbbbbbbbb"}
     assert provenance.known_as("cccccccccccc") == {"cccccccccccc"}
     provenance.known_as.cache_clear()
+
+
+def test_the_order_in_which_files_are_found_says_nothing(project, monkeypatch):
+    files = [project / name for name in ("a.py", "b.py", "c.py")]
+    for i, path in enumerate(files):
+        path.write_text(f"x = {i}\n")
+    found = []
+    for order in (files, files[::-1]):
+        monkeypatch.setattr(provenance, "deciding", lambda *_, order=order: order)
+        source.cache_clear()
+        found.append(source("a.py"))
+    assert found[0] == found[1]

@@ -261,10 +261,10 @@ def test_a_cpu_of_another_make_is_not_counted_into_our_series(name, folder, tmp_
 
 
 def test_a_readers_record_comes_after_ours(tmp_path):
-    for name in ("b200", "cpu-neon", "a-laptop", "h200", "cpu-avx512"):
+    for name in ("z200", "cpu-neon", "a-laptop", "h200", "cpu-avx512"):
         records.TOKEN_SWEEP.merge(tmp_path / name, [row()])
         (tmp_path / name / "machine.json").write_text("{}")
-    assert records.machines(out=tmp_path) == ["h200", "cpu-avx512", "a-laptop", "b200", "cpu-neon"]
+    assert records.machines(out=tmp_path) == ["h200", "cpu-avx512", "a-laptop", "z200", "cpu-neon"]
     assert records.load(out=tmp_path).machine[0] == "h200"
 
 

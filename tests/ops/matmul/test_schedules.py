@@ -140,6 +140,7 @@ DAMAGED = {
     "a schedule of another form": json.dumps({"matmul": {"bfloat16": {"N=4096,K=4096": {"1": "fast"}}}}),
     "a token count that is none": json.dumps({"matmul": {"bfloat16": {"N=4096,K=4096": {"few": str(SLOW)}}}}),
     "a negative token count": json.dumps({"matmul": {"bfloat16": {"N=4096,K=4096": {"-3": str(SLOW)}}}}),
+    "a token count of nothing": json.dumps({"matmul": {"bfloat16": {"N=4096,K=4096": {"0": str(SLOW)}}}}),
     "a switch that its kind has not": json.dumps(
         {"matmul": {"bfloat16": {"N=4096,K=4096": {"1": "pointer 16x16x64 warps=4 stages=2 group=1 persistent"}}}}),
     "too many brackets": "[" * 100_000,
