@@ -21,7 +21,6 @@ from ..widgets.process import process_bytes
 from . import chart, estimate
 from . import measure as sweep
 
-CPU_WORDS = {"cuda": "Default (PyTorch on a CPU)"}
 LONGEST_SHAPE = 80  # characters
 NO_ROWS = pd.DataFrame(columns=list(records.TOKEN_SWEEP.columns))
 FOR_A_CPU = {"rms_norm": "D=1024,residual", "matmul": "N=32,K=64"}  # quick in Triton's interpreter
@@ -287,11 +286,11 @@ class TokenSweep(Measuring):
         look["title"] = chart.claim(rows, self._asked.tokens if self._live else ())
         if not self._live:
             clock = recorded.clock.iloc[0] if len(recorded) else self.clock.value
-            labels = CPU_WORDS if str(self.machine.value).startswith("cpu") else {}
+            labels = style.ON_A_CPU if str(self.machine.value).startswith("cpu") else {}
             where = self._device_name if len(recorded) else ""
             return chart.sweep_chart(rows, clock=clock, machine=where, labels=labels, **look)
         overlays = [recorded] if self.overlay.value and len(recorded) else []
-        labels = {} if runtime.HAS_GPU else CPU_WORDS
+        labels = {} if runtime.HAS_GPU else style.ON_A_CPU
         here = records.device_name() + (", Triton's interpreter" if runtime.where() == "INTERPRETER" else "")
         return chart.sweep_chart(rows, clock=self._asked.clocks[0], machine=here, overlays=overlays, labels=labels,
                                  tokens=self._asked.tokens, **look)

@@ -76,6 +76,12 @@ def test_contenders_that_fail_are_left_out_of_the_ranking():
     assert tune._ranked(timings) == [("c", 1.0), ("a", 3.0)]
 
 
+def test_the_ranking_is_by_medians():
+    """One slow sample makes nothing slower, one quick sample nothing faster."""
+    timings = {"a": bench.Timing([2.0, 2.0, 2.0, 90.0]), "b": bench.Timing([0.1, 3.0, 3.0, 3.0])}
+    assert tune._ranked(timings) == [("a", 2.0), ("b", 3.0)]
+
+
 def test_what_is_stored_is_what_is_chosen_and_the_rest_stays(tmp_path):
     store("h200", "bfloat16", "N=4096,K=4096", {16: GOOD, 64: TRUSTED}, tmp_path)
     store("h200", "bfloat16", "N=512,K=4096", {16: TRUSTED}, tmp_path)
