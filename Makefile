@@ -23,10 +23,11 @@ lab: $(READY) ## open the notebooks in JupyterLab
 		--ServerApp.root_dir="$(CURDIR)" \
 		--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(ARGS)
 
+# OMP_NUM_THREADS: two workers with two threads each would wait for one another on two cores
 test: $(READY) ## check style and types, run all tests
 	$(BIN)/ruff check kernels figures tests  # not what a reader keeps beside them
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 -m "not serial" $(ARGS) || test $$? = 5  # 5: ARGS chose none of these
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not serial" $(ARGS) || test $$? = 5  # 5: ARGS chose none of these
 	$(BIN)/python -m pytest -m serial $(ARGS) || test $$? = 5
 
 mutants: $(READY) ## plant known faults one at a time, list those that no test notices

@@ -111,7 +111,7 @@ def device() -> torch.device:
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of contiguous memory; with them torch.empty_strided takes half the time of torch.empty."""
-    return torch.empty(shape, device="meta").stride()
+    return torch.empty(shape, dtype=torch.float32, device="meta").stride()
 
 
 @cache

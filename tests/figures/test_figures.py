@@ -263,3 +263,12 @@ def test_what_the_reductions_words_say_is_in_the_data():
     words = __import__("figures.reductions_speed", fromlist=["words"]).words()
     assert f"{many.min():.1f} to {many.max():.1f} at 4096 tokens" in words
     assert f"{few.min():.1f} to {few.max():.1f} at 32 or fewer" in words
+
+
+def test_the_bandwidth_title_is_of_the_most_tokens():
+    rows = records.load(machine="h200").query(
+        "op == 'rms_norm' and clock == 'cold' and dtype == 'bfloat16' and shape == 'D=8192,residual'")
+    last = rows[(rows.implementation == "triton") & (rows.tokens == rows.tokens.max())].gbytes_per_s.item()
+    copy = records.read_machine(records.DATA / "h200")["copy_gbytes_per_s"]
+    found = __import__("figures.rms_norm_bandwidth", fromlist=["words"]).words()
+    assert found.startswith(f"At {rows.tokens.max()} tokens RMSNorm in a fixed order runs at {last / copy:.0%} of")

@@ -163,3 +163,9 @@ def test_an_unknown_source_is_older_whatever_the_implementation():
                            "clock": clock, "schedule": None, "source": source}
                           for name in today for clock in ("call", "graph") for source in (today[name], "1" * 12)])
     assert older.mark(frame).older.tolist() == [False, True] * 6
+
+
+def test_a_calls_time_is_of_today_where_the_files_are_or_were_compared():
+    rows = records.load(machine="h200").query("op == 'rms_norm' and implementation == 'triton' and clock == 'call'")
+    assert len(rows) == 80 and not older.mark(rows).older.any()
+    assert older.mark(rows.assign(source="0" * 12)).older.all()

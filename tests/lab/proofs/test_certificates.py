@@ -58,7 +58,7 @@ def test_a_trusted_schedule_that_is_not_the_specification_is_noticed(monkeypatch
 
 
 @pytest.mark.parametrize("n, k", [(1, 33), (4096, 4096), (6144, 14336), (28672, 4096), (128256, 8192), (5001, 5001),
-                                  (512, 4096), (1280, 8192), (2048, 1000)])
+                                  (512, 4096), (1280, 8192), (2048, 1000), (6208, 4096)])
 def test_a_stand_in_has_the_same_order_and_remainders(n, k):
     small, short = proofs.stand_in(n, k)
     assert small <= 4351 and (short <= 4607 or order(n, k)[0] > 1)
