@@ -117,8 +117,6 @@ def module(tmp_path, monkeypatch, text):
     (tmp_path / "made.py").write_text(text)
     sys.modules.pop("made", None)
     importlib.invalidate_caches()
-    import linecache
-    linecache.clearcache()
     return importlib.import_module("made")
 
 
