@@ -3,7 +3,9 @@ import pytest
 
 from kernels import OPS
 from kernels.lab import provenance
-from kernels.lab.provenance import ROOT, deciding, of_op, source
+from kernels.lab.closure import of_functions
+from kernels.lab.provenance import ROOT, deciding, of_op, of_row, source
+from kernels.op import DTYPES
 
 CODE = '"""What it does."""\nimport math\n\n\ndef f(x):\n    """Half."""\n    return x / 2  # one rounding\n'
 
@@ -93,3 +95,12 @@ def test_the_order_in_which_files_are_found_says_nothing(project, monkeypatch):
         source.cache_clear()
         found.append(source("a.py"))
     assert found[0] == found[1]
+
+
+def test_only_a_schedules_calls_count_by_all_files():
+    op = OPS["rms_norm"]
+    at = ("float32", "D=64", 4)
+    named = op.schedule(4, "D=64", DTYPES["float32"])
+    for name in ("cuda", "python", "split"):
+        assert of_row(op, name, *at, "call") == of_row(op, name, *at, "graph") == of_functions(op.implementation(name))
+    assert of_row(op, "triton", *at, "call", named) == of_op(op) != of_row(op, "triton", *at, "graph", named)
