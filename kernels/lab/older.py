@@ -29,9 +29,8 @@ def _todays(op: str, implementation: str, dtype: str, shape: str, tokens: int, c
         now = {provenance.of_row(known, implementation, dtype, shape, tokens, clock, schedule)}
     except ValueError:  # a schedule or an implementation that is no more
         now = set()
-    if implementation != "triton":
-        return frozenset(now)
-    return frozenset(now) | (provenance.known_as(provenance.of_op(known)) if clock == "call" else known_as(op))
+    launched = implementation == "triton" and clock != "call"
+    return frozenset().union(*map(provenance.known_as, now), known_as(op) if launched else ())
 
 
 @cache

@@ -71,7 +71,8 @@ def two_pass_rms_norm(x, weight, residual=None, eps=1e-6):
     check_tensors(x=x, weight=weight, **({} if residual is None else {"residual": residual}))
     require_triton("two_pass")
     stream = x if residual is None else x + residual
-    width, read = stream.shape[-1], stream.reshape(-1, stream.shape[-1])
+    width, weight = stream.shape[-1], weight.contiguous()
+    read = stream.contiguous().view(-1, width)
     if read.is_cuda:
         y = torch.empty_like(read)
         _two_pass_kernel[(len(read),)](read, weight, y, read.stride(0), width, eps, BLOCK=BLOCK, PDL=False)

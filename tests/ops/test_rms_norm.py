@@ -9,7 +9,7 @@ import pytest
 import torch
 from common import HERE, both, every_dtype
 
-from kernels import OPS
+from kernels import OPS, runtime
 from kernels.bits import check_invariance, elements_differ, portable, same_bits
 from kernels.op import DTYPES
 from kernels.ops.rms_norm import Schedule
@@ -193,3 +193,12 @@ def test_mixed_devices_are_named_on_a_gpu(which):
     for call in (OP.triton, OP.python):
         with pytest.raises(ValueError, match=r"(weight|residual).*device.*c(uda|pu)"):
             call(*arguments)
+
+
+@pytest.mark.parametrize("name", ["eager", "two_pass", "split"])
+def test_contenders_take_strided_arguments(name):
+    if name == "two_pass" and runtime.WHY_NOT:
+        pytest.skip(runtime.WHY_NOT)
+    x, weight = portable(5, 40), portable(1, 80, seed=1)[0, ::2]
+    y = OP.extras[name](x.t().contiguous().t(), weight)
+    torch.testing.assert_close(y, OP.cuda(x, weight.contiguous()))
