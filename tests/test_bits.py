@@ -75,6 +75,14 @@ def test_strides_do_not_count():
     assert digest(x[:, ::2]) == digest(x[:, ::2].contiguous())
 
 
+@pytest.mark.parametrize("x", [torch.arange(4), torch.arange(4.0), torch.complex(torch.arange(4.0), torch.ones(4))],
+                         ids=["integers", "floats", "complex"])
+def test_a_lazily_negated_tensor_has_the_bits_of_its_numbers(x):
+    lazy = torch._neg_view(x)
+    assert lazy.is_neg() and bits(lazy).tolist() == bits(torch.neg(x).clone()).tolist() != bits(x).tolist()
+    assert digest(lazy) == digest(torch.neg(x)) and same_bits(lazy, torch.neg(x))
+
+
 @settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(0, 31))
 def test_one_flipped_bit_is_noticed(word, flipped):

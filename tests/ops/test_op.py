@@ -169,6 +169,13 @@ def test_work_counts_what_must_cross_memory_once(op, dtype):
         assert 0 < work.flops < op.work(3, shape, dtype).flops
 
 
+@pytest.mark.parametrize(("name", "shape", "flops"), [
+    ("rms_norm", "D=64", 4 * 64), ("rms_norm", "D=64,residual", 5 * 64), ("softmax", "D=64", 5 * 64),
+    ("log_softmax", "D=64", 4 * 64), ("sum", "D=64", 63), ("mean", "D=64", 64), ("matmul", "N=8,K=64", 2 * 8 * 64)])
+def test_operations_are_counted_by_hand(name, shape, flops):
+    assert OPS[name].work(3, shape, torch.float32).flops == 3 * flops
+
+
 @every_op
 @every_dtype
 def test_the_schedule_of_choice_is_among_those_that_are_tested(op, dtype):

@@ -203,6 +203,9 @@ def test_fixed_point_refuses_what_its_integers_cannot_hold():
     for x in (torch.tensor([1e8, 1.0]), torch.tensor([math.nan, 1.0]), torch.tensor([-math.inf])):
         with pytest.raises(ValueError, match="too large for steps"):
             orders.fixed_point(x)
+    assert orders.fixed_point(torch.tensor([2.0**60, 2.0**60]), quantum=1.0).item() == 2.0**61
+    with pytest.raises(ValueError, match="too large for steps"):  # two of them need 64 bits
+        orders.fixed_point(torch.tensor([2.0**62, 2.0**62]), quantum=1.0)
 
 
 def all_orders(row):
