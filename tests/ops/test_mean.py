@@ -397,3 +397,10 @@ def test_more_than_two_billion_numbers_in_many_rows_on_a_gpu():
     assert same_bits(y[-64:], MEAN.python(tail, dim)) and not y[:-64].any()
     padded = torch.nn.functional.pad(tail, (0, 0, (rows - 64) % 1024, 0))
     assert same_bits(SUM.triton(x, 0), SUM.python(padded, 0))
+
+
+@pytest.mark.parametrize(("shape", "count"), [("D=1024", 2 * 1024), ("D=1000,inner=3", 2 * 1024 * 3)])
+def test_the_first_launch_of_a_split_leaves_every_column_of_every_row(shape, count):
+    split = Schedule("split", 1, columns=32, flight=4)
+    first, second = MEAN.call.launches(split, *MEAN.inputs(2, shape, torch.float32, "meta"))
+    assert first.leaves == count and second.leaves == 0

@@ -118,6 +118,7 @@ def test_a_near_shape_serves_and_a_far_one_does_not(on_an_h200):
         return next(choose("matmul", f"N={n},K={k}", torch.bfloat16, 4, 0))
     assert (first(5000, 4096), first(7000, 4096)) == (SLOW, odd)
     assert {first(40_000, 4096), first(4096, 16_384)}.isdisjoint({SLOW, odd})
+    assert first(2048, 4096) == first(4096, 2048) == SLOW and first(2048, 2048) != SLOW  # half in one size, not in two
 
 
 def test_a_relative_of_the_gpu_serves(on_an_h200, monkeypatch):
