@@ -30,12 +30,14 @@ from kernels.arithmetic.tensor_core import (
     differences,
     explain,
     probe,
+    tl_chain,
 )
 from kernels.bits import ADVERSARIAL, check_invariance, elements_differ, same_bits
 from kernels.lab.proofs import tensor_core as check_tensor_core
 from kernels.lab.proofs.tensor_core import EXPONENTS, LENGTHS, TENSOR_CORE, check, inputs, kinds
 from kernels.lab.records import ROOT
 from kernels.op import DTYPES
+from kernels.runtime import tl, triton
 
 RECORDED = Path(__file__).with_name("tensor_core_mmasim.csv")
 ODD = (Adder(1, 10), Adder(3, 12), Adder(32, 30), Adder(64, 40))
@@ -659,3 +661,48 @@ def record():
 
 if __name__ == "__main__":
     record()
+
+
+# in Triton's interpreter
+
+
+@triton.jit
+def _chain_kernel(x_ptr, weight_ptr, start_ptr, y_ptr, ROWS: tl.constexpr, K: tl.constexpr, SMALLEST: tl.constexpr):
+    row, k = tl.arange(0, ROWS), tl.arange(0, K)
+    x = tl.load(x_ptr + row[:, None] * K + k[None, :])
+    weight = tl.load(weight_ptr + row[:, None] * K + k[None, :])
+    at = row[:, None] * ROWS + row[None, :]
+    tl.store(y_ptr + at, tl_chain(x, weight, tl.load(start_ptr + at), SMALLEST))
+
+
+def interpreted(x, weight, start):
+    """tl_chain of square outputs: 16-bit numbers are held as float32."""
+    y = torch.empty_like(start)
+    _chain_kernel[(1,)](x.float(), weight.float(), start, y, len(x), x.shape[1],
+                        2.0**-14 if x.dtype == torch.float16 else 2.0**-126)
+    return y
+
+
+@pytest.mark.skipif(bool(runtime.WHY_NOT) or runtime.HAS_GPU, reason=runtime.WHY_NOT or "there is a GPU")
+@every_input
+def test_the_interpreters_chain_is_the_chain(dtype, kind):
+    x, weight = inputs(kind, 16, 16, 64, dtype, seed=5)
+    start = chain(weight, x)
+    assert same_bits(interpreted(x, weight, start), chain(x, weight, HOPPER, start))
+
+
+@pytest.mark.skipif(bool(runtime.WHY_NOT) or runtime.HAS_GPU, reason=runtime.WHY_NOT or "there is a GPU")
+def test_the_interpreters_chain_cuts_where_a_tensor_core_does():
+    """One row for each place of a small product: in the step of two large ones that cancel, or after it; and one for
+    each of its sizes, kept or cut."""
+    x = torch.zeros(64, 64, dtype=torch.float32)
+    x[:, 0], x[:, 1] = 2.0**12, -(2.0**12)
+    for row in range(32):
+        x[row, 2 + row] = 2.0**-24
+        x[32 + row, 1], x[32 + row, 2] = 2.0 ** (12 - row), -(2.0**12)
+    x, ones = x.bfloat16(), torch.ones(64, 64, dtype=torch.bfloat16)
+    zero = torch.zeros(64, 64, dtype=torch.float32)
+    found = interpreted(x, ones, zero)
+    assert same_bits(found, chain(x, ones))
+    assert found[:14, 0].count_nonzero() == 0 and found[14:32, 0].all(), "steps of sixteen"
+    assert found[32:58, 0].all() and found[58:, 0].count_nonzero() == 0, "25 bits below the largest are kept"
