@@ -1,9 +1,9 @@
 """Every figure of the suite, drawn from data/ alone and byte for byte the same on the same pins.
 
-A module here is one figure: `draw(data, machine) -> Figure` and `words(data, machine) -> str`, what a reader who cannot
-see it should know. (readme.py draws nothing: it writes README's numbers.) Of another machine, or of a part of a record,
-a figure shows what there is and says what is not; it raises ValueError, or FileNotFoundError where there is no table,
-only if nothing is left to draw.
+A module here is one figure: `draw(data, machine, page) -> Figure` and `words(data, machine) -> str`, what a reader who
+cannot see it should know. (page.py has the sizes to draw for; readme.py writes README's numbers.) Of another machine,
+or of a part of a record, a figure shows what there is and says what is not; it raises ValueError, or FileNotFoundError
+where there is no table, only if nothing is left to draw.
 """
 from __future__ import annotations
 
@@ -24,25 +24,30 @@ CLOCKS = {"cold": "device time with inputs out of cache", "graph": "CUDA-graph r
 
 
 def names() -> list[str]:
-    return sorted({m.name for m in pkgutil.iter_modules([str(FOLDER)]) if not m.name.startswith("_")} - {"readme"})
+    found = {module.name for module in pkgutil.iter_modules([str(FOLDER)]) if not module.name.startswith("_")}
+    return sorted(found - {"page", "readme"})
 
 
-def render(name: str, **of) -> dict[str, bytes]:
+def render(name: str, size: str = "screen", **of) -> dict[str, bytes]:
     """Draw one figure; returns {"svg": bytes, "png": bytes}. `of` may name `data` and `machine`, as for draw.
 
-    Raises ValueError for an unknown name, else as draw does.
+    size: a name in page.PAGES. Raises ValueError for an unknown name or size, else as draw does.
     """
+    from figures.page import PAGES
     from kernels.lab import style
 
-    if name not in names():
-        raise ValueError(f"figure must be one of {', '.join(names())}, got {name!r}")
+    for what, given, known in (("figure", name, names()), ("size", size, PAGES)):
+        if given not in known:
+            raise ValueError(f"{what} must be one of {', '.join(known)}, got {given!r}")
     style.theme()
-    figure = importlib.import_module(f"figures.{name}").draw(**of)
+    page = PAGES[size]
+    figure = importlib.import_module(f"figures.{name}").draw(**of, page=page)
     files = {}
     for kind, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
         buffer = BytesIO()
-        figure.savefig(buffer, format=kind, metadata=metadata)
+        figure.savefig(buffer, format=kind, metadata=metadata, dpi=page.dpi * page.scale)
         files[kind] = buffer.getvalue()
+    files["svg"] = page.scaled(files["svg"])
     return files
 
 

@@ -3,6 +3,11 @@
     python -m figures                    ours, from data/, into figures/
     python -m figures --check            say which of them would come out otherwise
     python -m figures --machine NAME     another machine of data/, such as your own, into figures/NAME/
+    python -m figures --size single      for a paper's single column (3.5 in), into figures/single/; double is two
+                                         columns (7.2 in), slide a slide of 16:9 (13.3 by 7.5 in)
+
+The letters fit the size: 5 to 8 points on paper, 9 to 19 on a slide. On paper and on a slide the atlas counts the ops
+that never moved in one line, and on a slide those of every group; the screen's has a line for each.
 
 A record that is not complete is drawn as far as it goes; what is left out is said.
 """
@@ -23,13 +28,17 @@ def main(argv=None) -> int:
 
 
 def _run(argv) -> int:
+    from .page import PAGES
+
     parser = argparse.ArgumentParser(prog="python -m figures", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="*", help=f"one of {', '.join(names())} (default: all)")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a file's bytes would change")
     parser.add_argument("--machine", help="whose record to draw: a folder's name under data/ (default: ours)")
     parser.add_argument("--data", type=Path, help="the data folder (default: data)")
-    parser.add_argument("--out", type=Path, help="the folder to draw into (default: figures, or figures/NAME)")
+    parser.add_argument("--size", choices=PAGES, default="screen", help="what to draw for (default: screen)")
+    parser.add_argument("--out", type=Path,
+                        help="the folder to draw into (default: figures, with a machine's name and the size)")
     a = parser.parse_args(argv)
     if unknown := [name for name in a.name if name not in names()]:
         print(f"error: figure must be one of {', '.join(names())}, got {unknown[0]!r}", file=sys.stderr)
@@ -38,9 +47,10 @@ def _run(argv) -> int:
     if a.data and not a.data.is_dir():
         print(f"error: --data must be a folder with recorded machines in it, got {a.data}", file=sys.stderr)
         return 2
-    out = a.out or (FOLDER / (a.machine or a.data.resolve().name) if of else FOLDER)
-    left = {name: _draw(name, of, out, a.check) for name in a.name or names()}
-    if not (of or a.name or a.out):
+    sized = a.size != "screen"
+    out = a.out or (FOLDER / (a.machine or a.data.resolve().name) if of else FOLDER) / (a.size if sized else "")
+    left = {name: _draw(name, of | {"size": a.size}, out, a.check) for name in a.name or names()}
+    if not (of or a.name or a.out or sized):
         left["README.md"] = _write_readme(a.check)
     excused = of and not a.name and set(left.values()) - {None}  # a record need not have everything
     return int(None in left.values() and not excused or a.check and "changed" in left.values())
@@ -51,7 +61,8 @@ def _draw(name, of, out, check) -> str | None:
     try:
         files = render(name, **of)
     except (ValueError, FileNotFoundError) as error:
-        print(f"not drawn: {name}: {error}" if of else f"error: {name}: {error}", file=sys.stderr)
+        own = set(of) == {"size"}  # ours has everything
+        print(f"{'error' if own else 'not drawn'}: {name}: {error}", file=sys.stderr)
         return None
     changed = [kind for kind, content in files.items() if not _same(out / f"{name}.{kind}", content)]
     for kind in () if check else changed:

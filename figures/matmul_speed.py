@@ -6,45 +6,54 @@ import math
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MultipleLocator
 
 from figures import CLOCKS, medians, named_once, not_recorded, of_older_code, pick, sweep_rows
+from figures.page import SCREEN, Page, around
 from kernels import matmul
 from kernels.lab import records, style
 from kernels.op import Shape
 
-NAMES = {"tiled": {"linewidth": 1.1, "markersize": 5.5, "alpha": 0.7},
-         "cublas_no_split_k": {"linewidth": 1.1, "markersize": 3.5, "alpha": 0.7},
+NAMES = {"tiled": {"linewidth": 1.1, "markersize": 5.5},
+         "cublas_no_split_k": {"linewidth": 1.3, "markersize": 3.5, "color": "#8a2f7c"},  # darker, as it is thin
          "frozen": {"linewidth": 1.6, "markersize": 3.5},
          "triton": {"linewidth": 2.4, "markersize": 5}}
-COLUMNS = 4
+COLUMNS = {"screen": 4, "single": 3, "double": 4, "slide": 6}
 # the layer of Llama-3.1-8B, or of the 70B cut over 8 GPUs, that has such a weight
 LAYERS = {"N=6144,K=4096": "query, key, value", "N=4096,K=4096": "attention's output", "N=28672,K=4096": "gate and up",
           "N=4096,K=14336": "down", "N=128256,K=4096": "head", "N=1280,K=8192": "70B / 8: q, k, v",
-          "N=7168,K=8192": "70B / 8: gate, up", "N=8192,K=1024": "70B / 8: att. output",
-          "N=8192,K=3584": "70B / 8: down", "N=1024,K=4096": "key, or value", "N=512,K=4096": "query / 8"}
+          "N=7168,K=8192": "70B / 8: gate, up", "N=8192,K=1024": "70B / 8: output",
+          "N=8192,K=3584": "70B / 8: down", "N=1024,K=4096": "key, or value", "N=512,K=4096": "8B / 8: query"}
 
 
-def draw(data=records.DATA, machine: str | None = None) -> Figure:
+def draw(data=records.DATA, machine: str | None = None, page: Page = SCREEN) -> Figure:
     rows, machine = recorded(data, machine)
     names = NAMES if machine["ours"] in NAMES else {machine["ours"]: NAMES["triton"], **NAMES}
     speed, default = relative(rows, names), "the default's" if machine["is_cpu"] else "cuBLAS'"
     shapes = sorted(speed.index.unique("shape"), key=lambda s: (*matmul.shapes, s).index(s))
-    lines = math.ceil((len(shapes) + 1) / COLUMNS)  # one place for the legend
-    figure = Figure(figsize=(13, 1.2 + 2.5 * lines), layout="constrained")
-    grid = figure.subplots(lines, COLUMNS, sharex=True, sharey=True, squeeze=False)
+    columns = COLUMNS[page.name]
+    lines = math.ceil((len(shapes) + page.screen) / columns)  # one place for the screen's legend
+    figure = page.figure(13, (1.2 + 2.5 * lines) if page.screen else 1.75 * lines)
+    grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for axes, shape in zip(grid.flat, shapes, strict=False):
         _panel(axes, speed.loc[shape], names, machine["is_cpu"], rows[rows["shape"] == shape])
-        layer = LAYERS.get(shape)
-        axes.set_title("{N:,} x {K:,}".format(**Shape.parse(shape)) + (f"  {layer}" if layer else ""), fontsize=10.5)
+        axes.set_title(panel_title(shape, "  " if page.screen else "\n"), fontsize=10.5)
     grid.flat[0].set_ylim(0, 1.05 * max(1.1, speed.max(axis=None)))
-    _edges(grid, len(shapes), sorted(speed.index.unique("tokens")), default)
-    figure.suptitle(_claim(speed, machine["ours"], default), x=0.01, ha="left", fontsize=14, fontweight="bold")
+    _edges(grid, len(shapes), sorted(speed.index.unique("tokens")), default, page)
     clock = rows.clock.iloc[0]
-    style.caption(figure, f"weight N x K, {rows.dtype.iloc[0]} · {machine['device']}, torch {machine['torch']} · clock "
-                          f"`{clock}`: {CLOCKS[clock]}, {medians(rows)} · 1 is the speed of F.linear"
-                          f"{'' if machine['is_cpu'] else ' (cuBLAS)'}\n{_bits(rows, names)}"
-                          + not_recorded([*names], rows.implementation) + of_older_code(rows))
+    around(figure, page, _claim(speed, machine["ours"], default),
+           f"weight N x K and the layer of Llama-3.1-8B that has it, or of the 70B model cut over 8 GPUs (70B / 8) · "
+           f"{rows.dtype.iloc[0]} · {machine['device']}, torch {machine['torch']}\nclock `{clock}`: {CLOCKS[clock]}, "
+           f"{medians(rows)} · tokens on a log axis, speed from zero · 1 is the speed of F.linear"
+           f"{'' if machine['is_cpu'] else ' (cuBLAS)'}\n{_bits(rows, names)}"
+           + not_recorded([*names], rows.implementation) + of_older_code(rows),
+           None if page.screen else tuple(part[::-1] for part in named_once(grid.flat)))
     return figure
+
+
+def panel_title(shape: str, between: str = "  ") -> str:
+    """A weight's sizes, and the layer that has it."""
+    return "{N:,} x {K:,}".format(**Shape.parse(shape)) + (f"{between}{LAYERS[shape]}" if shape in LAYERS else "")
 
 
 def words(data=records.DATA, machine: str | None = None) -> str:
@@ -91,20 +100,26 @@ def _panel(axes, speed, names, cpu, rows):
             style.hollow(axes, mine.index, mine, old.to_frame(), line)
 
 
-def _edges(grid, panels, tokens, default):
-    """Ticks and labels at the outer panels, and the legend where no panel is."""
+def _edges(grid, panels, tokens, default, page):
+    """Ticks and labels at the outer panels, and on a screen the legend where no panel is."""
     style.token_axis(grid.flat[0], tokens, log=True)
     for axes in grid.flat:
         axes.set_xticks(tokens[::2], [str(t) for t in tokens[::2]])
         axes.set_xlabel("")
         axes.minorticks_off()
-    for axes in grid[:, 0]:
+    if not page.screen:
+        grid.flat[0].figure.supylabel(f"Times {default} speed", fontsize=10)
+        style.thin_labels(grid.flat[0], tokens, page.width / grid.shape[1] - 0.3)
+        grid.flat[0].yaxis.set_major_locator(MultipleLocator(0.5))
+    for axes in grid[:, 0] if page.screen else ():
         axes.set_ylabel(f"Times {default} speed")
-    for axes in grid.flat[:panels][-COLUMNS:]:  # the lowest panel of each column
+    for axes in grid.flat[:panels][-grid.shape[1]:]:  # the lowest panel of each column
         axes.set_xlabel("# Tokens")
         axes.xaxis.set_tick_params(labelbottom=True)
     for axes in grid.flat[panels:]:
         axes.set_axis_off()
+    if not page.screen:
+        return
     handles, labels = named_once(grid.flat)
     legend = grid.flat[-1].legend(handles[::-1], labels[::-1], loc="center", frameon=False, fontsize=8.2,
                                   handlelength=3.2, labelspacing=0.8)

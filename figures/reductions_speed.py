@@ -7,6 +7,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from figures import CLOCKS, medians, named_once, not_recorded, of_older_code, pick, sweep_rows
+from figures.page import SCREEN, Page, around
 from kernels.lab import records, style
 
 OPS = ("softmax", "log_softmax", "mean")
@@ -34,14 +35,16 @@ def recorded(data, machine) -> tuple[pd.DataFrame, pd.Series, pd.Series, dict]:
 def words(data=records.DATA, machine: str | None = None) -> str:
     rows, ratio, _, machine = recorded(data, machine)
     tokens = ratio.index.get_level_values("tokens")
-    few, many = ratio[tokens <= 32], ratio[tokens == tokens.max()]
+    most = max(set.intersection(*(set(mine.index.unique("tokens")) for _, mine in ratio.groupby("op"))), default=0)
+    most = most or tokens.max()  # the largest count that every op has, if there is one
+    few, many = ratio[tokens <= 32], ratio[tokens == most]
     at_few = f" and {few.min():.1f} to {few.max():.1f} at 32 or fewer" if len(few) else ""
     below = (ratio < 1).sum()
     return (f"{_claim(ratio)}. Two panels, bfloat16 and float32, over token counts on log axes: how many times as "
             "fast as PyTorch's default softmax, log_softmax and mean run in their fixed order, "
             f"{CLOCKS[rows.clock.iloc[0]]}. "
             f"{below or 'None'} of {len(ratio)} points {'lie' if below != 1 else 'lies'} below the grey line at 1: "
-            f"{many.min():.1f} to {many.max():.1f} at {tokens.max()} tokens{at_few}.")
+            f"{many.min():.1f} to {many.max():.1f} at {most} tokens{at_few}.")
 
 
 def _claim(ratio) -> str:
@@ -49,22 +52,24 @@ def _claim(ratio) -> str:
             f"geometric mean, {ratio.min():.2f} at worst")
 
 
-def draw(data=records.DATA, machine: str | None = None) -> Figure:
+def draw(data=records.DATA, machine: str | None = None, page: Page = SCREEN) -> Figure:
     rows, ratio, older, machine = recorded(data, machine)
     clock = rows.clock.iloc[0]
-    figure = Figure(figsize=(13, 5.4), layout="constrained")
-    for axes, dtype in zip(figure.subplots(1, 2, sharey=True), ("bfloat16", "float32"), strict=True):
+    figure = page.figure(13, 4.5 if page.screen else 5.6 if page.narrow else 3.4)
+    panels = (2, 1) if page.narrow else (1, 2)
+    for axes, dtype in zip(figure.subplots(*panels, sharey=True), ("bfloat16", "float32"), strict=True):
         axes.set_title(dtype)
         if dtype in ratio.index.unique("dtype"):
             _panel(axes, ratio[dtype], older[dtype])
-    _axis(figure.axes[0], ratio)
-    figure.axes[0].legend(*named_once(figure.axes), loc="upper left", fontsize=8.5, handlelength=3.6)
-    figure.suptitle(_claim(ratio), x=0.01, ha="left", fontsize=14, fontweight="bold")
-    style.caption(figure, f"{machine['device']}, torch {machine['torch']} · clock `{clock}`: {CLOCKS[clock]}, "
-                          f"{medians(rows)} · default: F.softmax, F.log_softmax, torch.mean"
-                          + not_recorded(OPS, ratio.index.unique("op"))
-                          + not_recorded(["bfloat16", "float32"], ratio.index.unique("dtype"))
-                          + of_older_code(older.to_frame("older")))
+            if not page.screen:
+                style.thin_labels(axes, sorted(ratio[dtype].index.unique("tokens")), page.width / panels[1] - 1)
+    for axes in figure.axes[:panels[0]]:
+        _axis(axes, ratio)
+    around(figure, page, _claim(ratio), f"{machine['device']}, torch {machine['torch']} · clock `{clock}`: "
+           f"{CLOCKS[clock]}, {medians(rows)} · both axes logarithmic · default: F.softmax, F.log_softmax, torch.mean"
+           + not_recorded(OPS, ratio.index.unique("op"))
+           + not_recorded(["bfloat16", "float32"], ratio.index.unique("dtype"))
+           + of_older_code(older.to_frame("older")), named_once(figure.axes), 2 if page.narrow else 6)
     return figure
 
 
@@ -72,7 +77,6 @@ def _axis(axes, ratio):
     axes.set_ylabel("Times the default's speed")
     axes.set_yscale("log")
     low = [tick for tick in (0.01, 0.03, 0.1, 0.3, 0.6) if tick > ratio.min() / 2 and ratio.min() < 1]
-    axes.set_ylim(top=1.6 * ratio.max())  # room for the legend
     axes.set_yticks([*low, *TICKS], [f"{tick:g}" for tick in (*low, *TICKS)])
     axes.minorticks_off()
 

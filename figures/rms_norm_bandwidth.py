@@ -4,6 +4,7 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from figures import CLOCKS, ends, medians, not_recorded, of_older_code, one_experiment, specified, sweep_rows
+from figures.page import SCREEN, Page, around
 from kernels.lab import records, style
 
 LEFT_OUT = ("split", "eager", "two_pass")
@@ -23,10 +24,10 @@ def recorded(data, machine):
     return one_experiment(rows[~rows.implementation.isin(LEFT_OUT)], CLOCKS), machine
 
 
-def draw(data=records.DATA, machine: str | None = None) -> Figure:
+def draw(data=records.DATA, machine: str | None = None, page: Page = SCREEN) -> Figure:
     rows, machine = recorded(data, machine)
     clock, tokens, copy = rows.clock.iloc[0], sorted(rows.tokens.unique()), machine.get("copy_gbytes_per_s", 0)
-    figure = Figure(figsize=(9, 5.2), layout="constrained")
+    figure = page.figure(9, 5.2 if page.screen else 3)
     axes = figure.subplots()
     if copy:
         axes.axhline(copy, color="#404040", linestyle=(0, (4, 2)), linewidth=1.2)
@@ -39,12 +40,18 @@ def draw(data=records.DATA, machine: str | None = None) -> Figure:
             style.hollow(axes, mine.tokens, mine.gbytes_per_s, mine, line)
     style.token_axis(axes, tokens, log=True)
     axes.set(ylabel="Bytes moved a second (GB/s)", ylim=(0, 1.12 * max(copy, rows.gbytes_per_s.max() / 1.05)))
-    axes.set_title(_claim(rows[rows.implementation == machine["ours"]], copy))
-    axes.legend(loc="upper left", bbox_to_anchor=(0, 0.9))
-    style.caption(figure, f"{specified(rows)} · {machine['device']} · clock `{clock}`: {CLOCKS[clock]},\n"
-                          f"{medians(rows)} · bytes counted once for each input and output"
-                          + not_recorded(["cuda", machine["ours"]], rows.implementation)
-                          + not_recorded(["copy_gbytes_per_s"], machine) + of_older_code(rows))
+    claim = _claim(rows[rows.implementation == machine["ours"]], copy)
+    caption = (f"{specified(rows)} · {machine['device']} · clock `{clock}`: {CLOCKS[clock]},{page.newline}"
+               f"{medians(rows)} · bytes counted once for each input and output · tokens on a log axis"
+               + not_recorded(["cuda", machine["ours"]], rows.implementation)
+               + not_recorded(["copy_gbytes_per_s"], machine) + of_older_code(rows))
+    if page.screen:
+        axes.set_title(claim)
+        axes.legend(loc="upper left", bbox_to_anchor=(0, 0.9))
+        style.caption(figure, caption)
+    else:
+        style.thin_labels(axes, tokens, page.width - 1)
+        around(figure, page, claim, caption, axes.get_legend_handles_labels())
     return figure
 
 

@@ -7,7 +7,19 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from figures import CLOCKS, ends, medians, not_recorded, of_older_code, one_experiment, pick, specified, sweep_rows
+from figures import (
+    CLOCKS,
+    ends,
+    medians,
+    named_once,
+    not_recorded,
+    of_older_code,
+    one_experiment,
+    pick,
+    specified,
+    sweep_rows,
+)
+from figures.page import SCREEN, Page, around
 from kernels.lab import records, style
 from kernels.lab.sweep import chart
 
@@ -16,27 +28,41 @@ THEIRS = tuple(ours for ours, _ in style.PUBLISHED.values())
 OURS = ("cuda", "python", "triton", "compile", "flashinfer")
 
 
-def draw(data=records.DATA, machine: str | None = None) -> Figure:
+def draw(data=records.DATA, machine: str | None = None, page: Page = SCREEN) -> Figure:
     rows, machine = recorded(data, machine)
     tokens = sorted({*TOKENS, *rows.tokens})
-    figure = Figure(figsize=(15, 5.8), layout="constrained")
     clocks = ("call",) if machine["is_cpu"] else ("graph", "call")
-    left, *others = figure.subplots(1, 1 + len(clocks), width_ratios=(1.1, *(1 for _ in clocks)))
+    figure = page.figure(15, 5.8 if page.screen else 2.9 * (1 + len(clocks)) if page.narrow else 3.4)
+    panels = {"ncols": 1 + len(clocks), "width_ratios": (1.1, *(1 for _ in clocks))}
+    left, *others = figure.subplots(1 + len(clocks)) if page.narrow else figure.subplots(**panels)
     _published_axes(left, rows, tokens, machine)
     for axes, clock in zip(others, clocks, strict=True):
         _ours(axes, rows, clock, tokens, machine, legend=axes is others[0])
         axes.set_title({"graph": "This suite, on the device", "call": "This suite, a call"}[clock])
-    figure.suptitle(_claim(rows, machine), x=0.01, ha="left", fontsize=14, fontweight="bold")
     drawn = pd.concat([_theirs(rows), rows[rows.implementation.isin(OURS) & rows.clock.isin(["graph", "call"])]])
     what = f"{specified(rows)}. Lines: {machine['device']}, {medians(drawn)} with their 20-80 % band. "
-    style.caption(figure, textwrap.fill(what +
-                          f"Left, evenly spaced counts and time from zero: clock `event`, {CLOCKS['event']}; dashed, "
-                          "the same code on the clock `graph`. Hollow marks: published by LLM-42, measured on an H100 "
-                          "PCIe. Beside it, log axes: "
-                          + " and ".join(f"clock `{clock}`, {CLOCKS[clock]}" for clock in clocks) + ".", 215)
-                          + not_recorded(dict.fromkeys([*THEIRS, *OURS]), drawn.implementation)
-                          + of_older_code(drawn))
+    first, second = ("First", "Below") if page.narrow else ("Left", "Beside it")
+    what += (f"{first}, evenly spaced counts and time from zero: clock `event`, {CLOCKS['event']}; dashed, "
+             "the same code on the clock `graph`. Hollow marks: published by LLM-42, measured on an H100 "
+             f"PCIe. {second}, log axes: "
+             + " and ".join(f"clock `{clock}`, {CLOCKS[clock]}" for clock in clocks) + ".")
+    _fit(page, left, others, tokens)
+    around(figure, page, _claim(rows, machine), (textwrap.fill(what, 215) if page.screen else what)
+           + not_recorded(dict.fromkeys([*THEIRS, *OURS]), drawn.implementation) + of_older_code(drawn),
+           None if page.screen else named_once(others))
     return figure
+
+
+def _fit(page, left, others, tokens):
+    """On paper and on a slide: fewer labelled counts, and the names of our lines leave their panel."""
+    if page.screen:
+        return
+    for axes in others:
+        style.thin_labels(axes, tokens, page.width - 1 if page.narrow else page.width / 3 - 1)
+        if axes.get_legend():
+            axes.get_legend().remove()
+    left.tick_params(axis="x", labelsize=7.5 if not page.narrow else None)
+    left.legend(handles=left.get_legend().legend_handles, loc="upper left", fontsize=7.5)
 
 
 def words(data=records.DATA, machine: str | None = None) -> str:

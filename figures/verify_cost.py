@@ -5,8 +5,9 @@ import textwrap
 
 from matplotlib.figure import Figure
 
-from figures import described, not_recorded
-from kernels.lab import records, style
+from figures import described, named_once, not_recorded
+from figures.page import SCREEN, Page, around
+from kernels.lab import records
 from kernels.lab.window import chart as window_chart
 from kernels.lab.window.measure import VERIFY_COST
 
@@ -16,14 +17,14 @@ TOKENS = (16, 32, 64, 128, 256, 512)
 CEILINGS = ("copy_gbytes_per_s", "matmul_tflops")
 
 
-def draw(data=records.DATA, machine: str | None = None) -> Figure:
+def draw(data=records.DATA, machine: str | None = None, page: Page = SCREEN) -> Figure:
     rows = records.load(VERIFY_COST, machine, out=data)
     if not len(rows):
         raise ValueError(f"no window is recorded for {machine or 'any machine'} in {data}: python -m kernels window")
     machine = described(data, rows.machine.iloc[0])
     points = window_chart.published()
-    figure = Figure(figsize=(13, 5.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = page.figure(13, 5.8 if page.screen else 6 if page.narrow else 3.6)
+    left, right = figure.subplots(*((2, 1) if page.narrow else (1, 2)))
     paper = rows[(rows.curve == "paper") & (rows.ops == "default") & rows.tokens.isin(TOKENS)]
     window_chart.per_token(left, paper, TOKENS, points=points)
     top = max(left.get_ylim()[1], 0.85)
@@ -33,9 +34,14 @@ def draw(data=records.DATA, machine: str | None = None) -> Figure:
     left.set(ylim=(0, top), title="The published chart, measured again")
     window_chart.whole_pass(right, rows, sorted(rows.tokens.unique()), points=points)
     right.set_title("The same passes, not divided by their tokens")
-    figure.suptitle(_claim(rows), x=0.01, ha="left", fontsize=14, fontweight="bold")
-    style.caption(figure, _caption(machine) + not_recorded(["paper", "graph"], rows.curve)
-                  + not_recorded(["default", "invariant"], rows.ops) + not_recorded(CEILINGS, machine))
+    caption = _caption(machine, *(("above", "below") if page.narrow else ("left", "right")))
+    if not page.screen:
+        for axes in (left, right):
+            axes.get_legend().remove()
+        right.set_ylim(top=1.15 * max(max(line.get_ydata()) for line in right.lines))  # no legend needs room
+    around(figure, page, _claim(rows), (textwrap.fill(caption, 190) if page.screen else caption)
+           + not_recorded(["paper", "graph"], rows.curve) + not_recorded(["default", "invariant"], rows.ops)
+           + not_recorded(CEILINGS, machine), None if page.screen else named_once([right, left]))
     return figure
 
 
@@ -49,28 +55,33 @@ def words(data=records.DATA, machine: str | None = None) -> str:
     per = [f"{row.ms_p50 / row.tokens:.3f} at {row.tokens}" for row in (*paper.iloc[:1].itertuples(),
                                                                       *paper.iloc[-1:].itertuples())]
     return (f"{_claim(rows)}. Two panels over the tokens in a window. Left, the published chart's axes: latency per "
-            "token in milliseconds of our eager passes, with the area beneath in green, "
-            f"{' and '.join(per)}; hollow marks are the published points. Right, the whole pass in milliseconds on log "
+            f"token in milliseconds of our eager passes, {' and '.join(per)}; hollow marks are the published points, "
+            "with the area beneath them in green. Right, the whole pass in milliseconds on log "
             f"axes: {'; '.join(said)}; dotted, the matrix products' least time by measured ceilings.")
 
 
 def _claim(rows) -> str:
-    curve = next((c for c in ("graph", "paper") if ((rows.curve == c) & (rows.ops == "default")).any()), None)
-    ms = rows[(rows.curve == curve) & (rows.ops == "default")].set_index("tokens").ms_p50
-    if not {16, 128} <= set(ms.index):
+    """How much longer a longer window takes, of every curve that has both windows."""
+    ms = rows.pivot(index=["curve", "ops"], columns="tokens", values="ms_p50")
+    if not {16, 128} <= set(ms):
         return "What a window of tokens costs"
     ratio = ms[128] / ms[16]
-    means = ": one reading of the weights serves a whole window" if ratio < 2 else ""
-    return f"128 tokens take {ratio:.2f} times as long as 16{means}"
+    few, many, curves = ratio.min(), ratio.max(), ratio.notna().sum()
+    if not curves:
+        return "What a window of tokens costs"
+    times = f"{few:.2f} to {many:.2f}" if curves > 1 else f"{many:.2f}"
+    which = f" in all {curves} curves" if curves > 1 else ""
+    means = ": one reading of the weights serves a window" if many < 2 else ""
+    return f"128 tokens take {times} times as long as 16{which}{means}"
 
 
-def _caption(machine) -> str:
-    return textwrap.fill(
+def _caption(machine, first, second) -> str:
+    return (
         f"{machine.get('verify_cost_model', 'a model')}, random weights, one request, empty prefix. Lines: "
-        f"{machine['device']}, "
-        "medians with their 5-95 % band. Clock: host wall time of one pass. paper: preparing the batch, an eager "
-        "forward, the chosen token back on the host. graph: the same, forward and argmax replayed as one CUDA graph. "
-        "floor: for each matrix product the longer of its bytes at a copy's bandwidth and its operations at a large "
-        "product's rate, both measured in that run. Invariant ops: this suite's RMSNorm, rotary and SwiGLU; products "
-        "and attention are PyTorch's. Hollow marks: published by LLM-42, an H100 PCIe; read off the chart (left), the "
-        "authors' log (right).", 190)
+        f"{machine['device']}, medians with their 5-95 % band (hatched: invariant ops). Clock: host wall time of one "
+        "pass. paper: preparing the batch, an eager forward, the chosen token back on the host. graph: the same, "
+        "forward and argmax replayed as one CUDA graph. floor: for each matrix product the longer of its bytes at a "
+        "copy's bandwidth and its operations at a large product's rate, both measured in that run. Invariant ops: this "
+        "suite's RMSNorm, rotary and SwiGLU; products and attention are PyTorch's. Hollow marks: published by LLM-42, "
+        f"an H100 PCIe; read off the chart ({first}, over the green area it has there), the authors' log ({second}). "
+        f"Axes: {first}, evenly spaced windows and time from zero; {second}, both logarithmic.")

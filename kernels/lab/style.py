@@ -12,6 +12,9 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.text import Text
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 _SAFE = sns.color_palette("colorblind").as_hex()
@@ -21,6 +24,9 @@ SKY = _SAFE[9]
 BROWN = "#7a4b1e"  # darker than the palette's, which the colour-blind take for green or purple
 # a verdict: its glyph, its fill and the ink on it; told apart by lightness, not hue
 SAME, MOVED = ("✓", "#e0efe9", "#14604a"), ("✗", "#8c1d18", "#ffffff")
+# of a table in a notebook, whose page may be dark: paper and ink of its own, for the colours above are made for white
+TABLE = "background:#ffffff;color:#262626;border-collapse:collapse;font-size:12px;line-height:1.5"
+CAPTION = 8.5  # points
 
 # implementation -> colour, marker, line style, label
 CONTENDERS = {
@@ -79,9 +85,24 @@ def theme() -> None:
     })
 
 
-def caption(figure: Figure, text: str) -> None:
-    """A line under the figure: which machine, which clock, what the band is."""
-    figure.supxlabel(text, x=0.01, ha="left", fontsize=8.5, color="#404040")
+def caption(figure: Figure, text: str, y: float | None = None) -> Text:
+    """A line under the figure, or at height `y`: which machine, which clock, what the band is."""
+    return figure.supxlabel(text, x=0.01, y=y, ha="left", fontsize=CAPTION, color="#404040")
+
+
+def wrapped(text: str, inches: float, points: float, weight: str = "normal") -> str:
+    """The text in lines no wider than this, by the widths of its letters; its own lines stay apart."""
+    font, lines = FontProperties(family="DejaVu Sans", size=points, weight=weight), []
+    for paragraph in text.split("\n"):
+        line = ""
+        for word in paragraph.split():
+            longer = f"{line} {word}".strip()
+            if line and text_to_path.get_text_width_height_descent(longer, font, False)[0] > 70 * inches:
+                lines.append(line)
+                longer = word
+            line = longer
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def token_axis(axes: Axes, tokens: Sequence[int], log: bool = False) -> None:
@@ -91,6 +112,16 @@ def token_axis(axes: Axes, tokens: Sequence[int], log: bool = False) -> None:
     axes.set_xticks(list(tokens) if log else list(range(len(tokens))), [str(t) for t in tokens])
     axes.minorticks_off()
     axes.set_xlabel("# Tokens")
+
+
+def thin_labels(axes: Axes, tokens: Sequence[int], inches: float) -> None:
+    """Of a log token axis about so long, label the counts that stand apart; the last one always."""
+    octave = inches / max(np.log2(tokens[-1] / tokens[0]), 1)
+    shown = [tokens[-1]]
+    for count in reversed(tokens[:-1]):
+        room = 0.04 * (len(str(count)) + len(str(shown[-1]))) + 0.08
+        shown += [count] if np.log2(shown[-1] / count) * octave >= room else []
+    axes.set_xticks(shown, [str(t) for t in shown])
 
 
 def positions(values, tokens: Sequence[int], log: bool) -> np.ndarray:

@@ -83,7 +83,8 @@ def test_bits_that_moved_are_told_of_every_contender(data):
 
 def test_the_roofline_has_its_ceilings_and_stays_below(data):
     figure = matmul_roofline.draw(data)
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["4,096 x 4,096", "28,672 x 4,096", "1,280 x 8,192"]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [
+        "4,096 x 4,096  attention's output", "28,672 x 4,096  gate and up", "1,280 x 8,192  70B / 8: q, k, v"]
     for axes, shape in zip(figure.axes, matmul_roofline.SHAPES, strict=True):
         most = next(drawn for drawn in axes.lines if drawn.get_label() == "Measured ceilings").get_ydata()
         work = [matmul.work(tokens, shape) for tokens in TOKENS]
@@ -91,8 +92,25 @@ def test_the_roofline_has_its_ceilings_and_stays_below(data):
         for name in matmul_roofline.NAMES:
             np.testing.assert_array_equal(line(axes, name).get_xdata(), TOKENS)
         assert (line(axes, "frozen").get_ydata() < most).all()
-    assert figure.get_suptitle() == ("In a fixed order: 102% to 102% of a copy's bandwidth at 1 token, "
-                                     "100% to 100% of the fastest product's speed at 4096")
+    assert figure.get_suptitle() == ("Fixed order, 11 weights: 102% to 102% of a copy's speed at 1 token, "
+                                     "100% to 100% of the fastest product at 4096")
+
+
+def test_the_roofline_claims_of_every_weight_and_names_the_ceiling(data):
+    slow, fast = point("triton", "N=512,K=4096", 1), point("cublas_no_split_k", "N=1024,K=4096", 64)
+    write(data, [slow | {"gbytes_per_s": slow["gbytes_per_s"] / 10}, fast | {"tflops": 850.25}])
+    figure = matmul_roofline.draw(data)
+    assert "N=512,K=4096" not in matmul_roofline.SHAPES
+    assert figure.get_suptitle().startswith("Fixed order, 11 weights: 10% to 102% of a copy's speed at 1 token, 84%")
+    named = "the fastest product that is recorded, 850 TFLOP/s: cublas_no_split_k, 1,024 x 4,096, 64 tokens"
+    assert named in figure.get_supxlabel() and named in matmul_roofline.words(data)
+    assert "3 of 11" in figure.get_supxlabel() and "both axes logarithmic" in figure.get_supxlabel()
+
+
+def test_the_ceiling_may_be_the_large_product(data):
+    (data / "h200" / "machine.json").write_text(json.dumps({
+        "device": "NVIDIA H200", "torch": "2.11.0", "copy_gbytes_per_s": 4000.0, "matmul_tflops": 900.0}))
+    assert "900 TFLOP/s: the large one of machine.json" in matmul_roofline.draw(data).get_supxlabel()
 
 
 @pytest.mark.parametrize("module", [matmul_speed, matmul_roofline])

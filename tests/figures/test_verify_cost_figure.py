@@ -67,7 +67,26 @@ def test_the_left_panel_is_the_published_chart(data):
     published = line(left, "LLM-42 (H100 PCIe)")
     assert list(published.get_ydata()) == [0.76, 0.38, 0.19, 0.10, 0.05, 0.04]
     assert published.get_markerfacecolor() == "none" and published.get_linestyle() == "None"
-    assert style.GREEN in {style.sns.color_palette([area.get_facecolor()[0]]).as_hex()[0] for area in left.collections}
+    (area,) = green_areas(left)
+    assert area.get_paths()[0].get_extents().y1 == pytest.approx(0.76), "under the published points, not under ours"
+
+
+def green_areas(axes):
+    return [area for area in axes.collections
+            if style.sns.color_palette([area.get_facecolor()[0]]).as_hex()[0] == style.GREEN]
+
+
+def test_readers_passes_get_no_green_area():
+    left = window_chart.window_chart(rows(("paper", "default", PAPER))).axes[0]
+    assert len(left.collections) == 1 and not green_areas(left)
+
+
+def test_no_two_curves_and_no_two_bands_have_one_colour(data):
+    right = verify_cost.draw(data).axes[1]
+    assert len({drawn.get_color() for drawn in right.lines}) == len(right.lines)
+    bands = {(tuple(band.get_facecolor()[0]), band.get_hatch()) for band in right.collections}
+    assert len(bands) == 4 and len({colour for colour, _ in bands}) == 4
+    assert sum(hatch is not None for _, hatch in bands) == 2, "of invariant ops"
 
 
 def test_no_point_is_cut_off(data):
@@ -103,12 +122,21 @@ def test_the_legend_hides_no_line_and_lies_inside(data):
 
 def test_title_and_caption_say_what_was_measured(data):
     figure = verify_cost.draw(data)
-    assert "128 tokens take 1.13 times as long as 16" in figure.get_suptitle()
+    assert figure.get_suptitle() == ("128 tokens take 1.01 to 1.13 times as long as 16 in all 4 curves: "
+                                     "one reading of the weights serves a window")
     caption = figure.get_supxlabel().replace("\n", " ")
     for part in ("llama-3.1-8b", "NVIDIA H200", "host wall time", "measured in that run", "H100 PCIe",
                  "5-95 % band", "empty prefix"):
         assert part in caption
     assert len(verify_cost.words(data)) > 200
+
+
+def test_the_title_is_of_every_curve_and_of_none_that_is_not_there(data):
+    VERIFY_COST.merge(data / "h200", rows(("graph", "invariant", [5, 5, 5, 15, 15, 15, 15])))
+    assert verify_cost.draw(data).get_suptitle() == "128 tokens take 1.01 to 3.00 times as long as 16 in all 4 curves"
+    one = EVERY[(EVERY.curve == "paper") & (EVERY.ops == "default")]
+    assert verify_cost._claim(one).startswith("128 tokens take 1.01 times as long as 16: one reading")
+    assert verify_cost._claim(one[one.tokens != 128]) == "What a window of tokens costs"
 
 
 @pytest.mark.parametrize("kind", ["svg", "png"])

@@ -10,6 +10,7 @@ from fractions import Fraction
 
 import matplotlib as mpl
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ...arithmetic.tensor_core import AMPERE, HOPPER, Adder, explain
@@ -71,25 +72,35 @@ def in_words(table: dict, adder: Adder) -> str:
 
 def picture(table: dict, adder: Adder, title: str = "") -> Figure:
     """Draw what tensor_core.explain returned for one addition by `adder`; the claim is the title if none is given."""
-    names = [t["term"] for t in table["terms"]] + ["their sum"]
-    places = [*range(len(names) - 1), len(names) - 0.7]
     with mpl.rc_context():
         style.theme()
-        figure = Figure(figsize=(10, 1.55 + 0.3 * len(names)), layout="constrained")
+        figure = Figure(figsize=(10, 1.55 + 0.3 * (len(table["terms"]) + 1)), layout="constrained")
         axes = figure.subplots()
-        end = adder.fraction_bits + _BELOW
-        for y, term in enumerate(table["terms"]):
-            _line(axes, y, *_term_digits(term), adder.fraction_bits, end)
-            _beside(axes, y, end, _number(term["value"]), _fate(term).removeprefix("is ").split(" by ")[0])
-        sign, digits = _sum_digits(table, adder)
-        _line(axes, places[-1], sign, digits, (_first(digits) or 0) + 23, end)
-        rounded = "cut to 24 digits" if table["sum"] != table["result"] else "kept whole"
-        _beside(axes, places[-1], end, _number(table["result"]), rounded)
-        _frame(axes, table, adder, places, names)
+        digits(axes, table, adder)
         axes.set_title(title or claim(table, adder), pad=10)
-        style.caption(figure, "Red digits are cut toward zero: by the adder, right of the line, or below it to make a "
-                              f"float32 of the sum. This step loses {_number(table['lost'])} in all")
+        style.caption(figure, caption(table))
     return figure
+
+
+def caption(table: dict) -> str:
+    """What the colours mean, and what this addition lost."""
+    return ("Red digits are cut toward zero: by the adder, right of the line, or below it to make a float32 of the "
+            f"sum. This step loses {_number(table['lost'])} in all")
+
+
+def digits(axes: Axes, table: dict, adder: Adder) -> None:
+    """The digits of what tensor_core.explain returned, a line a term, and of their sum."""
+    names = [t["term"] for t in table["terms"]] + ["their sum"]
+    places = [*range(len(names) - 1), len(names) - 0.7]
+    end = adder.fraction_bits + _BELOW
+    for y, term in enumerate(table["terms"]):
+        _line(axes, y, *_term_digits(term), adder.fraction_bits, end)
+        _beside(axes, y, end, _number(term["value"]), _fate(term).removeprefix("is ").split(" by ")[0])
+    sign, of_sum = _sum_digits(table, adder)
+    _line(axes, places[-1], sign, of_sum, (_first(of_sum) or 0) + 23, end)
+    rounded = "cut to 24 digits" if table["sum"] != table["result"] else "kept whole"
+    _beside(axes, places[-1], end, _number(table["result"]), rounded)
+    _frame(axes, table, adder, places, names)
 
 
 def _frame(axes, table, adder, places, names):

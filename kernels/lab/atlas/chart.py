@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import matplotlib as mpl
 import pandas as pd
@@ -25,13 +26,46 @@ GROUPS = {  # heading -> the properties of which at least one moved the op's bit
     "Move when a CUDA graph replays them": ("graph",),
     "Never moved in these tests": (),
 }
+NEVER = list(GROUPS)[-1]
 DRAWING, RANDOM = "Draw random numbers, which a batch shares", ("multinomial", "dropout")
 LACKING = "No kernel here"
 ABSENT, FAILED = "#c9c9c9", "#e69f00"
 NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-ROW, CELL, LABEL, GAP, MACHINE_GAP, HEAD, MARGIN = 0.19, 0.33, 2.2, 0.06, 0.3, 0.62, 0.15
-NARROWEST = 5.4  # inches of a column of ops: room for a heading
+MARGIN = 0.15
 TALLEST = 46  # rows in a column of ops when there is one machine
+
+
+@dataclass(frozen=True)
+class Form:
+    """How much of the atlas is drawn, and its inches.
+
+    row, cell, label, gap, machine_gap, head: of the table; narrowest: a column of ops, so that a heading has room
+    points: of an op's name, a property's and a number's (0: no number in a cell)
+    listed: every op has a line; else those that never moved share one, and if `counted` those of each group do
+    tall: the figure's inches, where they are given, and `wide` too
+    """
+
+    row: float = 0.19
+    cell: float = 0.33
+    label: float = 2.2
+    gap: float = 0.06
+    machine_gap: float = 0.3
+    head: float = 0.62
+    narrowest: float = 5.4
+    points: tuple[float, float, float] = (8, 7.5, 6.5)
+    listed: bool = True
+    counted: bool = False
+    wide: float | None = None
+    tall: float | None = None
+    title: float = 14
+
+    @property
+    def base(self) -> float:
+        """Where in a row its text stands."""
+        return 0.71 if self.row < 0.25 else 0.6
+
+
+FULL = Form()
 
 
 def group(rows: pd.DataFrame) -> str:
@@ -67,23 +101,30 @@ def share(value: float) -> str:
 
 
 def atlas_chart(tables: Mapping[str, pd.DataFrame], *, groups: Mapping[str, list[str]] | None = None, title: str = "",
-                caption: str = "") -> Figure:
+                caption: str = "", form: Form = FULL, halves: bool = True) -> Figure:
     """Draw the rows of one or two machines: their name over their columns, ops in the groups of `in_groups`.
 
     `groups` keeps the groups of a larger table of which these rows are a part. Properties that apply to no row of a
-    machine get no column. The title's further lines are set smaller. ValueError where there is no row.
+    machine get no column. The title's further lines are set smaller. One machine's table is set in two halves where it
+    is long, unless `halves` is false. ValueError where there is no row.
     """
     rows = pd.concat(list(tables.values()), ignore_index=True) if tables else pd.DataFrame()
     if not len(rows):
         raise ValueError("there is no row to draw")
     dtypes = [d for d in NAMES if d in set(rows.dtype)]
-    columns = _columns(tables, dtypes)
-    width = max(LABEL + max((right for *_, right in columns), default=0), NARROWEST)
+    columns = _columns(tables, dtypes, form)
+    width = max(form.label + max((right for *_, right in columns), default=0), form.narrowest)
     shown = {heading: [op for op in ops if op in set(rows.op)] for heading, ops in (groups or in_groups(rows)).items()}
-    lists = _split({heading: ops for heading, ops in shown.items() if ops}, TALLEST if len(tables) == 1 else 10**6)
-    notes = textwrap.wrap(caption, int(len(lists) * width * 15.5))
-    height = HEAD + ROW * max(map(len, lists)) + 0.17 * len(notes) + _top(title) + 0.25
-    size = (len(lists) * (width + MACHINE_GAP) - MACHINE_GAP + 2 * MARGIN, height)
+    tallest = TALLEST if len(tables) == 1 and form.listed and halves else 10**6
+    lists = _split(_lines({heading: ops for heading, ops in shown.items() if ops}, form), tallest)
+    wide = len(lists) * (width + form.machine_gap) - form.machine_gap + 2 * MARGIN
+    if form.wide:
+        wide, title = form.wide, _title(title, form)
+        notes = style.wrapped(caption, wide - 2 * MARGIN, style.CAPTION).splitlines()
+    else:
+        notes = textwrap.wrap(caption, int(len(lists) * width * 15.5))
+    height = form.tall or form.head + form.row * max(map(len, lists)) + 0.17 * len(notes) + _top(title) + 0.25
+    size = (wide, height)
     with mpl.rc_context():
         style.theme()
         figure = Figure(figsize=size, layout=PlaceHolderLayoutEngine(True, True))  # no layout, whenever it is saved
@@ -92,11 +133,14 @@ def atlas_chart(tables: Mapping[str, pd.DataFrame], *, groups: Mapping[str, list
         axes.axis("off")
         top = _top(title)
         for i, line in enumerate(title.splitlines()):
-            axes.text(0, 0.3 + 0.24 * i, line, fontsize=11 if i else 14, fontweight="normal" if i else "bold",
-                      va="baseline")
-        cells = _Cells(axes)
+            small = i and not form.wide
+            axes.text(0, 0.3 + 0.24 * i, line, fontsize=11 if small else form.title,
+                      fontweight="normal" if small else "bold", va="baseline")
+        cells = _Cells(axes, form)
         for i, listed in enumerate(lists):
-            _draw_list(axes, cells, listed, tables, columns, dtypes, i * (width + MACHINE_GAP), top)
+            x = i * (width + form.machine_gap)
+            _heads(axes, columns, dtypes, x + form.label, top, form, ", continued" if i else "")
+            _draw_list(axes, cells, listed, tables, columns, dtypes, x, top + form.head)
         cells.draw()
         for i, line in enumerate(reversed(notes)):
             axes.text(0, height - 0.12 - 0.17 * i, line, fontsize=8.5, color="#404040", va="baseline")
@@ -108,43 +152,59 @@ def _top(title: str) -> float:
     return 0.26 + 0.24 * len(title.splitlines()) if title else 0.1
 
 
-def _columns(tables, dtypes) -> list[tuple[str, str, float, float]]:
+def _columns(tables, dtypes, form) -> list[tuple[str, str, float, float]]:
     """(machine, property, left, right) of each pair of cells, in inches from the label's right edge."""
     found, x = [], 0.0
     for machine, rows in tables.items():
         applies = set(rows.property[rows.verdict != "not applicable"])
         for name in atlas.PROPERTIES:
             if name in applies:
-                found.append((machine, name, x, x + CELL * len(dtypes)))
-                x += CELL * len(dtypes) + GAP
-        x += MACHINE_GAP
+                found.append((machine, name, x, x + form.cell * len(dtypes)))
+                x += form.cell * len(dtypes) + form.gap
+        x += form.machine_gap
     return found
 
 
-def _split(groups, tallest) -> list[list[tuple[str, str]]]:
-    """Lines ("heading" or "op", text) in one list, or in two of equal height where there are too many."""
-    lines = [line for heading, ops in groups.items()
-             for line in [("heading", f"{heading} ({len(ops)})"), *(("op", op) for op in ops)]]
+def _lines(groups, form) -> list[tuple[str, str, Sequence[str]]]:
+    """The table's lines: ("heading", text, ()), or ("op" or "count", text, the ops it is of)."""
+    lines = []
+    for heading, ops in groups.items():
+        text = f"{heading} ({len(ops)})"
+        if form.counted:
+            lines.append(("count", text, ops))
+        elif not form.listed and heading == NEVER:
+            lines.append(("heading", f"{text}, not listed", ()))
+        else:
+            lines += [("heading", text, ()), *(("op", op, [op]) for op in ops)]
+    return lines
+
+
+def _split(lines, tallest) -> list[list[tuple[str, str, Sequence[str]]]]:
+    """The lines in one list, or in two of equal height where there are too many."""
     if len(lines) <= tallest:
         return [lines]
     cut = (len(lines) + 1) // 2
     cut -= lines[cut - 1][0] == "heading"
     second = lines[cut:]
     if second[0][0] == "op":
-        heading = next(text for kind, text in reversed(lines[:cut]) if kind == "heading")
-        second = [("heading", heading.rpartition(" (")[0] + ", continued"), *second]
+        heading = next(text for kind, text, _ in reversed(lines[:cut]) if kind == "heading")
+        second = [("heading", heading.rpartition(" (")[0] + ", continued", ()), *second]
     return [lines[:cut], second]
 
 
 class _Cells:
     """Rectangles gathered by colour, so that a figure of thousands stays small."""
 
-    def __init__(self, axes):
-        self.axes, self.boxes = axes, {}
+    def __init__(self, axes, form):
+        self.axes, self.form, self.boxes = axes, form, {}
 
-    def add(self, colour, x, y, width):
-        box = [(x + 0.008, y + 0.008), (x + width - 0.008, y + 0.008), (x + width - 0.008, y + ROW - 0.008),
-               (x + 0.008, y + ROW - 0.008)]
+    def add(self, colour, x, y, text="", ink="black"):
+        width, height, points = self.form.cell, self.form.row, self.form.points[-1]
+        box = [(x + 0.008, y + 0.008), (x + width - 0.008, y + 0.008), (x + width - 0.008, y + height - 0.008),
+               (x + 0.008, y + height - 0.008)]
+        if text and points:
+            self.axes.text(x + width / 2, y + self.form.base * height, text, fontsize=points, color=ink, ha="center",
+                           va="baseline")
         self.boxes.setdefault(colour, []).append(box)
 
     def draw(self):
@@ -156,39 +216,60 @@ class _Cells:
 
 def _draw_list(axes, cells, lines, tables, columns, dtypes, x, y):
     verdicts = {(machine, r.op, r.property, r.dtype): r for machine, rows in tables.items() for r in rows.itertuples()}
-    _heads(axes, columns, dtypes, x + LABEL, y)
-    y += HEAD
-    for kind, text in lines:
+    form = cells.form
+    for kind, text, ops in lines:
         if kind == "heading":
-            axes.text(x, y + 0.75 * ROW, text, fontsize=9, fontweight="bold", va="baseline")
+            axes.text(x, y + 0.75 * form.row, text, fontsize=form.points[0] + 1, fontweight="bold", va="baseline")
         else:
-            axes.text(x + LABEL - 0.08, y + 0.73 * ROW, text, fontsize=8, ha="right", va="baseline")
+            axes.text(x + form.label - 0.08, y + form.base * form.row + 0.02 * form.row, text, fontsize=form.points[0],
+                      ha="right", va="baseline")
             for machine, name, left, _ in columns:
                 for i, dtype in enumerate(dtypes):
-                    _cell(axes, cells, verdicts.get((machine, text, name, dtype)), x + LABEL + left + i * CELL, y)
-        y += ROW
+                    rows = [verdicts.get((machine, op, name, dtype)) for op in ops]
+                    (_count if kind == "count" else _cell)(cells, rows, x + form.label + left + i * form.cell, y)
+        y += form.row
 
 
-def _heads(axes, columns, dtypes, x, y):
+def _heads(axes, columns, dtypes, x, y, form, more):
     for machine in dict.fromkeys(column[0] for column in columns):
-        left = min(c[2] for c in columns if c[0] == machine)
-        axes.text(x + left, y + 0.13, machine, fontsize=9.5, fontweight="bold", va="baseline")
+        left, right = (pick(c[i] for c in columns if c[0] == machine) for pick, i in ((min, 2), (max, 3)))
+        text = style.wrapped(machine, right - left, 9, "bold") if form.wide else machine + more
+        axes.text(x + left, y + (0 if form.wide else 0.13), text, fontsize=9 if form.wide else 9.5, fontweight="bold",
+                  va="top" if form.wide else "baseline", linespacing=1.1)
     for _, name, left, right in columns:
-        axes.text(x + (left + right) / 2, y + 0.37, name, fontsize=7.5, ha="center", va="baseline")
+        if not form.points[-1]:  # narrow: the name stands upright, and the caption tells the two dtypes
+            axes.text(x + (left + right) / 2, y + form.head - 0.06, name, fontsize=form.points[1], ha="center",
+                      va="bottom", rotation=90)
+            continue
+        axes.text(x + (left + right) / 2, y + form.head - 0.25, name, fontsize=form.points[1], ha="center",
+                  va="baseline")
         for i, dtype in enumerate(dtypes):
-            axes.text(x + left + (i + 0.5) * CELL, y + 0.53, NAMES[dtype], fontsize=6, color="#606060",
+            axes.text(x + left + (i + 0.5) * form.cell, y + form.head - 0.09, NAMES[dtype], fontsize=6, color="#606060",
                       ha="center", va="baseline")
 
 
-def _cell(axes, cells, row, x, y):
+def _cell(cells, rows, x, y):
+    (row,) = rows
     verdict = "not applicable" if row is None else row.verdict
     if verdict == "not applicable":
         return
     kind = verdict.partition(":")[0]
-    cells.add({"same": style.SAME[1], "varies": style.MOVED[1], "not here": ABSENT}.get(kind, FAILED), x, y, CELL)
-    if kind in ("varies", "error"):
-        text, colour = (share(row.share_differ), style.MOVED[2]) if kind == "varies" else ("!", "black")
-        axes.text(x + CELL / 2, y + 0.71 * ROW, text, fontsize=6.5, color=colour, ha="center", va="baseline")
+    text = share(row.share_differ) if kind == "varies" else "!" if kind == "error" else ""
+    cells.add({"same": style.SAME[1], "varies": style.MOVED[1], "not here": ABSENT}.get(kind, FAILED), x, y, text,
+              style.MOVED[2] if kind == "varies" else "black")
+
+
+def _count(cells, rows, x, y):
+    """How many of these ops moved, if any was tested."""
+    tested = [row.verdict == "varies" for row in rows if row is not None and row.verdict in ("same", "varies")]
+    if tested:
+        _, fill, ink = style.MOVED if any(tested) else style.SAME
+        cells.add(fill, x, y, f"{sum(tested)}", ink)
+
+
+def _title(title, form) -> str:
+    """The title's lines as one text, in lines as long as the figure is wide."""
+    return style.wrapped(", ".join(title.splitlines()), form.wide - 2 * MARGIN, form.title, "bold")
 
 
 def counts(rows: pd.DataFrame, property: str) -> tuple[int, int]:

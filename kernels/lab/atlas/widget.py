@@ -48,7 +48,7 @@ class Atlas(Measuring):
         self._build(machine)
         self._load()
         self._draw()
-        w.VBox.__init__(self, self._laid_out(), layout=w.Layout(max_width="1400px"))
+        w.VBox.__init__(self, self._laid_out(), layout=w.Layout(max_width="100%"))
         self._connect()
 
     # --- what it holds
@@ -103,7 +103,7 @@ class Atlas(Measuring):
         measure = parts.panel(
             parts.line(w.HTML("<b>Measure here</b>"), self.live_op, self.live_dtype, self.live_property),
             self._run_line, parts.line(self.live))
-        scrolled = w.Box([self.chart], layout=w.Layout(overflow="auto"))  # shrunk, its text could not be read
+        scrolled = w.Box([self.chart], layout=w.Layout(overflow="auto", max_height="1200px"))  # not shrunk
         return [look, measure, self.errors, scrolled, self.key, self.downloads, self.table]
 
     def _connect(self):
@@ -156,7 +156,8 @@ class Atlas(Measuring):
         self._drawn, rows = asked, self.shown
         png = b""
         if len(rows):
-            figure = atlas_chart.atlas_chart({self._device: rows}, groups=atlas_chart.in_groups(self._recorded))
+            figure = atlas_chart.atlas_chart({self._device: rows}, halves=False,
+                                             groups=atlas_chart.in_groups(self._recorded))
             png, self.chart.layout.width = parts.png(figure), f"{100 * figure.get_figwidth():.0f}px"
         self.chart.value, self.chart.layout.display = png, None if png else "none"
         self.key.value = _small(KEY) if png else ""
@@ -203,12 +204,13 @@ def table_html(rows: pd.DataFrame) -> str:
 
 def _table(lines) -> str:
     words = "differ: of the compared elements. ulp: the largest distance. distinct: results that one row had."
-    return ('<div style="overflow-x:auto"><table style="border-collapse:collapse;font-size:12px;line-height:1.5">'
+    return (f'<div style="overflow-x:auto"><table style="{style.TABLE}">'
             f'{"".join(lines)}</table></div>{_small(words)}')
 
 
 def _small(text: str) -> str:
-    return f'<div style="font-size:11px;line-height:1.5;color:#666;margin-top:2px">{html.escape(text)}</div>'
+    return ('<div style="font-size:11px;line-height:1.5;color:var(--jp-ui-font-color2,#555);margin-top:2px">'
+            f'{html.escape(text)}</div>')
 
 
 def _head(*names) -> str:

@@ -22,6 +22,7 @@ CURVES = {
     "paper": (style.BLUE, "o", "paper: eager"),
     "graph": (style.VERMILION, "D", "graph: one CUDA graph"),
 }
+INVARIANT = {"paper": style.PURPLE, "graph": style.BROWN}  # colour of a curve with invariant ops
 _PUBLISHED = {"linestyle": "none", "marker": "o", "markersize": 9.5, "markerfacecolor": "none",
               "markeredgewidth": 1.5, "color": style.GREY, "label": "LLM-42 (H100 PCIe)"}
 _FAINT = {"linewidth": 1.1, "alpha": 0.6, "markersize": 4}
@@ -60,13 +61,15 @@ def window_chart(rows: pd.DataFrame, *, windows: Sequence[int] = (), points: pd.
 
 def per_token(axes: Axes, rows: pd.DataFrame, windows: Sequence[int], *, points: pd.DataFrame | None = None,
               recorded: pd.DataFrame | None = None) -> None:
-    """Milliseconds a token over `windows`, evenly spaced; the area under the first curve filled, as published.
+    """Milliseconds a token over `windows`, evenly spaced.
 
-    points: the published ones, as hollow marks; recorded: another machine's rows, thin, named in column `machine`.
+    points: the published ones, as hollow marks over a green area, as published; recorded: another machine's rows, thin,
+    named in column `machine`.
     """
-    drawn = _lines(axes, rows, windows, divided=True)
-    if drawn:
-        axes.fill_between(*drawn[0].get_data(), color=style.GREEN, alpha=0.3, linewidth=0, zorder=1)
+    _lines(axes, rows, windows, divided=True)
+    if points is not None:
+        axes.fill_between(style.positions(points.tokens, windows, log=False), points.read_off_ms_per_token,
+                          color=style.GREEN, alpha=0.18, linewidth=0, zorder=1)
     _add_others(axes, windows, points, recorded, divided=True)
     style.token_axis(axes, windows)
     axes.set(xlabel="Number of Tokens", ylabel="Latency per Token (ms)")
@@ -85,6 +88,10 @@ def whole_pass(axes: Axes, rows: pd.DataFrame, windows: Sequence[int], *, points
     style.token_axis(axes, windows, log=True)
     axes.set(xlabel="Number of Tokens", ylabel="Time a pass (ms)", yscale="log")
     _finish(axes, log=True)
+
+
+def colour(curve: str, ops: str) -> str:
+    return INVARIANT[curve] if ops == "invariant" else CURVES[curve][0]
 
 
 def in_order(rows: pd.DataFrame) -> list[tuple[str, str]]:
@@ -110,7 +117,8 @@ def caption(model: str, where: str) -> str:
     """What was measured, where, and by which clock."""
     return (f"{model}, one request, empty prefix · {where} · clock: host wall time of a pass, medians, band 5-95 %\n"
             "paper: prepare the batch, eager forward, token back on the host · graph: forward and argmax in one graph "
-            "· invariant ops: this suite's, where it has the op")
+            "· invariant ops: this suite's, where it has the op\nleft: windows evenly spaced, time from zero · right: "
+            "both axes logarithmic · hatched bands: invariant ops")
 
 
 def _lines(axes, rows, windows, *, divided=False, faint=False) -> list[Line2D]:
@@ -118,11 +126,12 @@ def _lines(axes, rows, windows, *, divided=False, faint=False) -> list[Line2D]:
     lines = []
     for curve, ops in in_order(rows):
         mine = rows[(rows.curve == curve) & (rows.ops == ops)].sort_values("tokens")
-        color, marker, words = CURVES[curve]
+        color, (_, marker, words) = colour(curve, ops), CURVES[curve]
         x, share = style.positions(mine.tokens, windows, log=not divided), mine.tokens if divided else 1
         low, middle, high = (mine[column] / share for column in ("ms_p05", "ms_p50", "ms_p95"))
         if not faint:
-            axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+            axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0,
+                              hatch="////" if ops == "invariant" else None)
         look = {"color": color, "marker": marker, "linestyle": "-" if ops == "default" else (0, (4, 2)),
                 "label": words if ops == "default" else f"{curve}, invariant ops", "zorder": 3}
         lines += axes.plot(x, middle, **look | (_FAINT | {"label": "_"} if faint else {}))

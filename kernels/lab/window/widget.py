@@ -13,7 +13,7 @@ import torch
 
 from ... import runtime
 from ...model.config import PRESETS, preset
-from .. import bench, records
+from .. import bench, records, style
 from ..widgets import jobs, parts
 from ..widgets.base import Measuring
 from ..widgets.process import process_bytes
@@ -271,16 +271,16 @@ def table_html(rows: pd.DataFrame) -> str:
     lines = window_chart.in_order(rows)
     cells = {(r.curve, r.ops, r.tokens): f"{r.ms_p50:,.4g}</td><td style='{parts.CELL}'>{r.ms_per_token_p50:,.3g}"
              for r in rows.itertuples()}
-    head = "".join(f'<th style="{parts.CELL};color:{window_chart.CURVES[curve][0]}">{curve}, {ops}</th>'
-                   f'<th style="{parts.CELL}">a token</th>' for curve, ops in lines)
+    head = "".join(f'<th style="{parts.CELL};border-bottom:3px solid {window_chart.colour(curve, ops)}">{curve}, {ops}'
+                   f'</th><th style="{parts.CELL}">a token</th>' for curve, ops in lines)
     empty = f"-</td><td style='{parts.CELL}'>-"
     body = "".join(f'<tr><td style="{parts.CELL}">{t:,}</td>' + "".join(
         f'<td style="{parts.CELL}">{cells.get((*line, t), empty)}</td>' for line in lines) + "</tr>"
         for t in sorted(rows.tokens.unique()))
-    return (f'<table style="border-collapse:collapse;font-size:12px;line-height:1.5">'
+    return (f'<table style="{style.TABLE}">'
             f'<tr style="border-bottom:1px solid #bbb"><th style="{parts.CELL}">tokens</th>{head}</tr>{body}</table>'
-            '<div style="font-size:11px;color:#666;margin-top:2px">Medians in ms: a pass, and a pass divided by its '
-            'tokens.</div>')
+            '<div style="font-size:11px;color:var(--jp-ui-font-color2,#555);margin-top:2px">Medians in ms: a pass, and '
+            'a pass divided by its tokens.</div>')
 
 
 def _dtype() -> torch.dtype:

@@ -429,6 +429,17 @@ def test_shares_fit_into_a_cell(value, text):
     assert atlas_chart.share(value) == text
 
 
+def _many():
+    return pd.DataFrame([_row(f"op{i}", name, "same") for i in range(80) for name in ("run", "batch")])
+
+
+def test_a_long_table_has_two_halves_with_heads_of_their_own_or_one_column():
+    halves, one = (atlas_chart.atlas_chart({"here": _many()}, halves=halves) for halves in (True, False))
+    assert [text for text in _texts(halves) if text.startswith("here")] == ["here", "here, continued"]
+    assert [text for text in _texts(one) if text.startswith("here")] == ["here"]
+    assert one.get_figwidth() < 7 < halves.get_figwidth() and {"op0", "op79"} <= set(_texts(one))
+
+
 def test_a_chart_of_nothing_is_refused():
     with pytest.raises(ValueError, match="no row"):
         atlas_chart.atlas_chart({})

@@ -289,3 +289,11 @@ def test_text_from_a_record_is_escaped(data):
 
 def test_what_a_saved_notebook_keeps(data):
     assert repr(Atlas(out=data)) == "Atlas(): run this cell in JupyterLab to use it"
+
+
+def test_the_chart_fits_a_notebook_and_the_table_brings_its_own_paper():
+    widget = Atlas()
+    assert int(widget.chart.layout.width.removesuffix("px")) <= 800, "beside JupyterLab's own panels at 1400 pixels"
+    assert widget.layout.max_width == "100%"
+    table = re.search(r'<table style="([^"]*)"', widget.table.value)[1]
+    assert "background:#ffffff" in table and "color:#262626" in table, "its ticks are dark, and a page may be too"
