@@ -2,13 +2,15 @@
 from . import bits, runtime  # runtime chooses Triton's interpreter where there is no GPU, before Triton is imported
 from .arithmetic import elementary, sums, tensor_core
 from .op import Op
+from .ops.attention.op import attention_chunk, attention_decode, attention_prefill
 from .ops.matmul.op import matmul
 from .ops.mean import mean, sum
 from .ops.rms_norm import rms_norm
 from .ops.softmax import log_softmax, softmax
 
-OPS: dict[str, Op] = {op.name: op for op in (rms_norm, softmax, log_softmax, sum, mean, matmul)}
+OPS: dict[str, Op] = {op.name: op for op in (rms_norm, softmax, log_softmax, sum, mean, matmul,
+                                           attention_decode, attention_prefill, attention_chunk)}
 
 # without `sum`: import * must not hide Python's own
-__all__ = ["OPS", "Op", "bits", "elementary", "log_softmax", "matmul", "mean", "rms_norm", "runtime", "softmax", "sums",
-           "tensor_core"]
+__all__ = ["OPS", "Op", "attention_chunk", "attention_decode", "attention_prefill", "bits", "elementary",
+           "log_softmax", "matmul", "mean", "rms_norm", "runtime", "softmax", "sums", "tensor_core"]

@@ -20,6 +20,7 @@ VERBS = {
     "tune": ("tuning.tune", "find this GPU's fastest schedules of the matrix product"),
     "digests": ("proofs.digests", "record what bits ops have, or redo what is recorded (--check)"),
     "certificates": ("proofs.certificates", "prove this GPU's stored schedules of the matrix product again"),
+    "attention": ("proofs.attention", "compute random sequences in seven ways, and count bits that move"),
     "tensor-core": ("proofs.tensor_core", "compare this GPU's tensor cores with their model"),
     "code": ("proofs.generated_code", "compile an op's schedules ahead of time and count instructions"),
     "atlas": ("atlas.measure", "test PyTorch's own ops for what moves their bits"),

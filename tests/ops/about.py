@@ -10,7 +10,19 @@ import numpy as np
 import pytest
 import reference
 import torch
-from common import HERE, INF, NAN, dtypes, made, needs_triton, numbers, seeds, tensors_and_dims, whole_inputs
+from common import (
+    HERE,
+    INF,
+    NAN,
+    ROW_OPS,
+    dtypes,
+    made,
+    needs_triton,
+    numbers,
+    seeds,
+    tensors_and_dims,
+    whole_inputs,
+)
 from hypothesis import strategies as st
 
 from kernels import OPS, runtime
@@ -68,7 +80,7 @@ def cases(name, *implementations):
     """One test for each op, implementation and point of this name."""
     asked.add(name)
     found = []
-    for op, how in ((op, how) for op in OPS.values() for how in implementations or [None]):
+    for op, how in ((op, how) for op in ROW_OPS.values() for how in implementations or [None]):
         points = ABOUT[op.name].points.get(name, ())
         if isinstance(points, dict):
             points = next((p for names, p in points.items() if how in names.split()), ())

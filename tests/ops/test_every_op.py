@@ -7,7 +7,20 @@ from functools import cache, partial
 import pytest
 import torch
 from about import ABOUT, ARRAY, asked, cases, rows
-from common import INF, NAN, both, every_dtype, every_op, exchanged, made, needs_triton, results, tensors, views
+from common import (
+    INF,
+    NAN,
+    ROW_OPS,
+    both,
+    every_dtype,
+    every_op,
+    exchanged,
+    made,
+    needs_triton,
+    results,
+    tensors,
+    views,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 
 
 def test_every_op_is_in_the_table():
-    assert ABOUT.keys() == OPS.keys()
+    assert ABOUT.keys() == ROW_OPS.keys()
     assert all(about.points.keys() <= asked | {"streams"} for about in ABOUT.values())
 
 
@@ -271,7 +284,7 @@ def refused(op):
 
 
 every_refusal = pytest.mark.parametrize(("op", "case"), [
-    pytest.param(op, case, id=f"{op.name}-{case}") for op in OPS.values() for case in refused(op)])
+    pytest.param(op, case, id=f"{op.name}-{case}") for op in ROW_OPS.values() for case in refused(op)])
 
 
 @cache
@@ -433,7 +446,7 @@ def test_a_cpu_and_a_gpu_specify_the_same_bits(op, point):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("op", "case"), [(op, i) for op in OPS.values() for i in range(len(ABOUT[op.name].far))],
+@pytest.mark.parametrize(("op", "case"), [(op, i) for op in ROW_OPS.values() for i in range(len(ABOUT[op.name].far))],
                          ids=lambda value: getattr(value, "name", value))
 def test_strides_beyond_32_bits_on_a_gpu(op, case):
     point, schedules = ABOUT[op.name].far[case]
@@ -488,7 +501,7 @@ print("the same bits")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [name for name in OPS if "graphs" in ABOUT[name].points])
+@pytest.mark.parametrize("name", [name for name in ROW_OPS if "graphs" in ABOUT[name].points])
 def test_the_second_call_of_a_process_can_be_captured(name):
     count, shape, dtype = ABOUT[name].points["graphs"][0].split()
     code = IN_A_COLD_PROCESS.format(op=name, rows=count, shape=shape, dtype=dtype)
@@ -497,7 +510,7 @@ def test_the_second_call_of_a_process_can_be_captured(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [name for name in OPS if "streams" in ABOUT[name].points])
+@pytest.mark.parametrize("name", [name for name in ROW_OPS if "streams" in ABOUT[name].points])
 def test_several_streams_at_once_on_a_gpu(name):
     """A workspace belongs to one call and one stream."""
     op = OPS[name]

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from common import ROW_OPS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ from kernels.lab import records
 from kernels.lab.proofs import digests
 from kernels.op import DTYPES, Shape, Work, dtype_name
 
-every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+every_op = pytest.mark.parametrize("op", ROW_OPS.values(), ids=ROW_OPS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
 names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,6}", fullmatch=True).filter(lambda n: n != "self")
@@ -251,11 +252,20 @@ def test_a_gpu_recorded_digests():
     assert any((records.load(digests.DIGESTS, m)["implementation"] == "triton").all() for m in machines)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ROW_OPS)
 def test_a_gpu_recorded_thousands_of_rows(op):
     for machine, many in many_rows():
         for dtype in ("bfloat16", "float32"):
             assert many[(many["op"] == op) & (many["dtype"] == dtype)]["shape"].nunique() >= 2, (machine, op, dtype)
+
+
+@pytest.mark.parametrize("op", digests.QUERIES)
+def test_a_gpu_recorded_attention_and_its_cases_are_named_once(op):
+    cases = set(digests.cases(OPS[op]))
+    assert len(cases) == len(list(digests.cases(OPS[op]))) == 8
+    rows = records.load(digests.DIGESTS, "h200")
+    mine = rows[rows.op == op]
+    assert {digests.Case(r.op, r.dtype, r.shape, r.rows, r.seed, r.input) for r in mine.itertuples()} == cases
 
 
 SMALL = digests.Case("rms_norm", "bfloat16", "D=100,residual", 9, 4, "wide")

@@ -44,6 +44,10 @@ _MANY_SHAPES = {"rms_norm": ("D=4096,residual", "D=1000"), "sum": ("D=1000", "D=
 MANY = {(op, shape, dtype) for op, shapes in _MANY_SHAPES.items() for shape in shapes
         for dtype in ("bfloat16", "float32")}
 FEW_ROWS, FEW_ADVERSARIAL_ROWS = 8, 3  # a CPU takes 0.1 us for an exponential
+# attention: (shape, rows) of sequences that cross blocks and leaves; a row is a query, of all heads
+QUERIES = {"attention_decode": (("H=8,KV=2,D=128,context=1500", 2), ("H=4,KV=1,D=64,context=2100", 2)),
+           "attention_prefill": (("H=4,KV=2,D=128", 260), ("H=4,KV=1,D=80", 150)),
+           "attention_chunk": (("H=4,KV=2,D=128,context=1000", 40), ("H=4,KV=2,D=64,context=2040", 16))}
 FEW = {(op, shape) for op in ("softmax", "log_softmax") for shape in ("D=32000", "D=40000")}
 
 
@@ -60,7 +64,11 @@ class Case:
 
 
 def cases(op: Op, seed: int = 0) -> Iterator[Case]:
-    """Every case of an op: its shapes, dtypes, portable inputs and each adversarial kind."""
+    """Every case of an op: its shapes, dtypes, portable inputs and each adversarial kind; attention has two seeds."""
+    if op.name in QUERIES:
+        yield from (Case(op.name, dtype, shape, rows, seed + i, "portable") for shape, rows in QUERIES[op.name]
+                    for dtype in ("bfloat16", "float16") for i in range(2))
+        return
     for shape in SHAPES.get(op.name, op.shapes):
         for dtype in DTYPES:
             few = (op.name, shape) in FEW
@@ -71,9 +79,14 @@ def cases(op: Op, seed: int = 0) -> Iterator[Case]:
 
 
 def arguments(case: Case, device="cpu") -> tuple:
-    """The op's own inputs. For an adversarial kind, each per-token argument i is made with seed + i instead."""
+    """The op's own inputs; attention's result has lse besides, which is float32.
+
+    For an adversarial kind, each per-token argument i is made with seed + i instead.
+    """
     op, dtype, portable = OPS[case.op], DTYPES[case.dtype], case.input == "portable"
     made = list(op.inputs(case.rows if portable else 1, Shape.parse(case.shape), dtype, device, case.seed))
+    if case.op in QUERIES:
+        made += [0, True]  # no window, with lse
     for i in () if portable else op.per_token:
         if made[i] is not None:
             row = made[i].shape[1:]

@@ -60,7 +60,7 @@ def sweep_chart(rows: pd.DataFrame, *, clock: str, title: str = "", log: bool = 
         if ceiling and len(rows):  # last, so that it does not stretch the time axis
             notes.append(ceiling_line(axes, rows, counts, ceiling, log=log, unit=unit))
         _head(axes, title, lines, notes)
-        style.caption(figure, _caption(rows, machine, clock))
+        style.caption(figure, _caption(rows, machine, clock, log))
     return figure
 
 
@@ -223,10 +223,10 @@ def _overlay_label(overlay, rows, clock) -> str:
     return f"{name} ({', '.join(said)})"
 
 
-def _caption(rows, machine, clock) -> str:
+def _caption(rows, machine, clock, log) -> str:
     what = [f"{rows.op.iloc[0]} {rows['shape'].iloc[0]} {rows.dtype.iloc[0]}"] if len(rows) else []
     parts = [*([machine] if machine else []), *what, f"clock {clock}: {CLOCKS.get(clock, clock)}",
-             "medians, band 20-80 %"]
+             "medians, band 20-80 %", "both axes logarithmic" if log else "counts evenly spaced, time from zero"]
     return textwrap.fill(" · ".join(parts), 132)
 
 

@@ -23,7 +23,9 @@ from . import measure as sweep
 
 LONGEST_SHAPE = 80  # characters
 NO_ROWS = pd.DataFrame(columns=list(records.TOKEN_SWEEP.columns))
-FOR_A_CPU = {"rms_norm": "D=1024,residual", "matmul": "N=32,K=64"}  # quick in Triton's interpreter
+FOR_A_CPU = {"rms_norm": "D=1024,residual", "matmul": "N=32,K=64",  # quick in Triton's interpreter
+             "attention_prefill": "H=2,KV=1,D=16", "attention_chunk": "H=2,KV=1,D=16,context=32",
+             "attention_decode": "H=2,KV=1,D=16,context=32"}
 
 
 class TokenSweep(Measuring):
@@ -92,7 +94,7 @@ class TokenSweep(Measuring):
         counts = (1, 8, 32, 128, 256, 512, 1024, 2048, 4096) if gpu else (1, 2, 4, 8, 16, 32)
         self.op = w.Dropdown(description="Op", options=list(OPS), value=self._op.name, **labelled)
         self.dtype = w.Dropdown(description="Dtype", options=list(DTYPES), **labelled,
-                                value="bfloat16" if gpu else "float32")  # Triton's interpreter is wrong for bfloat16
+                                value=_first_dtype(self._op))
         self.shape = w.Combobox(description="Shape", value=shape, options=sorted({shape, *self._op.shapes}),
                                 continuous_update=False, placeholder=self._op.shapes[0], **labelled)
         self.clock = w.Dropdown(description="Clock", options=clocks, **labelled)
@@ -151,6 +153,8 @@ class TokenSweep(Measuring):
         self._op, self._rows, self._failures = OPS[self.op.value], {}, {}
         shape = _first_shape(self._op)
         self.shape.options, self.shape.value = sorted({shape, *self._op.shapes}), shape
+        if not runtime.HAS_GPU:
+            self.dtype.value = _first_dtype(self._op)
         self.published.value = False
         self._offer_contenders()
         self._load()
@@ -349,14 +353,14 @@ def table_html(rows: pd.DataFrame) -> str:
         return ""
     names = style.in_order(rows)
     cells = {(r.implementation, r.tokens): r for r in rows.itertuples()}
-    head = "".join(f'<th style="{parts.CELL};color:{style.contender(n)["color"]}">{html.escape(n)}</th><th></th>'
-                   for n in names)
+    head = "".join(f'<th style="{parts.CELL};border-bottom:3px solid {style.contender(n)["color"]}">{html.escape(n)}'
+                   '</th><th></th>' for n in names)
     lines = "".join(
         f'<tr><td style="{parts.CELL}">{t:,}</td>' + "".join(_cell(cells.get((n, t))) for n in names) + "</tr>"
         for t in sorted(rows.tokens.unique()))
-    return (f'<table style="border-collapse:collapse;font-size:12px;line-height:1.5">'
+    return (f'<table style="{style.TABLE}">'
             f'<tr style="border-bottom:1px solid #bbb"><th style="{parts.CELL}">tokens</th>{head}</tr>{lines}</table>'
-            '<div style="font-size:11px;color:#666;margin-top:2px">Median time a call. '
+            '<div style="font-size:11px;color:var(--jp-ui-font-color2,#555);margin-top:2px">Median time a call. '
             '✓ the bits of the largest batch, ✗ how many elements differ from it.</div>')
 
 
@@ -376,6 +380,11 @@ def _cell(row) -> str:
 def _first_shape(op: Op) -> str:
     """The shape the controls open on."""
     return op.shapes[0] if runtime.HAS_GPU else FOR_A_CPU.get(op.name, op.shapes[0])
+
+
+def _first_dtype(op: Op) -> str:
+    """The dtype the controls open on. Triton's interpreter is wrong for bfloat16, which attention works around."""
+    return "bfloat16" if runtime.HAS_GPU or op.name.startswith("attention") else "float32"
 
 
 def _shape_for(op: Op, text: str) -> str:

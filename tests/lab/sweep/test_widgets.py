@@ -832,12 +832,13 @@ def test_axes_say_what_they_show():
     assert axes.get_title(loc="left") == "Triton is fastest"
     assert figure.get_supxlabel().replace("\n", " ") == (
         "NVIDIA H200 · rms_norm D=8192,residual bfloat16 · clock cold: device time, inputs out of cache · "
-        "medians, band 20-80 %")
+        "medians, band 20-80 % · counts evenly spaced, time from zero")
     assert axes.get_ylim()[0] == 0
 
 
 def test_log_axes_stand_at_the_token_counts():
-    _, axes, strip = drawn(rows_of(), log=True)
+    figure, axes, strip = drawn(rows_of(), log=True)
+    assert figure.get_supxlabel().replace("\n", " ").endswith(" · both axes logarithmic")
     assert axes.get_xscale() == axes.get_yscale() == "log"
     assert list(strip.get_xticks()) == TOKENS
     ticks = [t.get_text() for t in axes.get_yticklabels()]

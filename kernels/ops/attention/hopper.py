@@ -1,0 +1,138 @@
+"""Causal attention of many queries on Hopper, written in Gluon: a schedule of the order in order.py.
+
+One warp copies tiles into shared memory. Two groups of four warps own 64 query rows each of a tile of 128 positions;
+tiles begin at multiples of 128 positions of their sequence, so that the block of keys on the diagonal is always the
+first one. Walking down from there, a group makes the scores of a block while the tensor cores still add the values of
+the block before it. At a leaf's end its sums join those of the newer leaves, which wait in shared memory; meanwhile
+the tensor cores make the next scores.
+hopper_jobs.py says which program does what. call.py imports this file on sm_90 alone.
+"""
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_wait
+
+from ...launch import Step, Tiles
+from ...runtime import Compiled, current_stream
+from ..matmul.descriptors import Descriptor
+from .form import Form
+from .hopper_jobs import jobs
+from .hopper_load import STAGES, produce
+from .hopper_parts import BLOCK, ROWS
+from .hopper_tile import consume
+from .sequences import Sequences
+
+
+def steps(form: Form, sequences: Sequences, rows: int, capacity: int, programs: int = 132) -> list[Step]:
+    """The launch for k, v (rows, capacity, kv_heads, width)."""
+    table = jobs(sequences.queries, sequences.keys, sequences.place, form.heads, programs)
+    return [step(form, sequences.tokens, rows, capacity, len(table), programs)]
+
+
+def step(form: Form, tokens: int, rows: int, capacity: int, waves: int, programs: int) -> Step:
+    """The launch for q (tokens, heads, width) and k, v (rows, capacity, kv_heads, width).
+
+    jobs_ptr points to the table of hopper_jobs.jobs, (waves, programs, 4); o_ptr to (tokens, heads, width), lse_ptr to
+    (tokens, heads) float32 or nothing, both contiguous.
+    """
+    high, keys = (ROWS.value, 1, form.columns), (1, BLOCK.value, 1, form.columns)
+    q_shape, k_shape = (tokens, form.heads, form.width), (rows, capacity, form.kv_heads, form.width)
+    q_strides, k_strides, v_strides = ((*form.strides[a:b], 1) for a, b in ((0, 2), (2, 5), (5, 8)))
+    return Step(kernel, programs,
+                {"q_desc": Tiles(form.dtype, q_shape, q_strides, high, with_layout),
+                 "k_desc": Tiles(form.dtype, k_shape, k_strides, keys, with_layout),
+                 "v_desc": Tiles(form.dtype, k_shape, v_strides, keys, with_layout),
+                 "o_desc": Tiles(form.dtype, q_shape, (form.heads * form.width, form.width, 1), high, with_layout),
+                 "o_ptr": form.dtype, "lse_ptr": torch.float32 if form.lse else None, "jobs_ptr": torch.int32},
+                {"waves": waves, "scale": form.scalars["scale"]},
+                {"HEADS": form.heads, "GROUP": form.group, "WIDTH": form.width}, {"num_warps": 4}, {"o_desc": "o_ptr"})
+
+
+class HopperReady:
+    """A call of certain sequences made ready on GPU `index`, sm_90: called with addresses, as `call.Ready` is.
+
+    rows, capacity  of k: its first two dimensions
+    Raises ValueError where q, k or v do not begin at a multiple of 16 bytes.
+    """
+
+    def __init__(self, form: Form, sequences: Sequences, rows: int, capacity: int, index: int):
+        programs = torch.cuda.get_device_properties(index).multi_processor_count
+        table = jobs(sequences.queries, sequences.keys, sequences.place, form.heads, programs)
+        self.table, self.index, self.lse = sequences.put(table), index, form.lse
+        self.step = step(form, sequences.tokens, rows, capacity, len(table), programs)
+        self.code = _compiled(form, len(table), programs, index)
+        self.described: dict[tuple, tuple] = {}
+
+    def __call__(self, q, k, v, y, sums, device):
+        described = self.described.get((q, k, v, y)) or self._described_at(q, k, v, y)
+        self.code(current_stream(self.index), *described, y, sums if self.lse else None, self.table.data_ptr())
+
+    def _described_at(self, *addresses) -> tuple:
+        """The descriptors at these addresses, kept: layers come back to the same few."""
+        if any(at % 16 for at in addresses):
+            raise ValueError("bulk copies need q, k and v at multiples of 16 bytes")
+        if len(self.described) >= 1024:
+            self.described.clear()
+        pointers = self.step.pointers
+        made = self.code.described([Descriptor(at, pointers[name]) for at, name in
+                                    zip(addresses, ("q_desc", "k_desc", "v_desc", "o_desc"), strict=True)])
+        self.described[addresses] = made
+        return made
+
+
+@cache
+def _compiled(form: Form, waves: int, programs: int, index: int) -> Compiled:
+    """The code, which does not depend on shapes; Triton keeps it, and this its numbers."""
+    return step(form, 1, 1, 1, waves, programs).compiled(index)
+
+
+def with_layout(descriptor) -> TensorDescriptor:
+    """A plain descriptor as Gluon wants it: with the layout of its tiles in shared memory."""
+    block = list(descriptor.block_shape)
+    dtype = gl.bfloat16 if descriptor.base.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    return TensorDescriptor(descriptor.base, descriptor.shape, descriptor.strides, block, layout)
+
+
+@gluon.jit(do_not_specialize=["waves"])
+def kernel(q_desc, k_desc, v_desc, o_desc, o_ptr, lse_ptr, jobs_ptr, waves, scale, HEADS: gl.constexpr,
+           GROUP: gl.constexpr, WIDTH: gl.constexpr, PDL: gl.constexpr):
+    """Programs do their columns of the table of jobs. scale: of the scores, times log2(e). Launched with 4 warps, which
+    are the first group. WIDTH: of a head, GROUP: heads of q that share keys. lse_ptr: (queries, heads), or None."""
+    if PDL:
+        gdc_wait()
+    WIDE: gl.constexpr = q_desc.block_shape[2]
+    dtype: gl.constexpr = q_desc.dtype
+    shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, WIDE], dtype)
+    q_tiles = gl.allocate_shared_memory(dtype, [2, ROWS, WIDE], shared)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, WIDE], shared)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, WIDE], shared)
+    held = gl.allocate_shared_memory(gl.float32, [2, WIDE // 8, 128, 4], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    staging = held._reinterpret(dtype, [4, ROWS, WIDE], shared)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_raw = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(v_raw, count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+    fence_async_shared()
+    gl.warp_specialize([
+        (consume, (o_desc, o_ptr, lse_ptr, jobs_ptr, q_tiles, k_tiles, v_tiles, held, staging, q_full, q_empty, k_full,
+                    v_full, waves, scale, 0, HEADS, WIDTH)),
+        (consume, (o_desc, o_ptr, lse_ptr, jobs_ptr, q_tiles, k_tiles, v_tiles, held, staging, q_full, q_empty, k_full,
+                    v_full, waves, scale, 1, HEADS, WIDTH)),
+        (produce, (q_desc, k_desc, v_desc, jobs_ptr, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, v_full, v_raw,
+                    waves, GROUP)),
+    ], [4, 1], [240, 24])

@@ -1,0 +1,111 @@
+"""Kind spread: a leaf of a tile of rows a program, and a second launch that joins each row's leaves, newest first."""
+from __future__ import annotations
+
+import torch
+
+from ...arithmetic.elementary import for_kernels
+from ...launch import Step
+from ...runtime import tl, triton
+from .form import Form
+from .leaf import finish, join, one_leaf, spans, wholly_seen
+from .schedule import Schedule
+from .walk import tile_of
+from .work import FIELDS, Work
+
+_FIELDS, _NONE = map(for_kernels, (FIELDS, float("-inf")))
+
+
+def steps(schedule: Schedule, form: Form, work: Work) -> list[Step]:
+    """The two launches."""
+    parts = schedule.parts if form.columns == 128 else 1
+    count = work.slots * form.kv_heads * schedule.rows  # of partial rows
+    sizes = {"ROWS": schedule.rows, "LEAF": work.leaf}
+    heads = {name: form.constants[name] for name in ("HEADS", "GROUP", "D", "WIDTH", "WINDOW")}
+    first = Step(spread_kernel, len(work.leaves) * form.kv_heads * parts,
+                 {**form.inputs, "part_ptr": torch.float32}, {**form.scalars, "count": count},
+                 {**form.constants, **sizes, "PARTS": parts, "STAGES": schedule.stages}, {"num_warps": schedule.warps},
+                 named={"work_ptr": "leaves_ptr"}, leaves=count * (form.columns + 2))
+    second = Step(join_kernel, len(work.tiles) * form.kv_heads * work.most,
+                  {"part_ptr": torch.float32, "work_ptr": torch.int32, **form.outputs},
+                  {"count": count, "most": work.most, "window": form.window},
+                  {**heads, "LSE": form.lse, **sizes}, {"num_warps": 1})
+    return [first, second]
+
+
+@triton.jit
+def spread_kernel(q_ptr, k_ptr, v_ptr, pages_ptr, work_ptr, part_ptr, q_token, q_head, k_batch, k_row, k_head,
+                  v_batch, v_row, v_head, table_width, window, scale, count, HEADS: tl.constexpr, GROUP: tl.constexpr,
+                  D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, ADDER: tl.constexpr,
+                  ROWS: tl.constexpr, LEAF: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+                  PDL: tl.constexpr):
+    """One leaf of a tile of rows of one kv head a program; its m, l and acc are left in `part`.
+
+    part: `count` rows of WIDTH numbers acc, then as many m, then as many l; row (slot, kv head, row of the tile).
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    KV_HEADS: tl.constexpr = HEADS // GROUP
+    VALUES: tl.constexpr = WIDTH // PARTS
+    value0 = tl.program_id(0) % PARTS * VALUES
+    line_ptr = work_ptr + tl.program_id(0) // (PARTS * KV_HEADS) * _FIELDS
+    head = tl.program_id(0) // PARTS % KV_HEADS
+    q, position, at, real, least, newest = tile_of(line_ptr, q_ptr, q_token, q_head, head, HEADS, GROUP, D, WIDTH, ROWS)
+    length = tl.load(line_ptr + 4)
+    k_ptr, v_ptr, pages_ptr = spans(line_ptr, k_ptr, v_ptr, pages_ptr, head, k_batch, k_head, v_batch, v_head,
+                                    table_width, PAGE)
+    oldest = 0
+    if WINDOW:
+        oldest = tl.maximum(least - window + 1, 0)
+    leaf = tl.load(line_ptr + 6)
+    if wholly_seen(leaf, least, newest, window, LEAF, WINDOW):
+        m, part, acc = one_leaf(q, k_ptr, v_ptr, pages_ptr, k_batch, k_row, v_batch, v_row, leaf, newest, oldest,
+                                length, position, window, scale, value0, VALUES, D, PAGE, WINDOW, False, LEAF, STAGES,
+                                ADDER)
+    else:
+        m, part, acc = one_leaf(q, k_ptr, v_ptr, pages_ptr, k_batch, k_row, v_batch, v_row, leaf, newest, oldest,
+                                length, position, window, scale, value0, VALUES, D, PAGE, WINDOW, True, LEAF, STAGES,
+                                ADDER)
+    row = (tl.load(line_ptr + 7).to(tl.int64) * KV_HEADS + head) * ROWS + tl.arange(0, ROWS)
+    value = value0 + tl.arange(0, VALUES)
+    tl.store(part_ptr + row[:, None] * WIDTH + value[None, :], acc, mask=real[:, None])
+    if value0 == 0:
+        m_ptr = part_ptr + tl.cast(count, tl.int64) * WIDTH
+        tl.store(m_ptr + row, m, mask=real)
+        tl.store(m_ptr + count + row, part, mask=real)
+
+
+@triton.jit
+def join_kernel(part_ptr, work_ptr, o_ptr, lse_ptr, count, most, window, HEADS: tl.constexpr, GROUP: tl.constexpr,
+                D: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, LSE: tl.constexpr, ROWS: tl.constexpr,
+                LEAF: tl.constexpr, PDL: tl.constexpr):
+    """One row of o a program: the leaves that it sees, the newest first. `most` programs a tile and kv head."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    KV_HEADS: tl.constexpr = HEADS // GROUP
+    inner = tl.program_id(0) % most
+    head = tl.program_id(0) // most % KV_HEADS
+    line_ptr = work_ptr + tl.program_id(0) // most // KV_HEADS * _FIELDS
+    row = tl.load(line_ptr + 1) + inner
+    if row < tl.load(line_ptr + 2):
+        position = tl.load(line_ptr + 3) + row // GROUP
+        newest = position // LEAF
+        oldest = 0
+        if WINDOW:
+            oldest = tl.maximum(position - window + 1, 0) // LEAF
+        slot = tl.load(line_ptr + 7) + tl.load(line_ptr + 6) - newest
+        step = KV_HEADS * ROWS
+        at = (slot.to(tl.int64) * KV_HEADS + head) * ROWS + inner + tl.arange(0, 1)
+        column = tl.arange(0, WIDTH)
+        m_ptr = part_ptr + tl.cast(count, tl.int64) * WIDTH
+        M = tl.full([1], _NONE, tl.float32)
+        L = tl.zeros([1], tl.float32)
+        A = tl.zeros([1, WIDTH], tl.float32)
+        for _ in tl.range(newest - oldest + 1, loop_unroll_factor=8):
+            acc = tl.load(part_ptr + at[:, None] * WIDTH + column[None, :])
+            M, L, A = join(M, L, A, tl.load(m_ptr + at), tl.load(m_ptr + count + at), acc)
+            at += step
+        query = tl.load(line_ptr).to(tl.int64) + row // GROUP
+        number = query * HEADS + head * GROUP + row % GROUP + tl.arange(0, 1)
+        finish(M, L, A, o_ptr, lse_ptr, number, number >= 0, column, D, LSE)

@@ -1,0 +1,58 @@
+"""Compiles attention's kernels for a GPU that need not be here: jobs as JSON from stdin, their code to stdout.
+
+A job is [schedule, target, width, page, window, dtype]; its code one entry a launch: [ptx, bytes of shared memory].
+"""
+import json
+import sys
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from kernels.lab.proofs.generated_code import bare_ptx
+from kernels.op import DTYPES
+from kernels.ops.attention import Sequences
+from kernels.ops.attention.call import launches
+from kernels.ops.attention.form import Form
+from kernels.ops.attention.order import LEAF
+from kernels.ops.attention.schedule import Schedule
+
+
+class Absent:
+    """A GPU that is not there, as Triton asks for it."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.target, 32)
+
+    def get_current_device(self):
+        return self.target
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def steps(schedule, width, page, window, dtype):
+    """The launches for 4 queries on 4096 keys, 32 heads on 8."""
+    pages = [list(range(4096 // page))] if page else None
+    sequences = Sequences([4], [4096], pages=pages, page_size=page or None)
+    q = torch.empty(4, 32, width, dtype=DTYPES[dtype], device="meta")
+    k = torch.empty(*((4096 // page, page) if page else (1, 4096)), 8, width, dtype=DTYPES[dtype], device="meta")
+    return launches(Schedule.parse(schedule), Form.of(q, k, k, sequences, window, True), sequences, LEAF)[0]
+
+
+def compiled(schedule, target, width, page, window, dtype):
+    driver.set_active(Absent(target))
+    found = []
+    for step in steps(schedule, width, page, window, dtype):
+        given = (*step.examples("cpu"), *step.arguments(target >= 90))
+        kernel = step.kernel.warmup(*given, grid=(1,), **step.compile_options(target >= 90))
+        found.append([bare_ptx(kernel.asm["ptx"]), kernel.metadata.shared])
+    return found
+
+
+if __name__ == "__main__":
+    out, sys.stdout = sys.stdout, sys.stderr
+    json.dump([compiled(*job) for job in json.load(sys.stdin)], out)

@@ -1,0 +1,37 @@
+"""Every query of every head is in exactly one job of Hopper's attention kernel, whatever the lengths."""
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.ops.attention.hopper_jobs import FIXED, TILE, jobs
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 900), st.integers(0, 900)), max_size=6), st.integers(1, 5), st.integers(1, 40))
+def test_jobs_cover_each_query_once(lengths, heads, programs):
+    queries = np.array([q for q, _ in lengths], dtype=np.int64)
+    keys = np.array([q + more for q, more in lengths], dtype=np.int64)
+    place = np.arange(len(lengths))[::-1].copy()
+    table = jobs(queries, keys, place, heads, programs)
+    assert table.shape[1:] == (programs, 4) and table.dtype == np.int32
+    seen = np.zeros((int(queries.sum()), heads), dtype=np.int64)
+    starts = np.cumsum(queries) - queries
+    for row, where, tile, packed in table.reshape(-1, 4):
+        if tile < 0:
+            continue
+        head, first, last = packed & 0xFFFF, packed >> 16 & 0x7F, packed >> 24
+        seen[row + first : row + last + 1, head] += 1
+        i = int(np.flatnonzero(place == where)[0])
+        position = keys[i] - queries[i] + (row + first - starts[i])
+        assert position == tile * TILE + first  # tiles begin at multiples of 128 positions
+    assert (seen == 1).all()
+
+
+def test_a_program_has_its_jobs_without_gaps_and_no_more_than_its_share():
+    count = np.array([8192])
+    table = jobs(count, count, np.array([0]), 32, 132)
+    there = table[:, :, 2] >= 0
+    assert (np.diff(there.astype(int), axis=0) <= 0).all() and there.sum() == 64 * 32
+    cost = np.where(there, table[:, :, 2] + 1 + FIXED, 0).sum(0)
+    assert cost.max() < 1.01 * cost.mean()
+    assert table[0, :, 2].min() >= 59  # the longest first
