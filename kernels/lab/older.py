@@ -43,9 +43,8 @@ def known_as(op: str) -> frozenset[str]:
 def of_stored(op: str) -> str:
     """`source` of every launch that the tables of this suite's GPUs choose for an op."""
     known, found = OPS[op], []
-    read = getattr(known.call.Schedule, "parse", None)  # the matrix product alone has tables
-    for gpu in ("h100", "h200") if read else ():
-        for dtype, shapes in tables.load(gpu, read).get(op, {}).items():
+    for gpu in ("h100", "h200") if op == "matmul" else ():  # which alone has tables
+        for dtype, shapes in tables.load(gpu, known.call.Schedule.parse).get(op, {}).items():
             found += [provenance.launches(known, str(schedule), dtype, Shape(N=n, K=k), tokens)
                       for (n, k), column in shapes.items() for tokens, schedule in column.items()]
     return closure.digest(*map(closure.of_launches, found))

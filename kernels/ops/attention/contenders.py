@@ -87,24 +87,24 @@ FROZEN = Schedule("walk", 128, 8, 2)
 
 
 def extras(call) -> dict[str, Callable]:
-    """Contenders by name: one schedule for all calls, each of SDPA's backends, and FlashAttention-3 where it is."""
+    """Contenders by name: one schedule for all calls, each of SDPA's backends, and FlashAttention-3."""
     def frozen(q, k, v, sequences, window=0, lse=False):
         """Batch invariance as it is usually had: one schedule, one program for all of a row's keys."""
         return call.run_schedule(FROZEN, q, k, v, sequences, window, lse)
 
-    found = {"frozen": frozen, **{name: partial(sdpa, backend=backend) for name, backend in BACKENDS.items()}}
-    try:
-        from fa3_fwd_interface import flash_attn_func  # noqa: F401
-        found["flash_attention_3"] = flash_attention_3
-    except (ImportError, RuntimeError, OSError):
-        pass
-    return found
+    backends = {name: partial(sdpa, backend=backend) for name, backend in BACKENDS.items()}
+    return {"frozen": frozen, **backends, "flash_attention_3": flash_attention_3}
 
 
 def flash_attention_3(q, k, v, sequences: Sequences, window: int = 0, lse: bool = False):
-    """FlashAttention-3 (package fa3-fwd) with splits of its own choice; sequences of one length without pages."""
-    from fa3_fwd_interface import flash_attn_func
+    """FlashAttention-3 (package fa3-fwd) with splits of its own choice; sequences of one length without pages.
 
+    Raises Unavailable for anything else, and where the package is not installed or does not run.
+    """
+    try:
+        from fa3_fwd_interface import flash_attn_func
+    except (ImportError, RuntimeError, OSError) as error:
+        raise Unavailable(f"flash_attention_3: {error}") from None
     order.check(q, k, v, sequences, window, lse)
     queries, keys = set(sequences.queries.tolist()), set(sequences.keys.tolist())
     if lse or window or sequences.pages is not None or len(queries) != 1 or len(keys) != 1:

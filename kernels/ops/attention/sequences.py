@@ -10,13 +10,16 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 
-from ...runtime import current_stream
-
 _NUMBERS = itertools.count(1)
 _LIVE: WeakValueDictionary[int, Sequences] = WeakValueDictionary()
 _LARGEST = 2**31 - 1
-_TABLES: dict[tuple, tuple[torch.Tensor, int]] = {}  # the last few, each with the stream that may read it
-_MOST = 64
+_MOST = 64  # tables kept
+
+
+class _Kept:
+    """The last few tables on devices, each with the stream that may read it."""
+
+    tables: dict[tuple, tuple[torch.Tensor, int]] = {}
 
 
 class Sequences:
@@ -128,17 +131,17 @@ class Sequences:
         Raises RuntimeError while a graph is captured, unless it is there already.
         """
         array = np.ascontiguousarray(array, dtype=np.int32)
-        stream = current_stream(self.device.index) if self.device.type == "cuda" else 0
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
         capturing = stream and torch.cuda.is_current_stream_capturing()
         key = self.device, array.shape, blake2b(array.tobytes()).digest()
-        found, home = _TABLES.get(key, (None, 0))
+        found, home = _Kept.tables.get(key, (None, 0))
         if found is None or home != stream and not capturing:  # a capture waits for all that was before it
             if capturing:
                 raise RuntimeError("these sequences' tables are not on the GPU yet: call attention with them once "
                                    "before a graph is captured")
-            if len(_TABLES) >= _MOST:
-                _TABLES.pop(next(iter(_TABLES)))
-            _TABLES[key] = found, _ = _copied(array, self.device), stream
+            if len(_Kept.tables) >= _MOST:
+                _Kept.tables.pop(next(iter(_Kept.tables)))
+            _Kept.tables[key] = found, _ = _copied(array, self.device), stream
         return found
 
     def keys_of(self, i: int, cache: torch.Tensor) -> torch.Tensor:

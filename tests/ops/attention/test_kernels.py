@@ -228,7 +228,7 @@ def test_empty_calls_have_empty_results(op):
     assert op.triton(ones(0, 4, 8), cache[:0], cache[:0], Sequences([], [], HERE)).shape == (0, 4, 8)
 
 
-@every_op
+@pytest.mark.parametrize("op", [attention_chunk], ids=lambda op: op.name)  # the three share one call
 def test_torch_compile_keeps_the_bits(op, monkeypatch):
     monkeypatch.undo()
     torch._dynamo.reset()
