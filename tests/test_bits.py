@@ -288,6 +288,13 @@ def test_only_per_token_arguments_are_cut():
     assert seen == [(9, (4,), 9), (3, (4,), 3), (9, (4,), None), (3, (4,), None)]
 
 
+def test_the_largest_of_several_distances_is_named():
+    """1, 3 and 2 units in the last place."""
+    x = torch.ones(4, 3)
+    far = 1.0 + torch.tensor([1.0, 3.0, 2.0]) * 2.0**-23
+    assert check_invariance(lambda a: a * far if len(a) == 1 else a, (x,), batches=[slice(0, 1)]).largest_ulp == 3
+
+
 def test_a_nan_or_a_signed_zero_that_moves_is_caught():
     x = torch.zeros(4, 2)
     zero = check_invariance(lambda a: -a if len(a) == 1 else a, (x,), batches=[slice(0, 1)])

@@ -6,6 +6,7 @@ tests/tensor_core_mmasim.csv holds what Microsoft's MMA-Sim (package mmasim 2.1.
     python tests/test_tensor_core.py
 """
 import csv
+import math
 import subprocess
 import sys
 from fractions import Fraction
@@ -565,6 +566,11 @@ def test_the_check_counts_mismatches(dtype):
     assert {row["mismatches"] for row in rows if row["instruction"] == "right" or row["k"] == 64} == {0}
     assert sum(row["mismatches"] for row in rows) > 5
     assert sum(row["not_nearest"] for row in rows) > 100 and sum(row["nan"] for row in rows) > 100
+
+
+def test_the_check_counts_each_kind_of_result_once():
+    y = torch.tensor([0.0, -0.0, 2.0**-126, 2.0**-127, -(2.0**-149), 1.0, math.inf, -math.inf, -math.inf, math.nan])
+    assert check_tensor_core._counts(y) == {"nan": 1, "infinite": 3, "subnormal": 2, "zero": 2}
 
 
 @pytest.mark.skipif(runtime.HAS_GPU, reason="there is a GPU here")

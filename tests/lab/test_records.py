@@ -357,6 +357,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(tmp_path):
     assert taken == [1]
     rest = list(sweep.sweep(small_sweep(), done=records.TOKEN_SWEEP.read(tmp_path), progress=False))
     assert [rows[0]["tokens"] for rows in rest] == [2, 4]
+    assert sweep.to_measure(small_sweep(passes=2), records.TOKEN_SWEEP.read(tmp_path)) == small_sweep().points()
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):

@@ -435,6 +435,12 @@ def test_a_cache_of_impossible_size_is_refused(requests, capacity):
         Llama("tiny", device="cpu").cache(requests, capacity)
 
 
+def test_a_cache_may_hold_the_whole_context_and_no_more():
+    assert Llama("tiny", device="cpu").cache(1, 1024).capacity == 1024
+    with pytest.raises(ValueError, match="a cache of 1025 tokens is longer than tiny's context of 1024"):
+        Llama("tiny", device="cpu").cache(1, 1025)
+
+
 @pytest.mark.parametrize("change, message", [
     ({"window": 9}, "window of 9 tokens after 0 is longer than the cache of 8"),
     ({"prefix": 5}, "window of 4 tokens after 5 is longer than the cache of 8"),

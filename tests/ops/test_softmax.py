@@ -81,6 +81,13 @@ def test_the_specification_of_long_rows_is_the_pencil(op, width):
 
 
 @every_op
+def test_32_chunks_are_still_one_segment(op):
+    """The seed is chosen so that segments of 8 would move bits."""
+    x = rising(1, 32 * 1024, seed=8, device="cpu")
+    assert same_bits(op.python(x), pencil(op, x)) and elements_differ(pencil(op, x), pencil(op, x, whole=31)) > 0
+
+
+@every_op
 @pytest.mark.parametrize(("x", "whole", "segment", "others"), [
     (FEW_CHUNKS, 32, 8, [1, 2, 4, 8]), (SHORT_SEGMENTS, 2, 2, [1, 3, 4, 8, 99]), (LONG, 32, 8, [4, 16, 32, 99])],
     ids=["one segment", "segments of 2", "segments of 8"])

@@ -159,6 +159,17 @@ def test_a_difference_seen_once_is_not_recorded_as_a_finding():
     assert row["verdict"] == f"error: bits moved once and not in {properties.SECOND_LOOKS} further measurements"
 
 
+def test_a_difference_seen_once_and_once_more_is_a_finding(monkeypatch):
+    """In the first measurement and in the third, and in no other."""
+    measured = iter([1, 0, 1, 0, 0, 0])
+
+    def some(given, dtype, device, tally, trials):
+        tally.trials, tally.differ = trials, next(measured)
+
+    monkeypatch.setitem(properties._MEASURES, "run", some)
+    assert verdict(lambda x: x, "run") == "varies"
+
+
 def test_signed_zero_counts_and_the_payload_of_a_nan_does_not():
     def zeros(x):
         return torch.zeros_like(x).copysign(x.new_tensor(1.0 if len(x) == 12 else -1.0))
@@ -311,6 +322,13 @@ def test_an_error_or_another_size_is_measured_again(tmp_path):
     done = ATLAS.merge(tmp_path, rows)
     again = [row["op"] for row in atlas.atlas(atlas.cells(["sum", "amax", "mean"], ["float32"], ["run"]), done)]
     assert again == ["sum", "amax"]
+
+
+def test_what_has_no_comparisons_here_is_not_measured_again(tmp_path):
+    nowhere = "threads" if runtime.HAS_GPU else "graph"
+    done = ATLAS.merge(tmp_path, [atlas.test("sum", "float32", nowhere)])
+    assert done.verdict.tolist() == ["not applicable"] and done.trials.tolist() == [0]
+    assert list(atlas.atlas(atlas.cells(["sum"], ["float32"], [nowhere]), done)) == []
 
 
 def test_ctrl_c_keeps_what_was_measured_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):

@@ -42,6 +42,11 @@ def test_candidates_suit_the_order_and_the_gpu(dtype):
             assert segments == 1 or tokens > 1024 or any(s.split for s in found)
 
 
+@pytest.mark.parametrize("tokens, rows", [(16, {16}), (17, {32}), (32, {32}), (33, {64})])
+def test_tiles_of_candidates_hold_few_tokens(tokens, rows):
+    assert {s.block_m for s in candidates(4096, 4096, tokens)} == rows
+
+
 def test_a_gpu_without_bulk_copies_gets_no_candidates_with_them():
     assert {s.kind for tokens in tune.TOKENS for s in candidates(4096, 4096, tokens, tma=False)} == {"pointer"}
 

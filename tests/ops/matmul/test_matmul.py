@@ -253,6 +253,8 @@ def test_nothing_to_multiply(name, dtype):
 def test_a_schedule_that_cannot_keep_the_order_is_refused():
     with pytest.raises(Unsuitable, match="block_k must divide the order's segments of 512"):
         OP.run_schedule(Schedule("pointer", 16, 16, 1024), *whole_inputs(2, 8, 600))
+    with pytest.raises(Unsuitable, match="at least twice in sequence"):
+        OP.run_schedule(Schedule("pointer", 16, 16, 512), *whole_inputs(2, 8, 600))
 
 
 @needs_triton
