@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from figures import attention_speed
 from figures.atlas import machines_shown
 from kernels import tables
 from kernels.lab import older, records
@@ -53,7 +54,8 @@ def measured(data=records.DATA, machine: str = "h200") -> str:
     """The section's text, from one GPU's record."""
     rows = older.mark(records.load(machine=machine, out=data))
     parts = (_intro(rows, data, machine), _rows(rows), _softmax(rows), _behind(rows), _products(rows),
-             _certificates(data), _tensor_core(data, machine), _atlas(data), _window(data, machine))
+             _attention(data, machine), _certificates(data), _tensor_core(data, machine), _atlas(data),
+             _window(data, machine))
     return "\n" + "\n\n".join(parts) + "\n\n"
 
 
@@ -144,11 +146,11 @@ def _reach(rows) -> str:
 def _behind(rows) -> str:
     """Every op, clock and contender beside which a schedule takes longer at some point."""
     lines = []
-    for op in ("rms_norm", "softmax", "log_softmax", "mean", "matmul"):
+    for op in ("rms_norm", "softmax", "log_softmax", "mean", "matmul", *attention_speed.OPS):
         for clock in ("cold", "graph", "call"):
             us = rows[(rows.op == op) & (rows.clock == clock)].pivot_table(
                 index=["dtype", "shape", "tokens"], columns="implementation", values="us_p50")
-            for other in ("cuda", "compile", "flashinfer", "cublas_no_split_k"):
+            for other in ("cuda", "compile", "flashinfer", "cublas_no_split_k", "flash_attention_3"):
                 if not {"triton", other} <= set(us):
                     continue
                 ratio = (us.triton / us[other]).dropna()
@@ -186,6 +188,20 @@ def _products(rows) -> str:
             f"{alike[chain].sum()} of {chain.sum()} points where our order is one chain, and at {alike[~chain].sum()} "
             f"of the other {(~chain).sum()}; it moved its own at {moved.get('`cublas_no_split_k`', 0)}, and took up to "
             f"{slow.max():.1f} times as long as the default.")
+
+
+def _attention(data, machine) -> str:
+    rows, _ = attention_speed.recorded(data, machine)
+    ratio, moved = attention_speed.relative(rows), rows[~rows.same_bits.astype(bool)].implementation.value_counts()
+    worst = []
+    for name, whose in attention_speed.BESIDE.items():
+        op, shape, tokens = ratio[name].idxmin()
+        worst.append(f"{ratio[name].min():.2f} of {whose}'s speed (`{op}`, {tokens} on {shape})")
+    return ("Attention, bfloat16, the same clock and table. A prompt, its chunks and its single new tokens are added "
+            "in one order, whose leaves of 1024 keys run in sequence or side by side:\n\n"
+            "![](figures/attention_speed.png)\n\n"
+            f"At its farthest behind it has {' and '.join(worst)}. SDPA moved bits at {moved.get('cuda', 0)} points, "
+            f"FlashAttention-3 at {moved.get('flash_attention_3', 0)}, `triton` at {moved.get('triton', 0) or 'none'}.")
 
 
 def _one_chain(points) -> pd.Series:

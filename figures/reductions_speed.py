@@ -26,7 +26,7 @@ def recorded(data, machine) -> tuple[pd.DataFrame, pd.Series, pd.Series, dict]:
     rows = pick(rows, "clock", *CLOCKS)
     rows = rows[rows.implementation.isin(["cuda", machine["ours"]])]
     table = rows.pivot(index=["dtype", "op", "shape", "tokens"], columns="implementation", values=["us_p50", "older"])
-    us = table.us_p50.reindex(columns=["cuda", machine["ours"]]).dropna().astype(float)
+    us = table.get("us_p50", pd.DataFrame()).reindex(columns=["cuda", machine["ours"]]).dropna().astype(float)
     if not len(us):
         raise ValueError(f"no point of {', '.join(OPS)} is recorded for both cuda and {machine['ours']}")
     return rows, us.cuda / us[machine["ours"]], table.older.loc[us.index].any(axis=1), machine

@@ -92,7 +92,7 @@ def test_a_readme_without_its_marks_is_refused(text):
 
 
 def test_the_words_of_an_image_are_those_of_its_figure():
-    for name in ("rms_norm_time", "verify_cost", "matmul_speed", "reductions_speed"):
+    for name in ("rms_norm_time", "verify_cost", "matmul_speed", "reductions_speed", "attention_speed"):
         words = importlib.import_module(f"figures.{name}").words()
         assert f"![{words}](figures/{name}.png)" in README
 
@@ -152,7 +152,8 @@ def differs(text) -> int:
     ("op == 'mean' and implementation == 'compile' and clock == 'graph'", 1),
     ("op == 'matmul' and implementation == 'triton' and clock == 'cold'", 12),
     ("op == 'matmul' and implementation == 'frozen' and clock == 'cold'", 12),
-    ("op == 'matmul' and implementation == 'cublas_no_split_k' and clock == 'cold'", 2)])
+    ("op == 'matmul' and implementation == 'cublas_no_split_k' and clock == 'cold'", 2),
+    ("op == 'attention_decode' and implementation == 'triton' and clock == 'cold'", 3)])
 def test_other_times_give_other_numbers(altered, where, least):
     text = altered(records.TOKEN_SWEEP, lambda rows: rows.query(where).assign(us_p50=lambda r: r.us_p50 * 0.7))
     assert differs(text) >= least
@@ -160,7 +161,8 @@ def test_other_times_give_other_numbers(altered, where, least):
 
 @pytest.mark.parametrize("where", ["op == 'rms_norm' and implementation == 'triton'", "op == 'mean'",
                                    "op == 'matmul' and implementation == 'triton'",
-                                   "op == 'matmul' and implementation == 'cuda'"])
+                                   "op == 'matmul' and implementation == 'cuda'",
+                                   "op == 'attention_decode' and implementation == 'triton'"])
 def test_other_bits_give_another_text(altered, where):
     text = altered(records.TOKEN_SWEEP, lambda rows: rows.query(where).assign(same_bits=lambda r: ~r.same_bits))
     assert differs(text)
@@ -196,7 +198,8 @@ def test_rows_of_older_code_are_counted(altered):
 @pytest.mark.parametrize("name, where", [
     ("rms_norm_time", "op == 'rms_norm'"), ("rms_norm_bandwidth", "op == 'rms_norm'"),
     ("reductions_speed", "op == 'softmax' and implementation == 'triton'"),
-    ("matmul_speed", "op == 'matmul' and implementation == 'triton'"), ("matmul_roofline", "op == 'matmul'")])
+    ("matmul_speed", "op == 'matmul' and implementation == 'triton'"), ("matmul_roofline", "op == 'matmul'"),
+    ("attention_speed", "op == 'attention_decode' and implementation == 'triton'")])
 def test_the_words_and_the_title_of_a_figure_follow_the_data(altered, copied, name, where):
     figure = importlib.import_module(f"figures.{name}")
 
@@ -214,9 +217,10 @@ def test_the_words_and_the_title_of_a_figure_follow_the_data(altered, copied, na
 
 
 def test_every_figure_of_ours_has_its_title_in_its_words():
-    for name in ("rms_norm_time", "reductions_speed", "matmul_speed", "matmul_roofline", "verify_cost"):
+    for name in ("rms_norm_time", "reductions_speed", "matmul_speed", "matmul_roofline", "verify_cost",
+                 "attention_speed"):
         figure = importlib.import_module(f"figures.{name}")
-        assert figure.words().startswith(figure.draw().get_suptitle()), name
+        assert figure.words().startswith(" ".join(figure.draw().get_suptitle().split())), name
     assert set(figures.names()) >= {"adder", "atlas"}
 
 
@@ -231,7 +235,7 @@ def test_where_a_schedule_is_behind_is_all_of_it():
     rows = rows[rows.clock.isin(["cold", "graph", "call"])]
     key, wrong = ["op", "dtype", "shape", "tokens", "clock"], []
     times = {name: rows[rows.implementation == name].set_index(key).us_p50.to_dict()
-             for name in ("triton", "cuda", "compile", "flashinfer", "cublas_no_split_k")}
+             for name in ("triton", "cuda", "compile", "flashinfer", "cublas_no_split_k", "flash_attention_3")}
     ours, counted = times.pop("triton"), {}
     for name, theirs in times.items():
         for point in ours.keys() & theirs.keys():

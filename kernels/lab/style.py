@@ -22,6 +22,7 @@ GREEN, VERMILION, BLUE, ORANGE, GREY = _SAFE[2], _SAFE[3], _SAFE[0], _SAFE[1], "
 PURPLE = "#a23f91"  # darker than the palette's, which fades in thin lines
 SKY = _SAFE[9]
 BROWN = "#7a4b1e"  # darker than the palette's, which the colour-blind take for green or purple
+INK = "#303030"
 # a verdict: its glyph, its fill and the ink on it; told apart by lightness, not hue
 SAME, MOVED = ("✓", "#e0efe9", "#14604a"), ("✗", "#8c1d18", "#ffffff")
 # of a table in a notebook, whose page may be dark: paper and ink of its own, for the colours above are made for white
@@ -40,6 +41,10 @@ CONTENDERS = {
     "tiled": (BROWN, "*", (0, (6, 1.5, 1, 1.5, 1, 1.5)), "Fixed tiles of 128 rows (tiled)"),
     "frozen": (ORANGE, "D", (0, (4, 2)), "One frozen schedule"),
     "cublas_no_split_k": (PURPLE, "v", "-.", "cuBLAS without split-K (no guarantee)"),
+    "flash_attention_3": (PURPLE, "v", "-.", "FlashAttention-3"),
+    "sdpa_flash": (BROWN, "P", (0, (5, 1, 1, 1)), "SDPA, FlashAttention-2's backend"),
+    "sdpa_cudnn": (SKY, "X", ":", "SDPA, cuDNN's backend"),
+    "sdpa_efficient": (INK, "<", (0, (8, 2)), "SDPA, the memory-efficient backend"),
     "split": (GREY, "x", ":", "Split by batch (moves bits)"),
 }
 

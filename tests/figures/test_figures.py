@@ -131,7 +131,9 @@ def test_a_part_of_a_record_is_drawn_or_refused_by_name(part, tmp_path):
     ("reductions_speed", lambda rows: rows[(rows.op != "softmax") & (rows.dtype == "bfloat16")],
      "not recorded: softmax\nnot recorded: float32"),
     ("matmul_speed", lambda rows: rows[rows.implementation.isin(["cuda", "triton"])], "not recorded: tiled, "),
-    ("matmul_roofline", lambda rows: rows[rows.implementation != "frozen"], "not recorded: frozen")])
+    ("matmul_roofline", lambda rows: rows[rows.implementation != "frozen"], "not recorded: frozen"),
+    ("attention_speed", lambda rows: rows[(rows.op != "attention_chunk") & (rows.implementation != "frozen")],
+     "not recorded: frozen\nnot recorded: attention_chunk")])
 def test_a_figure_says_what_is_missing(name, keep, said, tmp_path):
     record(tmp_path / "mine", lambda rows: keep(rows) if "implementation" in rows else rows[:0])
     assert said in words(name, tmp_path, "mine")
@@ -164,7 +166,7 @@ def test_a_readers_machine_goes_into_a_folder_of_its_own(tmp_path, monkeypatch, 
     assert drawn == {f"{name}.{kind}" for name in ("adder", "rms_norm_bandwidth", "rms_norm_time")
                      for kind in ("svg", "png")}
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == 5 and all(line.startswith("not drawn: ") for line in told)
+    assert len(told) == 6 and all(line.startswith("not drawn: ") for line in told)
     assert any("python -m kernels sweep matmul" in line for line in told)
     assert main(["verify_cost", "--data", str(tmp_path / "data"), "--machine", "mine"]) == 1
     assert main(["adder", "--data", str(tmp_path / "data"), "--machine", "mine", "--check"]) == 0
