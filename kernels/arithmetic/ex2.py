@@ -16,7 +16,8 @@ the float32 number nearest to 2**(place / 2**23), 3 259 640 the one above and 3 
 Steps 1 to 3 were compared with an H200 at 446 million arguments from -130 to 0, and all places but the last were read
 from it; an H100 has the same. Steps 4 to 6 were then found from those readings: a regression on products of two bits
 shows which columns are there, a linear program for each segment its three numbers, and no others fit. They give every
-place that was read. The last place and a NaN's bits were not read; `probe` compares them too, on the GPU that is here.
+place that was read. `probe` compares 18 874 368 numbers, with the last place and NaN among them; on an H200 none
+differs (triton 3.6).
 
 Such units are described by Oberman and Siu, A high-performance area-efficient multifunction interpolator, ARITH 2005.
 """
