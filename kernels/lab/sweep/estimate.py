@@ -40,6 +40,7 @@ def input_bytes(op: Op, tokens: int, shape: str, dtype: torch.dtype) -> int:
 def _arguments(op: Op, tokens: int, shape: str, dtype: torch.dtype) -> list:
     """The sizes of each tensor among an op's arguments, the others as they are."""
     sizes = dict(Shape.parse(shape)) | {"tokens": tokens}
+    sizes |= {f"tokens + {name}": tokens + size for name, size in sizes.items()}
     return [tuple(sizes.get(size, size) for size in argument) if isinstance(argument, tuple) else argument
             for argument in _form(op.inputs, shape, dtype)]
 
@@ -53,7 +54,8 @@ def _form(inputs: Callable, shape: str, dtype: torch.dtype) -> list:
     named = [name for name, size in Shape.parse(shape).items() if size is not True]
     primes = dict(zip(("tokens", *named), (5, 7, 11, 13, 17, 19, 23, 29), strict=False))
     small = Shape(**{name: primes.get(name, size) for name, size in Shape.parse(shape).items()})
-    names = {prime: name for name, prime in primes.items()}
+    names = {primes["tokens"] + prime: f"tokens + {name}" for name, prime in primes.items()}  # keys behind a context
+    names |= {prime: name for name, prime in primes.items()}
     return [tuple(names.get(size, size) for size in a.shape) if isinstance(a, torch.Tensor) else a
             for a in inputs(5, str(small), dtype, "cpu", 0)]
 
