@@ -6,7 +6,7 @@
     python -m figures --size single      for a paper's single column (3.5 in), into figures/single/; double is two
                                          columns (7.2 in), slide a slide of 16:9 (13.3 by 7.5 in)
 
-The letters fit the size: 5 to 8 points on paper, 9 to 19 on a slide. On paper and on a slide the atlas counts the ops
+The letters fit the size: 4 to 8 points on paper, 8 to 19 on a slide. On paper and on a slide the atlas counts the ops
 that never moved in one line, and on a slide those of every group; the screen's has a line for each.
 
 A record that is not complete is drawn as far as it goes; what is left out is said.
