@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache, wraps
+from operator import itemgetter
 
 import torch
 
@@ -15,8 +16,9 @@ from ...launch import Launch, Step
 from ...op import dtype_name
 from ...runtime import contiguous_strides, current_stream, require_triton
 from . import order, spread, walk
+from .choice import choose, shares
 from .form import Form
-from .schedule import Schedule, choose, is_hopper, suits_hopper
+from .schedule import ON_HOPPER, Schedule, is_hopper, suits_hopper
 from .sequences import Sequences
 from .work import Work, work_of
 
@@ -81,6 +83,8 @@ class Attention(Call):
         form = Form.of(q, k, v, held(sequences), window, lse)
         if schedule.kind == "hopper":
             return _hopper().steps(form, held(sequences), *k.shape[:2])
+        if schedule.kind == "hopper_spread":
+            return _hopper_spread().planned(schedule, form, held(sequences), *k.shape[:2], self.leaf)[0]
         return launches(schedule, form, held(sequences), self.leaf)[0]
 
     def make_plan(self, arguments, schedule):
@@ -104,6 +108,12 @@ def _hopper():
     from . import hopper
 
     return hopper
+
+
+def _hopper_spread():
+    from . import hopper_spread
+
+    return hopper_spread
 
 
 def launches(schedule: Schedule, form: Form, sequences: Sequences, leaf: int) -> tuple[list[Step], Work]:
@@ -149,24 +159,29 @@ class Plan:
         else:
             form = Form.of(q, k, v, sequences, window, lse)
             bulk = key[-1] and self.call.leaf == order.LEAF
-            schedule = self.schedule or choose(form, sequences, self.index, bulk)
-            ready = self._ready_on_hopper(form, k, sequences, bulk) if schedule.kind == "hopper" else \
-                self._ready_to_launch(schedule, form, sequences)
+            made = [self._ready_by(schedule, chosen, form, k, sequences, bulk) for schedule, chosen in
+                    ([(self.schedule, None)] if self.schedule else shares(form, sequences, self.index, bulk))]
+            ready = made[0] if len(made) == 1 else Both(*made)
         sequences.ready[key] = ready
         return ready
+
+    def _ready_by(self, schedule, chosen, form, k, sequences, bulk):
+        if schedule.kind not in ON_HOPPER:
+            return self._ready_to_launch(schedule, form, sequences)
+        if not (bulk and is_hopper(self.index) and suits_hopper(form, schedule.kind)):
+            raise ValueError(f"schedules of kind {schedule.kind} need a GPU of sm_90, no window, pages of 16, 32, .. "
+                             "keys if any, a group of heads that divides 64 to spread them, and strides and addresses "
+                             f"that are multiples of 16 bytes, got {form} on GPU {self.index}")
+        if schedule.kind == "hopper":
+            return _hopper().HopperReady(form, sequences, *k.shape[:2], self.index, chosen)
+        return _hopper_spread().SpreadReady(schedule, form, sequences, *k.shape[:2], self.call.leaf, self.index, chosen)
 
     def _ready_to_launch(self, schedule, form, sequences):
         steps, work = launches(schedule, form, sequences, self.call.leaf)
         made = (schedule, form.table, *(step.programs for step in steps), work.slots, work.most)
         if made not in self.made:
-            self.made[made] = (*(Launch(step, self.index) for step in steps), None)[:2]
+            self.made[made] = tuple((Launch(step, self.index), _pointers(step)) for step in steps)
         return Ready(self.made[made], sequences, work, steps[0].leaves)
-
-    def _ready_on_hopper(self, form, k, sequences, bulk):
-        if not (bulk and is_hopper(self.index) and suits_hopper(form)):
-            raise ValueError("schedules of kind hopper need a GPU of sm_90, no window, no pages, and strides and "
-                             f"addresses that are multiples of 16 bytes, got {form} on GPU {self.index}")
-        return _hopper().HopperReady(form, sequences, *k.shape[:2], self.index)
 
     def interpret(self, q, k, v, sequences, window, lse):
         """Triton's interpreter is wrong for bfloat16: it gets float32 copies, and torch rounds."""
@@ -179,8 +194,9 @@ class Plan:
             read = [t.float() for t in self.call.readable(q, k, v, sequences, window, lse)[:3]]
             form = Form.of(*read, sequences, window, lse, adder=dtype)
             schedule = self.schedule or choose(form, sequences)
-            if schedule.kind == "hopper":
-                raise ValueError("schedules of kind hopper need a GPU of sm_90: the interpreter runs walk and spread")
+            if schedule.kind in ON_HOPPER:
+                raise ValueError(f"schedules of kind {schedule.kind} need a GPU of sm_90: the interpreter runs walk "
+                                 "and spread")
             steps, work = launches(schedule, form, sequences, self.call.leaf)
             memory |= dict(zip(("q_ptr", "k_ptr", "v_ptr"), read, strict=True))
             pages = work.tiles if sequences.table is None else sequences.put(sequences.table)
@@ -192,14 +208,18 @@ class Plan:
         return (y, memory["lse_ptr"]) if lse else y
 
 
+def _pointers(step: Step) -> itemgetter:
+    """What picks the step's pointers, in order, from addresses by name."""
+    return itemgetter(*(step.named.get(name, name) for name in step.pointers))
+
+
 class Ready:
     """A call of certain sequences: its launches, and the addresses of the tables that they read."""
 
-    __slots__ = ("first", "second", "scratch", "tiles", "leaves", "pages", "kept")
+    __slots__ = ("launches", "scratch", "tiles", "leaves", "pages", "kept")
 
     def __init__(self, made, sequences: Sequences, work: Work, scratch: int):
-        self.first, self.second = made
-        self.scratch = scratch
+        self.launches, self.scratch = made, scratch
         self.tiles = work.tiles.data_ptr()
         self.leaves = self.tiles if work.leaves is None else work.leaves.data_ptr()
         pages = work.tiles if sequences.table is None else sequences.put(sequences.table)
@@ -207,14 +227,26 @@ class Ready:
         self.kept = work, pages  # tensors live as long as their addresses are used
 
     def __call__(self, q, k, v, y, sums, device):
-        low = q | k | v
-        if self.second is None:
-            self.first(low, q, k, v, self.pages, self.tiles, y, sums)
-        else:
+        low, known = q | k | v, {"q_ptr": q, "k_ptr": k, "v_ptr": v, "pages_ptr": self.pages, "work_ptr": self.tiles,
+                                 "leaves_ptr": self.leaves, "o_ptr": y, "lse_ptr": sums}
+        if self.scratch:
             part = torch.empty(self.scratch, dtype=torch.float32, device=device)
-            at = part.data_ptr()
-            self.first(low, q, k, v, self.pages, self.leaves, at)
-            self.second(0, at, self.tiles, y, sums)
+            known["part_ptr"] = part.data_ptr()
+        for launch, pointers in self.launches:
+            launch(low, *pointers(known))
+
+
+class Both:
+    """Two calls that do one's sequences between them."""
+
+    __slots__ = ("one", "other")
+
+    def __init__(self, one, other):
+        self.one, self.other = one, other
+
+    def __call__(self, *given):
+        self.one(*given)
+        self.other(*given)
 
 
 _NOTHING = object()  # no queries: nothing to launch

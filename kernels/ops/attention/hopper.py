@@ -31,7 +31,7 @@ from .sequences import Sequences
 
 def steps(form: Form, sequences: Sequences, rows: int, capacity: int, programs: int = 132) -> list[Step]:
     """The launch for k, v (rows, capacity, kv_heads, width)."""
-    table = jobs(sequences.queries, sequences.keys, sequences.place, form.heads, programs)
+    table = jobs(sequences, form.heads, programs)
     return [step(form, sequences.tokens, rows, capacity, len(table), programs)]
 
 
@@ -41,49 +41,66 @@ def step(form: Form, tokens: int, rows: int, capacity: int, waves: int, programs
     jobs_ptr points to the table of hopper_jobs.jobs, (waves, programs, 4); o_ptr to (tokens, heads, width), lse_ptr to
     (tokens, heads) float32 or nothing, both contiguous.
     """
-    high, keys = (ROWS.value, 1, form.columns), (1, BLOCK.value, 1, form.columns)
-    q_shape, k_shape = (tokens, form.heads, form.width), (rows, capacity, form.kv_heads, form.width)
-    q_strides, k_strides, v_strides = ((*form.strides[a:b], 1) for a, b in ((0, 2), (2, 5), (5, 8)))
+    high = (ROWS.value, 1, form.columns)
+    q_shape = (tokens, form.heads, form.width)
     return Step(kernel, programs,
-                {"q_desc": Tiles(form.dtype, q_shape, q_strides, high, with_layout),
-                 "k_desc": Tiles(form.dtype, k_shape, k_strides, keys, with_layout),
-                 "v_desc": Tiles(form.dtype, k_shape, v_strides, keys, with_layout),
+                {"q_desc": Tiles(form.dtype, q_shape, (*form.strides[:2], 1), high, with_layout),
+                 **cache_tiles(form, rows, capacity),
                  "o_desc": Tiles(form.dtype, q_shape, (form.heads * form.width, form.width, 1), high, with_layout),
-                 "o_ptr": form.dtype, "lse_ptr": torch.float32 if form.lse else None, "jobs_ptr": torch.int32},
-                {"waves": waves, "scale": form.scalars["scale"]},
-                {"HEADS": form.heads, "GROUP": form.group, "WIDTH": form.width}, {"num_warps": 4}, {"o_desc": "o_ptr"})
+                 "o_ptr": form.dtype, "lse_ptr": torch.float32 if form.lse else None, "pages_ptr": torch.int32,
+                 "jobs_ptr": torch.int32},
+                {"waves": waves, "table_width": form.table, "scale": form.scalars["scale"]},
+                {"HEADS": form.heads, "GROUP": form.group, "WIDTH": form.width, "PAGE": form.page}, {"num_warps": 4},
+                {"o_desc": "o_ptr"})
+
+
+def cache_tiles(form: Form, rows: int, capacity: int) -> dict[str, Tiles]:
+    """Bulk copies of k and v (rows, capacity, kv_heads, width), in pieces of a block that lie in one page each."""
+    shape, block = (rows, capacity, form.kv_heads, form.width), (1, min(form.page or BLOCK.value, BLOCK.value), 1, 64)
+    return {name: Tiles(form.dtype, shape, (*form.strides[at : at + 3], 1), block, with_layout)
+            for name, at in (("k_desc", 2), ("v_desc", 5))}
+
+
+class Described:
+    """The descriptors of a step's tensors, by their addresses, made once: layers come back to the same few."""
+
+    def __init__(self, code: Compiled, step: Step, names: tuple[str, ...]):
+        self.code, self.tiles = code, [step.pointers[name] for name in names]
+        self.made: dict[tuple, tuple] = {}
+
+    def __call__(self, *addresses: int) -> tuple:
+        """What a launch takes for them. Raises ValueError unless all are multiples of 16 bytes."""
+        return self.made.get(addresses) or self._make(addresses)
+
+    def _make(self, addresses):
+        if any(at % 16 for at in addresses):
+            raise ValueError("bulk copies need q, k and v at multiples of 16 bytes")
+        if len(self.made) >= 1024:
+            self.made.clear()
+        made = self.code.described([Descriptor(at, tiles) for at, tiles in zip(addresses, self.tiles, strict=True)])
+        self.made[addresses] = made
+        return made
 
 
 class HopperReady:
-    """A call of certain sequences made ready on GPU `index`, sm_90: called with addresses, as `call.Ready` is.
+    """A call of the sequences that are `chosen` made ready on GPU `index`, sm_90: called as `call.Ready` is.
 
     rows, capacity  of k: its first two dimensions
     Raises ValueError where q, k or v do not begin at a multiple of 16 bytes.
     """
 
-    def __init__(self, form: Form, sequences: Sequences, rows: int, capacity: int, index: int):
+    def __init__(self, form: Form, sequences: Sequences, rows: int, capacity: int, index: int, chosen=None):
         programs = torch.cuda.get_device_properties(index).multi_processor_count
-        table = jobs(sequences.queries, sequences.keys, sequences.place, form.heads, programs)
+        table = jobs(sequences, form.heads, programs, chosen)
         self.table, self.index, self.lse = sequences.put(table), index, form.lse
-        self.step = step(form, sequences.tokens, rows, capacity, len(table), programs)
+        self.pages = self.table if sequences.table is None else sequences.put(sequences.table)
+        launch = step(form, sequences.tokens, rows, capacity, len(table), programs)
         self.code = _compiled(form, len(table), programs, index)
-        self.described: dict[tuple, tuple] = {}
+        self.described = Described(self.code, launch, ("q_desc", "k_desc", "v_desc", "o_desc"))
 
     def __call__(self, q, k, v, y, sums, device):
-        described = self.described.get((q, k, v, y)) or self._described_at(q, k, v, y)
-        self.code(current_stream(self.index), *described, y, sums if self.lse else None, self.table.data_ptr())
-
-    def _described_at(self, *addresses) -> tuple:
-        """The descriptors at these addresses, kept: layers come back to the same few."""
-        if any(at % 16 for at in addresses):
-            raise ValueError("bulk copies need q, k and v at multiples of 16 bytes")
-        if len(self.described) >= 1024:
-            self.described.clear()
-        pointers = self.step.pointers
-        made = self.code.described([Descriptor(at, pointers[name]) for at, name in
-                                    zip(addresses, ("q_desc", "k_desc", "v_desc", "o_desc"), strict=True)])
-        self.described[addresses] = made
-        return made
+        self.code(current_stream(self.index), *self.described(q, k, v, y), y, sums if self.lse else None,
+                  self.pages.data_ptr(), self.table.data_ptr())
 
 
 @cache
@@ -101,8 +118,8 @@ def with_layout(descriptor) -> TensorDescriptor:
 
 
 @gluon.jit(do_not_specialize=["waves"])
-def kernel(q_desc, k_desc, v_desc, o_desc, o_ptr, lse_ptr, jobs_ptr, waves, scale, HEADS: gl.constexpr,
-           GROUP: gl.constexpr, WIDTH: gl.constexpr, PDL: gl.constexpr):
+def kernel(q_desc, k_desc, v_desc, o_desc, o_ptr, lse_ptr, pages_ptr, jobs_ptr, waves, table_width, scale,
+           HEADS: gl.constexpr, GROUP: gl.constexpr, WIDTH: gl.constexpr, PAGE: gl.constexpr, PDL: gl.constexpr):
     """Programs do their columns of the table of jobs. scale: of the scores, times log2(e). Launched with 4 warps, which
     are the first group. WIDTH: of a head, GROUP: heads of q that share keys. lse_ptr: (queries, heads), or None."""
     if PDL:
@@ -133,6 +150,6 @@ def kernel(q_desc, k_desc, v_desc, o_desc, o_ptr, lse_ptr, jobs_ptr, waves, scal
                     v_full, waves, scale, 0, HEADS, WIDTH)),
         (consume, (o_desc, o_ptr, lse_ptr, jobs_ptr, q_tiles, k_tiles, v_tiles, held, staging, q_full, q_empty, k_full,
                     v_full, waves, scale, 1, HEADS, WIDTH)),
-        (produce, (q_desc, k_desc, v_desc, jobs_ptr, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, v_full, v_raw,
-                    waves, GROUP)),
+        (produce, (q_desc, k_desc, v_desc, pages_ptr, jobs_ptr, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full,
+                    v_full, v_raw, waves, table_width, GROUP, PAGE)),
     ], [4, 1], [240, 24])

@@ -8,52 +8,70 @@ from __future__ import annotations
 
 import numpy as np
 
+from .sequences import Sequences
+
 TILE = 128  # positions a tile
 FIXED = 1.5  # what a job costs besides its blocks, in blocks
 
 
-def jobs(queries: np.ndarray, keys: np.ndarray, place: np.ndarray, heads: int, programs: int) -> np.ndarray:
+def jobs(sequences: Sequences, heads: int, programs: int, chosen: np.ndarray | None = None) -> np.ndarray:
     """(waves, programs, 4) int32: a line is what a program does in a wave.
 
-    queries, keys  how many each sequence has; the queries are at its last positions
-    place          which row of k each sequence is
+    chosen  (B,) bool: the sequences to do, by default all
 
     The four numbers: the row of q where the tile's first position would be (it may be negative: positions before a
     sequence's first query are not its own), the place of its keys, the tile or -1 for no job, and packed the head (16
     bits), the first row of the tile with a query (8 bits) and the last one (8 bits). A program's jobs have no gaps.
     """
-    tiles = _tiles(queries, keys, place)
+    tiles = _tiles(sequences, chosen)
     table = np.repeat(tiles, heads, axis=0)
     table[:, 3] |= np.tile(np.arange(heads), len(tiles))
-    return _deal(table.astype(np.int32), programs)
+    return deal(table, table[:, 2] + 1, programs, np.array([0, 0, -1, 0]))
 
 
-def _tiles(queries, keys, place) -> np.ndarray:
+def _tiles(sequences, chosen) -> np.ndarray:
     """One line a tile of every sequence, for head 0, the longest first."""
+    queries, keys, start, place = sequences.queries, sequences.keys, sequences.starts, sequences.place
     before = keys - queries
     low = before // TILE
-    count = np.where(queries > 0, (keys - 1) // TILE - low + 1, 0)
+    done = queries > 0 if chosen is None else chosen & (queries > 0)
+    count = np.where(done, (keys - 1) // TILE - low + 1, 0)
     which = np.repeat(np.arange(len(queries)), count)
     tile = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + low[which]
-    start = np.cumsum(queries) - queries
     first = np.maximum(before[which] - TILE * tile, 0)
     last = np.minimum(keys[which] - TILE * tile, TILE) - 1
     lines = np.stack([(start - before)[which] + TILE * tile, place[which], tile, first << 16 | last << 24], axis=1)
     return lines[np.argsort(-tile, kind="stable")]
 
 
-def _deal(table: np.ndarray, programs: int) -> np.ndarray:
-    """Jobs, the longest first -> (waves, programs, 4)."""
-    waves = _padded(max(-(-len(table) // programs), 1))
-    dealt = np.zeros((waves, programs, 4), dtype=np.int32)
-    dealt[:, :, 2] = -1
+def deal(lines: np.ndarray, cost: np.ndarray, programs: int, empty: np.ndarray) -> np.ndarray:
+    """Jobs, the longest first -> (waves, programs, ..) int32, `empty` where a program has none.
+
+    In each wave the longest job goes to the program that has least to do; one that would have more than any has so far
+    waits for the next, as long as another can take it.
+    """
     load = np.zeros(programs, dtype=np.float64)
-    for wave in range(-(-len(table) // programs)):
-        some = table[wave * programs : (wave + 1) * programs]
-        who = np.argsort(load, kind="stable")[: len(some)]
-        dealt[wave, who] = some
-        load[who] += some[:, 2] + 1 + FIXED
-    return dealt
+    waves, done = [], 0
+    while done < len(lines):
+        cost_now = cost[done] + FIXED
+        who = np.argsort(load, kind="stable")
+        fit = int((load[who] + cost_now <= load.max() + 1e-9).sum())
+        count = min(len(lines) - done, fit or programs)
+        waves.append(np.tile(empty, (programs, 1)))
+        waves[-1][who[:count]] = lines[done : done + count]
+        load[who[:count]] += cost[done : done + count] + FIXED
+        done += count
+    table = _without_gaps(np.stack(waves) if waves else np.tile(empty, (1, programs, 1)), empty)
+    more = _padded(len(table)) - len(table)
+    return np.concatenate([table, np.tile(empty, (more, programs, 1))]).astype(np.int32)
+
+
+def _without_gaps(table, empty):
+    """Each program's jobs moved to the front, in their order."""
+    none = (table == empty).all(2)
+    order = np.argsort(none, axis=0, kind="stable")
+    table = np.take_along_axis(table, order[:, :, None], 0)
+    return table[: max(int((~none).sum(0).max(initial=0)), 1)]
 
 
 def _padded(waves: int) -> int:

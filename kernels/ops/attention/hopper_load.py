@@ -1,7 +1,7 @@
-"""Hopper's attention kernel: one warp that fetches tiles of queries, keys and values, ahead of the two groups.
+"""Hopper's attention kernels: one warp that fetches tiles of queries, keys and values, ahead of the groups.
 
-Named barriers say that a tile has been read by both groups:
-KEYS_READ and VALUES_READ, one a stage; TURN, one a group, are the groups' own.
+Named barriers say that a tile has been read by all groups: one a stage from KEYS_READ on, then as many for values;
+TURN, one a group, are the groups' own.
 """
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from .hopper_parts import BLOCK, ROWS, bar
 
 STAGES = gl.constexpr(2)  # tiles of keys, and of values, in shared memory
-TURN, KEYS_READ, VALUES_READ = gl.constexpr(8), gl.constexpr(10), gl.constexpr(12)  # two of each
+TURN, KEYS_READ = gl.constexpr(8), gl.constexpr(10)  # the first of each
+HALF = gl.constexpr(64)  # columns of 16 bits that one copy can place: a row of 128 bytes
 
 
 @gluon.jit
@@ -27,10 +28,45 @@ def job_of(jobs_ptr, wave, waves):
 
 
 @gluon.jit
-def _copy(desc, place, full, tile):
+def copy(desc, place, full, tile):
     """Fill a tile; the descriptor's block has dimensions of size 1 between."""
     view = tile._reinterpret(desc.dtype, desc.block_shape, desc.layout)
     tma.async_copy_global_to_shared(desc, place, full, view)
+
+
+@gluon.jit
+def fetch(desc, pages_ptr, place, block, head, full, tile, table_width, PAGE: gl.constexpr):
+    """A block's keys or values into a tile, in pieces that lie in one page each, 64 columns at a time."""
+    PIECE: gl.constexpr = desc.block_shape[1]
+    PIECES: gl.constexpr = BLOCK // PIECE
+    HALVES: gl.constexpr = tile.shape[1] // HALF
+    parts = tile._reinterpret(desc.dtype, [HALVES * PIECES, 1, PIECE, 1, HALF], desc.layout)
+    for n in gl.static_range(PIECES):
+        key = block * BLOCK + n * PIECE
+        at = place
+        if PAGE > 0:
+            at = gl.load(pages_ptr + place * table_width + key // PAGE, key // PAGE < table_width, 0)
+            key = key % PAGE
+        for half in gl.static_range(HALVES):
+            tma.async_copy_global_to_shared(desc, [at, key, head, half * HALF], full, parts.index(half * PIECES + n))
+
+
+@gluon.jit
+def fetch_values(desc, pages_ptr, place, block, head, end, full, raw, cleared, tile, table_width,
+                 PAGE: gl.constexpr):
+    """As `fetch`; values from position `end` on may be anything, and become 0. Returns how many blocks had some."""
+    SIZE: gl.constexpr = 2 * BLOCK * tile.shape[1]
+    if end < (block + 1) * BLOCK:
+        mbarrier.expect(raw, SIZE)
+        fetch(desc, pages_ptr, place, block, head, raw, tile, table_width, PAGE)
+        mbarrier.wait(raw, cleared & 1)
+        _clear(tile, end - block * BLOCK)
+        mbarrier.arrive(full)
+        cleared += 1
+    else:
+        mbarrier.expect(full, SIZE)
+        fetch(desc, pages_ptr, place, block, head, full, tile, table_width, PAGE)
+    return cleared
 
 
 @gluon.jit
@@ -46,14 +82,14 @@ def _clear(tile, first):
 
 
 @gluon.jit
-def produce(q_desc, k_desc, v_desc, jobs_ptr, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, v_full, v_raw, waves,
-            GROUP: gl.constexpr):
+def produce(q_desc, k_desc, v_desc, pages_ptr, jobs_ptr, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, v_full,
+            v_raw, waves, table_width, GROUP: gl.constexpr, PAGE: gl.constexpr):
     """Fill tiles as they become free, job after job, each from its newest block to its oldest."""
     WIDE: gl.constexpr = q_tiles.shape[2]
     step = 0
     lap = 0
     cleared = 0
-    row, sequence, tile, head, _, end = job_of(jobs_ptr, 0, waves)
+    row, place, tile, head, _, end = job_of(jobs_ptr, 0, waves)
     for wave in range(waves):
         if tile >= 0:
             for i in range(tile + 1):
@@ -62,28 +98,21 @@ def produce(q_desc, k_desc, v_desc, jobs_ptr, q_tiles, k_tiles, v_tiles, q_full,
                 if i == 0:
                     mbarrier.wait(q_empty.index(0), (lap + 1) & 1)
                     mbarrier.expect(q_full.index(0), 2 * ROWS * WIDE)
-                    _copy(q_desc, [row, head, 0], q_full.index(0), q_tiles.index(0))
+                    copy(q_desc, [row, head, 0], q_full.index(0), q_tiles.index(0))
                 bar("sync", KEYS_READ + stage, "288", 1)
                 mbarrier.expect(k_full.index(stage), 2 * BLOCK * WIDE)
-                _copy(k_desc, [sequence, j * BLOCK, head // GROUP, 0], k_full.index(stage), k_tiles.index(stage))
+                fetch(k_desc, pages_ptr, place, j, head // GROUP, k_full.index(stage), k_tiles.index(stage),
+                      table_width, PAGE)
                 if i == 0:
                     mbarrier.wait(q_empty.index(1), (lap + 1) & 1)
                     mbarrier.expect(q_full.index(1), 2 * ROWS * WIDE)
-                    _copy(q_desc, [row + ROWS, head, 0], q_full.index(1), q_tiles.index(1))
-                bar("sync", VALUES_READ + stage, "288", 1)
-                if (i == 0) & (end < BLOCK):  # what lies behind the sequence's end may be anything
-                    mbarrier.expect(v_raw, 2 * BLOCK * WIDE)
-                    _copy(v_desc, [sequence, j * BLOCK, head // GROUP, 0], v_raw, v_tiles.index(stage))
-                    mbarrier.wait(v_raw, cleared & 1)
-                    _clear(v_tiles.index(stage), end)
-                    mbarrier.arrive(v_full.index(stage))
-                    cleared += 1
-                else:
-                    mbarrier.expect(v_full.index(stage), 2 * BLOCK * WIDE)
-                    _copy(v_desc, [sequence, j * BLOCK, head // GROUP, 0], v_full.index(stage), v_tiles.index(stage))
+                    copy(q_desc, [row + ROWS, head, 0], q_full.index(1), q_tiles.index(1))
+                bar("sync", KEYS_READ + STAGES + stage, "288", 1)
+                cleared = fetch_values(v_desc, pages_ptr, place, j, head // GROUP, tile * BLOCK + end,
+                                       v_full.index(stage), v_raw, cleared, v_tiles.index(stage), table_width, PAGE)
                 step += 1
             lap += 1
-            row, sequence, tile, head, _, end = job_of(jobs_ptr, wave + 1, waves)
+            row, place, tile, head, _, end = job_of(jobs_ptr, wave + 1, waves)
     for stage in gl.static_range(STAGES):  # no barrier is left half full
         bar("sync", KEYS_READ + stage, "288", 1)
-        bar("sync", VALUES_READ + stage, "288", 1)
+        bar("sync", KEYS_READ + STAGES + stage, "288", 1)

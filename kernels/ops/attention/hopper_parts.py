@@ -9,6 +9,7 @@ import inspect
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
 from ...arithmetic.elementary import LN2 as LN2_NUMBER
 from ...arithmetic.elementary import tl_log
@@ -79,12 +80,10 @@ def weights_of(s, top, scale):
 
 
 @gluon.jit
-def masked(s, row, key):
-    """Scores of queries from position `row` on, and keys from `key` on: -inf where the key comes later."""
-    layout: gl.constexpr = s.type.layout
-    rows = row + gl.arange(0, s.shape[0], gl.SliceLayout(1, layout))
-    keys = key + gl.arange(0, s.shape[1], gl.SliceLayout(0, layout))
-    return gl.where(gl.expand_dims(keys, 0) <= gl.expand_dims(rows, 1), s, float("-inf"))
+def seen(s, position, key):
+    """Scores of queries at these positions, and keys from `key` on: -inf where the key comes later."""
+    keys = key + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
+    return gl.where(gl.expand_dims(keys, 0) <= gl.expand_dims(for_rows_of(position, s), 1), s, float("-inf"))
 
 
 @gluon.jit
@@ -98,6 +97,21 @@ def as_operand(p, BF16: gl.constexpr):
         pairs = gl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [p], dtype=gl.float16,
                                           is_pure=True, pack=2)
     return gl.convert_layout(pairs, layout, assert_trivial=True)
+
+
+@gluon.jit
+def scores(q, keys):
+    """The scores of a block, still being made."""
+    none = gl.zeros([ROWS, BLOCK], gl.float32, tile_layout(BLOCK))
+    return warpgroup_mma(q, keys.permute((1, 0)), none, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def weighed(s, m, scale, BF16: gl.constexpr):
+    """A block's scores -> (its weights as an operand, the maxima now, the sums of its lanes)."""
+    top = top_of(s, m, scale)
+    weights = weights_of(s, top, scale)
+    return as_operand(weights, BF16), top, lane_sums(weights)
 
 
 @gluon.jit

@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_load import KEYS_READ, STAGES, TURN, VALUES_READ, job_of
+from .hopper_load import KEYS_READ, STAGES, TURN, job_of
 from .hopper_parts import (
     BLOCK,
     LN2,
@@ -26,14 +26,16 @@ from .hopper_parts import (
     join,
     lane_sums,
     log,
-    masked,
     merged,
     put,
     reciprocal,
     rows_of,
     scaled,
+    scores,
+    seen,
     tile_layout,
     top_of,
+    weighed,
     weights_of,
 )
 
@@ -51,38 +53,31 @@ def _give_turn(NUMBER: gl.constexpr):
 
 
 @gluon.jit
-def _scores(q, keys):
-    """The scores of a block, still being made."""
-    none = gl.zeros([ROWS, BLOCK], gl.float32, tile_layout(BLOCK))
-    return warpgroup_mma(q, keys.permute((1, 0)), none, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _weights(s, m, scale, BF16: gl.constexpr):
-    """A block's scores -> (its weights as an operand, the maxima now, the sums of its lanes)."""
-    top = top_of(s, m, scale)
-    weights = weights_of(s, top, scale)
-    return as_operand(weights, BF16), top, lane_sums(weights)
-
-
-@gluon.jit
-def _advance(q, k_tiles, v_tiles, k_full, v_full, more, step, scale, p, acc, m, sums, NUMBER: gl.constexpr):
+def advance(q, k_tiles, v_tiles, k_full, v_full, more, step, scale, p, acc, m, sums, position, key,
+            NUMBER: gl.constexpr, GROUPS: gl.constexpr, MASKED: gl.constexpr):
     """The next older block of a leaf: its scores are made, then the weights of the block before it meet their values
-    while we make its own. more: that block is not its leaf's newest."""
+    while we make its own. more: that block is not its leaf's newest. MASKED: rows see keys up to their position, the
+    block's first of which is `key`."""
+    STAGES: gl.constexpr = k_tiles.shape[0]
+    ALL: gl.constexpr = "288" if GROUPS == 2 else "160"
     stage = step % STAGES
     before = (step + STAGES - 1) % STAGES
     mbarrier.wait(k_full.index(stage), step // STAGES & 1)
-    _take_turn(NUMBER)
-    s = _scores(q, k_tiles.index(stage))
+    if GROUPS == 2:
+        _take_turn(NUMBER)
+    s = scores(q, k_tiles.index(stage))
     mbarrier.wait(v_full.index(before), (step - 1) // STAGES & 1)
     acc = warpgroup_mma(p, v_tiles.index(before), acc, use_acc=more, is_async=True)
-    _give_turn(NUMBER)
+    if GROUPS == 2:
+        _give_turn(NUMBER)
     s = warpgroup_mma_wait(1, (s,))
-    bar("arrive", KEYS_READ + stage, "288", 4)
+    bar("arrive", KEYS_READ + stage, ALL, 4)
+    if MASKED:
+        s = seen(s, position, key)
     top = top_of(s, m, scale)
     alpha = gl.exp2(m - top)
     acc, p = warpgroup_mma_wait(0, (acc, p))  # before the exponentials, so that what follows fills their gaps
-    bar("arrive", VALUES_READ + before, "288", 4)
+    bar("arrive", KEYS_READ + STAGES + before, ALL, 4)
     acc = acc * rows_of(alpha, acc)
     weights = weights_of(s, top, scale)
     block = lane_sums(weights)
@@ -100,19 +95,19 @@ def _close(q, k_tiles, v_tiles, held, k_full, v_full, more, step, scale, p, acc,
     mbarrier.wait(k_full.index(stage), step // STAGES & 1)
     _take_turn(NUMBER)
     acc = warpgroup_mma(p, v_tiles.index(before), acc, use_acc=more, is_async=True)
-    s = _scores(q, k_tiles.index(stage))
+    s = scores(q, k_tiles.index(stage))
     _give_turn(NUMBER)
     M, a, c = factors(M, m)
     total = gl.fma(total, a, join(sums, m) * c)
     acc, p = warpgroup_mma_wait(1, (acc, p))
-    bar("arrive", VALUES_READ + before, "288", 4)
+    bar("arrive", KEYS_READ + STAGES + before, "288", 4)
     both = acc
     if closed > 0:
         both = merged(get(held, acc), acc, a, c)
     put(held, both)
     s = warpgroup_mma_wait(0, (s,))
     bar("arrive", KEYS_READ + stage, "288", 4)
-    p, m, sums = _weights(s, gl.full_like(m, LOWEST), scale, k_tiles.dtype == gl.bfloat16)
+    p, m, sums = weighed(s, gl.full_like(m, LOWEST), scale, k_tiles.dtype == gl.bfloat16)
     return p, acc, m, sums, M, total, closed + 1
 
 
@@ -142,6 +137,7 @@ def consume(o_desc, o_ptr, lse_ptr, jobs_ptr, q_tiles, k_tiles, v_tiles, held, s
     """Group NUMBER's rows of each tile."""
     WIDE: gl.constexpr = q_tiles.shape[2]
     BF16: gl.constexpr = q_tiles.dtype == gl.bfloat16
+    inner = NUMBER * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, tile_layout(BLOCK)))  # rows of the tile
     q, mine, out = q_tiles.index(NUMBER), held.index(NUMBER), staging.index(2 * NUMBER)
     step = 0
     lap = 0
@@ -149,13 +145,13 @@ def consume(o_desc, o_ptr, lse_ptr, jobs_ptr, q_tiles, k_tiles, v_tiles, held, s
         _give_turn(1)
     for stage in gl.static_range(STAGES):  # all tiles are free
         bar("arrive", KEYS_READ + stage, "288", 4)
-        bar("arrive", VALUES_READ + stage, "288", 4)
+        bar("arrive", KEYS_READ + STAGES + stage, "288", 4)
     row, _, tile, head, first, end = job_of(jobs_ptr, 0, waves)
     for wave in range(waves):
         if tile >= 0:
             mbarrier.wait(q_full.index(NUMBER), lap & 1)
             mbarrier.wait(k_full.index(step % STAGES), step // STAGES & 1)
-            s = warpgroup_mma_wait(0, (_scores(q, k_tiles.index(step % STAGES)),))
+            s = warpgroup_mma_wait(0, (scores(q, k_tiles.index(step % STAGES)),))
             tma.store_wait(0)  # the last tile's result has left shared memory
             barrier()
             bar("arrive", KEYS_READ + step % STAGES, "288", 4)
@@ -163,7 +159,7 @@ def consume(o_desc, o_ptr, lse_ptr, jobs_ptr, q_tiles, k_tiles, v_tiles, held, s
             M = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, tile_layout(BLOCK)))
             total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, tile_layout(BLOCK)))
             closed = 0
-            p, m, sums = _weights(masked(s, NUMBER * ROWS, 0), M, scale, BF16)
+            p, m, sums = weighed(seen(s, inner, 0), M, scale, BF16)
             step += 1
             for leaf in range(tile // LEAF + 1):
                 low = (tile // LEAF - leaf) * LEAF  # this leaf's oldest block
@@ -174,8 +170,8 @@ def consume(o_desc, o_ptr, lse_ptr, jobs_ptr, q_tiles, k_tiles, v_tiles, held, s
                     step += 1
                 start = gl.minimum(low + LEAF - 1, tile)
                 for i in range(start - low):
-                    p, acc, m, sums = _advance(q, k_tiles, v_tiles, k_full, v_full, i > 0, step, scale, p, acc, m,
-                                               sums, NUMBER)
+                    p, acc, m, sums = advance(q, k_tiles, v_tiles, k_full, v_full, i > 0, step, scale, p, acc, m, sums,
+                                              inner, 0, NUMBER, 2, False)
                     step += 1
             mbarrier.arrive(q_empty.index(NUMBER))
             next_row, _, next_tile, next_head, next_first, next_end = job_of(jobs_ptr, wave + 1, waves)
@@ -184,7 +180,7 @@ def consume(o_desc, o_ptr, lse_ptr, jobs_ptr, q_tiles, k_tiles, v_tiles, held, s
             acc = warpgroup_mma(p, v_tiles.index(before), acc, use_acc=tile > 0, is_async=True)
             part = join(sums, m)
             acc, p = warpgroup_mma_wait(0, (acc, p))
-            bar("arrive", VALUES_READ + before, "288", 4)
+            bar("arrive", KEYS_READ + STAGES + before, "288", 4)
             if tile >= LEAF:
                 m, a, c = factors(M, m)
                 part = gl.fma(total, a, part * c)

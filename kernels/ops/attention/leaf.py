@@ -85,6 +85,31 @@ def rows_of(base_ptr, at, inside, column, D: tl.constexpr, EVEN: tl.constexpr, M
 
 
 @device_function
+def scores_of(q, k, key, position, window, WINDOW: tl.constexpr, MASKED: tl.constexpr, ADDER: tl.constexpr):
+    """[ROWS, 128]: a block's scores, -inf for keys that a row does not see."""
+    s = dot(q, k, tl.zeros([q.shape[0], _BLOCK], tl.float32), False, ADDER)
+    if MASKED:
+        seen = key[None, :] <= position[:, None]
+        if WINDOW:
+            seen = seen & (key[None, :] > position[:, None] - window)
+        s = tl.where(seen, s, _NONE)
+    return s
+
+
+@device_function
+def add_block(s, top, v, m, sums, acc, scale, ADDER: tl.constexpr):
+    """A leaf's (m, sums, acc) after a block of scores s [ROWS, 128] and values v; top: the largest score so far."""
+    ROWS: tl.constexpr = s.shape[0]
+    safe = tl.where(top == _NONE, 0.0, top)
+    p = tl_ex2(tl_fma(s, tl.zeros([ROWS, _BLOCK], tl.float32) + scale,
+                      tl.broadcast_to(-safe[:, None], [ROWS, _BLOCK])))
+    f = tl_ex2(m - safe)
+    sums = tl_fma(sums, tl.broadcast_to(f[:, None], [ROWS, 4]), lane_sums(p))
+    acc = dot(weights_of(p, v, ADDER), tl.trans(v), acc * f[:, None], False, ADDER)
+    return top, sums, acc
+
+
+@device_function
 def one_leaf(q, k_ptr, v_ptr, pages_ptr, k_batch, k_row, v_batch, v_row, leaf, newest, oldest, length, position, window,
              scale, value0, VALUES: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
              MASKED: tl.constexpr, LEAF: tl.constexpr, STAGES: tl.constexpr, ADDER: tl.constexpr):
@@ -108,20 +133,8 @@ def one_leaf(q, k_ptr, v_ptr, pages_ptr, k_batch, k_row, v_batch, v_row, leaf, n
                     WIDTH == D, MASKED)
         v = rows_of(v_ptr, keys_at(pages_ptr, key, inside, v_batch, v_row, PAGE, MASKED), inside, value, D,
                     WIDTH == D, MASKED)
-        s = dot(q, k, tl.zeros([ROWS, _BLOCK], tl.float32), False, ADDER)
-        if MASKED:
-            seen = key[None, :] <= position[:, None]
-            if WINDOW:
-                seen = seen & (key[None, :] > position[:, None] - window)
-            s = tl.where(seen, s, _NONE)
-        top = tl.maximum(m, tl.max(s, axis=1) * scale)
-        safe = tl.where(top == _NONE, 0.0, top)
-        p = tl_ex2(tl_fma(s, tl.zeros([ROWS, _BLOCK], tl.float32) + scale,
-                          tl.broadcast_to(-safe[:, None], [ROWS, _BLOCK])))
-        f = tl_ex2(m - safe)
-        sums = tl_fma(sums, tl.broadcast_to(f[:, None], [ROWS, 4]), lane_sums(p))
-        acc = dot(weights_of(p, v, ADDER), tl.trans(v), acc * f[:, None], False, ADDER)
-        m = top
+        s = scores_of(q, k, key, position, window, WINDOW, MASKED, ADDER)
+        m, sums, acc = add_block(s, tl.maximum(m, tl.max(s, axis=1) * scale), v, m, sums, acc, scale, ADDER)
     return m, add_lanes(sums), acc
 
 

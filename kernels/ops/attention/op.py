@@ -14,8 +14,9 @@ from ...op import Op, Shape, Work
 from ...runtime import HAS_GPU, current_device
 from . import contenders, order
 from .call import Attention
+from .choice import choose
 from .form import Form
-from .schedule import choose, tested
+from .schedule import tested
 from .sequences import Sequences, chosen_rows
 
 

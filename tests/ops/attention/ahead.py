@@ -11,7 +11,7 @@ from triton.runtime import driver
 
 from kernels.lab.proofs.generated_code import bare_ptx
 from kernels.op import DTYPES
-from kernels.ops.attention import Sequences
+from kernels.ops.attention import Sequences, hopper, hopper_spread
 from kernels.ops.attention.call import launches
 from kernels.ops.attention.form import Form
 from kernels.ops.attention.order import LEAF
@@ -40,7 +40,12 @@ def steps(schedule, width, page, window, dtype):
     sequences = Sequences([4], [4096], pages=pages, page_size=page or None)
     q = torch.empty(4, 32, width, dtype=DTYPES[dtype], device="meta")
     k = torch.empty(*((4096 // page, page) if page else (1, 4096)), 8, width, dtype=DTYPES[dtype], device="meta")
-    return launches(Schedule.parse(schedule), Form.of(q, k, k, sequences, window, True), sequences, LEAF)[0]
+    schedule, form = Schedule.parse(schedule), Form.of(q, k, k, sequences, window, True)
+    if schedule.kind == "hopper":
+        return hopper.steps(form, sequences, *k.shape[:2])
+    if schedule.kind == "hopper_spread":
+        return hopper_spread.planned(schedule, form, sequences, *k.shape[:2], LEAF)[0]
+    return launches(schedule, form, sequences, LEAF)[0]
 
 
 def compiled(schedule, target, width, page, window, dtype):

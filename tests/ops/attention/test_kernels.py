@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from made import batch, one
 
 from kernels.bits import check_invariance, digest, same_bits
-from kernels.ops.attention import Sequences, attention_chunk, attention_decode, attention_prefill
+from kernels.ops.attention import Sequences, attention_chunk, attention_decode, attention_prefill, choice
 from kernels.ops.attention import schedule as schedules
 from kernels.ops.attention.call import Attention
 from kernels.ops.attention.form import Form
@@ -23,6 +23,7 @@ OPS = (attention_decode, attention_prefill, attention_chunk)
 every_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 every_schedule = pytest.mark.parametrize("schedule", schedules.tested(), ids=str)
 WALK, SPREAD = Schedule("walk", 16, 4, 3), Schedule("spread", 16, 4, 3)
+ON_HOPPER = schedules.HOPPER, schedules.HOPPER_FEW, schedules.HOPPER_MANY
 
 
 def small(*arguments):
@@ -179,25 +180,42 @@ def test_schedules_are_lines_and_those_of_choice_are_tested():
 
 
 def test_a_small_gpu_gets_schedules_that_fit(monkeypatch):
-    monkeypatch.setattr(schedules, "_is_small", lambda index: True)
+    monkeypatch.setattr(choice, "is_small", lambda index: True)
     for op, tokens in ((attention_prefill, 1), (attention_prefill, 3000), (attention_decode, 2)):
         q, k, _, s = op.inputs(tokens, "H=8,KV=2,D=64,context=3000", torch.bfloat16, "meta")
-        chosen = schedules.choose(Form.of(q, k, k, s, 0, False), s)
+        chosen = choice.choose(Form.of(q, k, k, s, 0, False), s)
         assert chosen.stages == 1 and chosen in schedules.tested()
 
 
-def test_hopper_gets_its_kernel_where_queries_are_many(monkeypatch):
-    monkeypatch.setattr(schedules, "is_hopper", lambda index: True)
-    monkeypatch.setattr(schedules, "_is_small", lambda index: False)
+def shares_on_hopper(monkeypatch, queries, keys, bulk=True, window=0, width=64, heads=32, page=None):
+    """[(kind, which sequences)] of a call on sm_90 with 8 heads of keys."""
+    monkeypatch.setattr(choice, "is_hopper", lambda index: True)
+    monkeypatch.setattr(choice, "is_small", lambda index: False)
+    q, k = (torch.empty(*s, width, dtype=torch.bfloat16, device="meta") for s in ((1, heads), (9, page or 8, 8)))
+    pages = page and [range(-(-n // page)) for n in keys]
+    form = Form.of(q, k, k, Sequences([1], [1], pages=page and [[0]], page_size=page), window, False)
+    found = choice.shares(form, Sequences(queries, keys, pages=pages, page_size=page), 0, bulk)
+    return [(schedule.kind, None if which is None else which.tolist()) for schedule, which in found]
 
-    def chosen(queries, keys, bulk=True, window=0, width=64):
-        form = Form.of(*(torch.empty(1, *s, width, dtype=torch.bfloat16, device="meta")
-                         for s in ((32,), (9, 8), (9, 8))), Sequences([1], [1]), window, False)
-        return schedules.choose(form, Sequences(queries, keys), 0, bulk).kind
-    assert chosen([200], [200]) == chosen([128], [9000]) == chosen([32, 0, 300], [1000, 50, 2000]) == "hopper"
-    assert "hopper" not in (chosen([4], [200]), chosen([64], [9000]), chosen([2000, 1], [2000, 5000]),
-                            chosen([200], [200], bulk=False), chosen([200], [200], window=9),
-                            chosen([200], [200], width=68))
+
+def test_on_hopper_many_queries_walk_and_few_spread(monkeypatch):
+    def kinds(*given, **named):
+        return [kind for kind, _ in shares_on_hopper(monkeypatch, *given, **named)]
+    assert kinds([4000], [4000]) == kinds([2000, 0, 3000], [2000, 50, 5000]) == kinds([4000], [4000], page=64) \
+        == ["hopper"]
+    assert kinds([1], [200]) == kinds([64], [9000]) == kinds([4] * 8, [8192] * 8) == kinds([1], [900], page=16) \
+        == ["hopper_spread"]
+    assert kinds([1] * 40, [5000] * 40) == ["walk"]  # memory is busy anyway
+    assert kinds([1] * 40, [5000] * 39 + [50000]) == ["hopper_spread"]
+    for plain in (kinds([200], [200], bulk=False), kinds([200], [200], window=9), kinds([200], [200], width=68),
+                  kinds([200], [200], page=24), kinds([1], [9000], heads=24)):
+        assert len(plain) == 1 and "hopper" not in plain[0]
+    assert kinds([4000], [4000], heads=24) == ["hopper"]  # groups of three cannot be packed, heads alone can
+
+
+def test_on_hopper_a_mixed_batch_is_two_launches(monkeypatch):
+    found = shares_on_hopper(monkeypatch, [1, 2000, 0, 1], [5000, 2000, 10, 3000])
+    assert found == [("hopper", [False, True, False, False]), ("hopper_spread", [True, False, False, True])]
 
 
 @both
@@ -265,9 +283,9 @@ def test_work_is_counted(op):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("schedule", [*schedules.tested(), schedules.HOPPER], ids=str)
+@pytest.mark.parametrize("schedule", [*schedules.tested(), *ON_HOPPER], ids=str)
 def test_every_schedule_is_the_specification_on_a_gpu(schedule):
-    if schedule == schedules.HOPPER and not schedules.is_hopper(torch.cuda.current_device()):
+    if schedule in ON_HOPPER and not schedules.is_hopper(torch.cuda.current_device()):
         pytest.skip("this GPU is not of sm_90")
     whole = [one(n, 8, 2, 128, seed=n) for n in (2500, 1100, 700)]
     given_ = batch(whole, [(2499, 2500), (1040, 1100), (200, 700)], capacity=2600)
@@ -285,7 +303,8 @@ def test_triton_is_the_specification_on_a_gpu(data):
     spans = [(end - min(end, data.draw(st.sampled_from([0, 1, 4, 16, 100]))), end) for end in ends]
     given_ = batch([one(end, heads, kv_heads, width, seed=i) for i, end in enumerate(ends)], spans, page)
     wanted = specified(*given_, window, True)
-    hopper = [schedules.HOPPER] if schedules.is_hopper(torch.cuda.current_device()) and not (window or page) else []
+    hopper = [s for s in ON_HOPPER if schedules.is_hopper(torch.cuda.current_device()) and not window and page != 100
+              and (s.kind == "hopper" or heads != 6)]
     for schedule in (WALK, SPREAD, Schedule("walk", 128, 8, 2), *hopper):
         assert same_bits(attention_decode.run_schedule(schedule, *given_, window, True), wanted), str(schedule)
     assert same_bits(attention_decode.triton(*given_, window, True), wanted)

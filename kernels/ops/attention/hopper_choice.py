@@ -1,0 +1,63 @@
+"""Which sequences of a call go through which kernel on Hopper: estimates of their times, as measured on an H200."""
+from __future__ import annotations
+
+import numpy as np
+
+from .form import Form
+from .order import BLOCK, LEAF
+from .schedule import HOPPER, HOPPER_FEW, HOPPER_MANY, Schedule
+from .sequences import Sequences
+
+PROGRAMS = 132
+WALKS = (16, 64, 128, 256, 512)  # the fewest queries of a sequence that walks: what is tried
+BLOCK_US = {64: 1.0, 128: 1.5}  # a block of 128 keys for so many rows
+JOB_US = {64: 3.5, 128: 3.5}  # what a tile, or a leaf of one, costs besides
+SECOND_US = 3.0  # another launch
+ROW_US = 2 * 128 * 4 / 3e6  # a row of partial results, written and read again
+LONG_WALK = Schedule("walk", 16, 4, 2)  # for memory that is busy anyway, without partial results
+
+
+def hopper_shares(form: Form, sequences: Sequences) -> list[tuple[Schedule, np.ndarray]]:
+    """(schedule, which sequences it does), the one with more queries first."""
+    queries, keys = sequences.queries, sequences.keys
+    if _is_long_decode(form, queries, keys):
+        return [(LONG_WALK, None)]
+    ways = [(_walk_us(queries, keys, form, queries >= least) + _spread_us(queries, keys, form, queries < least, rows),
+             least, rows) for least in (*WALKS, 1 << 31) for rows in (64, 128)]
+    _, least, rows = min(ways)
+    spread = HOPPER_FEW if rows == 64 else HOPPER_MANY
+    found = [(schedule, chosen & (queries > 0)) for schedule, chosen in ((HOPPER, queries >= least),
+                                                                         (spread, queries < least))]
+    found = [(schedule, chosen) for schedule, chosen in found if chosen.any()]
+    return sorted(found, key=lambda share: -queries[share[1]].sum()) or [(spread, queries > 0)]
+
+
+def _is_long_decode(form, queries, keys) -> bool:
+    """Few rows each, of many sequences of about one length: a program for each keeps all of memory busy."""
+    rows = queries * form.group
+    return bool(form.page == 0 and len(keys) and rows.min() > 0 and rows.max() <= 16 and keys.min() >= 4 * LEAF
+                and len(keys) * form.kv_heads >= 2 * PROGRAMS - 8 and keys.max() <= 1.2 * keys.mean())
+
+
+def _walk_us(queries, keys, form, chosen) -> float:
+    """Tiles of 128 positions, a head each, each through all blocks before it."""
+    queries, keys = queries[chosen & (queries > 0)], keys[chosen & (queries > 0)]
+    if not len(queries):
+        return 0.0
+    tiles = (keys - 1) // BLOCK - (keys - queries) // BLOCK + 1
+    longest = (keys - 1) // BLOCK + 1
+    blocks = tiles * longest - tiles * (tiles - 1) // 2
+    shared = form.heads * (blocks * BLOCK_US[128] + tiles * JOB_US[128]).sum() / PROGRAMS
+    return SECOND_US + max(shared, longest.max() * BLOCK_US[128] + JOB_US[128])
+
+
+def _spread_us(queries, keys, form, chosen, rows) -> float:
+    """Tiles of so many rows, of a head of k each, a leaf at a time."""
+    queries, keys = queries[chosen & (queries > 0)], keys[chosen & (queries > 0)]
+    if not len(queries):
+        return 0.0
+    tiles = -(-queries * form.group // rows) * form.kv_heads
+    blocks, leaves = -(-keys // BLOCK), -(-keys // LEAF)
+    shared = (tiles * (blocks * BLOCK_US[rows] + leaves * JOB_US[rows])).sum() / PROGRAMS
+    longest = min(keys.max() // BLOCK, LEAF // BLOCK) * BLOCK_US[rows] + JOB_US[rows]
+    return 2 * SECOND_US + max(shared, longest) + (queries * form.heads * leaves).sum() * ROW_US
