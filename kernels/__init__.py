@@ -6,11 +6,13 @@ from .ops.attention.op import attention_chunk, attention_decode, attention_prefi
 from .ops.matmul.op import matmul
 from .ops.mean import mean, sum
 from .ops.rms_norm import rms_norm
+from .ops.rotary import rotary
 from .ops.softmax import log_softmax, softmax
+from .ops.swiglu import swiglu
 
 OPS: dict[str, Op] = {op.name: op for op in (rms_norm, softmax, log_softmax, sum, mean, matmul,
-                                           attention_decode, attention_prefill, attention_chunk)}
+                                           rotary, swiglu, attention_decode, attention_prefill, attention_chunk)}
 
 # without `sum`: import * must not hide Python's own
 __all__ = ["OPS", "Op", "attention_chunk", "attention_decode", "attention_prefill", "bits", "elementary",
-           "log_softmax", "matmul", "mean", "rms_norm", "runtime", "softmax", "sums", "tensor_core"]
+           "log_softmax", "matmul", "mean", "rms_norm", "rotary", "runtime", "softmax", "sums", "swiglu", "tensor_core"]

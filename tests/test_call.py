@@ -16,14 +16,17 @@ from kernels.launch import Step, Tiles
 from kernels.op import DTYPES
 from kernels.ops.matmul import plan as matmul_plan
 from kernels.ops.matmul import schedule as products
+from kernels.ops.rotary import into, rotary_into
 
 needs_triton = pytest.mark.skipif(bool(runtime.WHY_NOT), reason=runtime.WHY_NOT or "Triton runs here")
 needs_interpreter = pytest.mark.skipif(runtime.where() != "INTERPRETER", reason="the GPU is played by the interpreter")
-# attention's calls take Sequences, and are tested in tests/ops/attention
-ROW_OPS = {name: op for name, op in OPS.items() if not name.startswith("attention")}
+# attention's calls take Sequences, and rotary's places in a table: they are tested in tests/ops
+ROW_OPS = {name: op for name, op in OPS.items() if not name.startswith(("attention", "rotary"))}
 every_op = pytest.mark.parametrize("op", ROW_OPS.values(), ids=ROW_OPS)
-SUM, MEAN, SOFTMAX, NORM, MATMUL = (OPS[name] for name in ("sum", "mean", "softmax", "rms_norm", "matmul"))
-SHAPES = {"rms_norm": "D=40,residual", "matmul": "N=5,K=18,bias"}
+SUM, MEAN, SOFTMAX, NORM, MATMUL, SWIGLU, ROTARY = (OPS[name] for name in (
+    "sum", "mean", "softmax", "rms_norm", "matmul", "swiglu", "rotary"))
+SHAPES = {"rms_norm": "D=40,residual", "matmul": "N=5,K=18,bias", "swiglu": "F=40"}
+FIRST = {"swiglu": "gate_up"}  # what the first argument is called where it is not x
 
 
 def arguments_of(op, tokens=3, dtype=torch.float32, seed=0):
@@ -80,6 +83,7 @@ def test_every_schedule_names_its_kernels_arguments(op, dtype):
     """Without memory: tensors of the device meta say all that a launch takes from them."""
     shapes = (*op.shapes, "D=1000", "D=40000", *["D=300,inner=50"] * (op in (SUM, MEAN)))
     shapes = ("N=640,K=1200,bias", "N=40,K=1536", "N=4096,K=4096") if op is MATMUL else shapes
+    shapes = (*op.shapes, "F=1000", "F=3") if op is SWIGLU else shapes
     kinds = set()
     for shape in shapes:
         arguments = op.inputs(300, shape, dtype, "meta")
@@ -96,9 +100,10 @@ def test_every_schedule_names_its_kernels_arguments(op, dtype):
                 assert (*step.pointers, *step.scalars, *step.constants, "PDL") == tuple(step.kernel.arg_names)
                 assert all(isinstance(value, (int, float)) for value in step.scalars.values()), schedule
             assert "y_ptr" in steps[-1].pointers or "y" in steps[-1].pointers, schedule
-    every = {"rms_norm": {None}, "matmul": {"pointer", "hopper"} if dtype.itemsize == 2 else {"pointer"}}
-    assert kinds == every.get(op.name, {"rows", "stream", "split", "inner"} if op in (SUM, MEAN) else
-                              {"resident", "stream", "columns"})
+    every = {"matmul": {"pointer", "hopper"} if dtype.itemsize == 2 else {"pointer"},
+             **dict.fromkeys(("rms_norm", "swiglu"), {None}),
+             **dict.fromkeys(("sum", "mean"), {"rows", "stream", "split", "inner"})}
+    assert kinds == every.get(op.name, {"resident", "stream", "columns"})
 
 
 # the look-up of a plan
@@ -203,8 +208,9 @@ def test_a_gradient_is_refused_or_made(op):
 def test_what_is_written_out_can_be_read(op):
     """By inspect, in tracebacks, and with the names and defaults of the specification."""
     source, one = inspect.getsource(op.triton), inspect.getsource(op.call.run_schedule)
-    assert source.startswith("def triton(x") and "plans.get(key)" in source and "differentiate" in source
-    assert one.startswith("def run_schedule(schedule, x") and "plans.get(key)" in one and "differentiate" not in one
+    x = FIRST.get(op.name, "x")
+    assert source.startswith(f"def triton({x}") and "plans.get(key)" in source and "differentiate" in source
+    assert one.startswith(f"def run_schedule(schedule, {x}") and "plans.get(key)" in one and "differentiate" not in one
     triton, python = (inspect.signature(call).parameters for call in (op.triton, op.python))
     assert [(p.name, p.default) for p in triton.values()] == [(p.name, p.default) for p in python.values()]
     assert op.triton.__doc__ and op.triton.__doc__ == op.call.__doc__
@@ -260,6 +266,7 @@ def moved(tensor, by):
 
 LAUNCHED = [(NORM, "D=5,residual"), (NORM, "D=5"), (SOFTMAX, "D=5"), (OPS["log_softmax"], "D=5"), (SUM, "D=70"),
             (MEAN, "D=3,inner=5"), (MEAN, "D=1100"), (MATMUL, "N=5,K=20,bias"), (MATMUL, "N=5,K=520")]
+OF_ONE_KIND = [(SWIGLU, "F=70"), (ROTARY, "H=3,D=10,context=7")]
 
 
 @needs_interpreter
@@ -279,6 +286,40 @@ def test_a_launch_hands_a_kernel_its_pointers_in_order(gpu, op, shape, dtype):
         for given in (arguments, (*arguments[:i], moved(arguments[i], 1), *arguments[i + 1:]), arguments):
             assert same_bits(op.run_schedule(schedule, *given), wanted), (schedule, i)
     assert 2 <= len(schedules) == len(op.call.plans)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])
+@pytest.mark.parametrize(("op", "shape"), OF_ONE_KIND, ids=lambda value: getattr(value, "name", value))
+def test_a_launch_of_one_kernel_hands_it_its_pointers_in_order(gpu, op, shape, dtype):
+    """As above, for ops whose schedules differ in sizes alone."""
+    arguments = op.inputs(2, shape, dtype)
+    wanted = op.python(*arguments)
+    for i in range(len(arguments)):
+        for given in (arguments, (*arguments[:i], moved(arguments[i], 1), *arguments[i + 1:]), arguments):
+            assert same_bits(op.triton(*given), wanted), i
+    assert len(op.call.plans) == 1 and gpu[0]["x_ptr"] == arguments[0].data_ptr() != gpu[1]["x_ptr"]
+
+
+@needs_interpreter
+def test_a_rotation_with_a_cache_is_checked_once_and_kept(gpu, monkeypatch):
+    """But not for tensors of another form, nor where a gradient is asked for."""
+    monkeypatch.setattr(into, "_LAUNCHES", type(into._LAUNCHES)())
+    checked, check = [], into._check_into
+    monkeypatch.setattr(into, "_check_into", lambda *given: checked.append(given) or check(*given))
+    for by in (0, 1, 0):
+        x, table, positions = ROTARY.inputs(3, "H=6,D=8,context=7", torch.float16)
+        qkv, slots, kv = moved(x, by), torch.tensor([4, -1, 2]), torch.zeros(5, 4, 8, dtype=torch.float16)
+        assert rotary_into(qkv, table, positions, slots, kv, 2) is None
+        assert same_bits(qkv[:, :4], ROTARY.python(x[:, :4], table, positions)) and same_bits(qkv[:, 4:], x[:, 4:])
+        assert same_bits(kv[[4, 2]], qkv[[0, 2], 2:]) and not kv[[0, 1, 3]].any()
+        assert list(gpu[-1].values()) == [t.data_ptr() for t in (qkv, table, positions, slots, kv)]
+    assert len(checked) == len(into._LAUNCHES) == 1
+    for wrong, error in (((qkv, table, positions, slots, kv, 3), ValueError),
+                         ((qkv.requires_grad_(), table, positions, slots, kv, 2), RuntimeError)):
+        with pytest.raises(error):
+            rotary_into(*wrong)
+    assert len(checked) == 3 and len(into._LAUNCHES) == 1 and len(gpu) == 3
 
 
 @needs_interpreter
@@ -357,7 +398,7 @@ def test_a_plan_that_is_kept_launches_without_another_check(gpu, op, monkeypatch
     if op is not MATMUL:  # whose plan checks by itself
         assert [len(arguments[0]) for arguments in checked] == [2, 3]
     assert len(op.call.plans) == 2
-    with pytest.raises(TypeError, match="x must be one of"):
+    with pytest.raises(TypeError, match=f"{FIRST.get(op.name, 'x')} must be one of"):
         op.run_schedule(schedule, *(a.double() if isinstance(a, torch.Tensor) else a for a in arguments_of(op)))
     assert len(op.call.plans) == 2
 

@@ -13,10 +13,11 @@ from kernels import OPS, matmul, mean, rms_norm, runtime, softmax
 from kernels.bits import check_invariance, digest, elements_differ, portable, same_bits
 
 needs_triton = pytest.mark.skipif(bool(runtime.WHY_NOT), reason=runtime.WHY_NOT or "Triton runs here")
-# attention takes Sequences and has no derivative: what it refuses is tested in tests/ops/attention
-ROW_OPS = {name: op for name, op in OPS.items() if not name.startswith("attention")}
+# attention takes Sequences and has no derivative, rotary takes places: what they refuse is tested in tests/ops
+ROW_OPS = {name: op for name, op in OPS.items() if not name.startswith(("attention", "rotary"))}
 every_op = pytest.mark.parametrize("op", ROW_OPS.values(), ids=ROW_OPS)
-SHAPES = {"matmul": "N=5,K=64"}
+SHAPES = {"matmul": "N=5,K=64", "swiglu": "F=64"}
+FIRST = {"swiglu": "gate_up"}  # what the first argument is called where it is not x
 
 
 def arguments(op, dtype=torch.float32):
@@ -81,7 +82,7 @@ def test_a_fake_tensor_is_refused_by_name(op):
 
     given = arguments(op)
     mode = FakeTensorMode()
-    with pytest.raises(TypeError, match="x is a FakeTensor.*torch.compile"):
+    with pytest.raises(TypeError, match=f"{FIRST.get(op.name, 'x')} is a FakeTensor.*torch.compile"):
         with_x(op, given, mode.from_tensor(given[0]))
 
 
@@ -107,7 +108,7 @@ class Wrapper(torch.Tensor):
 def test_a_tensor_without_memory_is_refused_before_a_launch(op):
     given = arguments(op)
     with_x(op, given, given[0])
-    with pytest.raises(TypeError, match=r"x is a Wrapper.*to_local"):
+    with pytest.raises(TypeError, match=rf"{FIRST.get(op.name, 'x')} is a Wrapper.*to_local"):
         with_x(op, given, Wrapper(given[0]))
 
 

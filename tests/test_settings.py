@@ -12,8 +12,9 @@ from kernels.bits import adversarial, digest, portable, same_bits
 from kernels.lab.records import ROOT
 
 SHAPES = {"rms_norm": "D=70,residual", "softmax": "D=40", "log_softmax": "D=33", "sum": "D=30,inner=4",
-          "mean": "D=130", "matmul": "N=5,K=48,bias"}
-LONG = {**SHAPES, "softmax": "D=20000", "rms_norm": "D=9000,residual", "matmul": "N=5,K=300,bias"}  # past one slice
+          "mean": "D=130", "matmul": "N=5,K=48,bias", "rotary": "H=3,D=10,context=7", "swiglu": "F=40"}
+LONG = {**SHAPES, "softmax": "D=20000", "rms_norm": "D=9000,residual", "matmul": "N=5,K=300,bias",
+        "swiglu": "F=20000"}  # past one slice
 HOWS = ["python"] + ([] if runtime.WHY_NOT else ["triton"])
 
 

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from kernels import OPS, runtime
 from kernels.bits import ADVERSARIAL
 from kernels.op import DTYPES
-from kernels.ops import mean, rms_norm, softmax
+from kernels.ops import mean, rms_norm, softmax, swiglu
 from kernels.ops.matmul.schedule import Schedule as Tiles
 
 
@@ -212,6 +212,39 @@ SOFTMAX = About(
 LOG_SOFTMAX = replace(SOFTMAX, points={
     **SOFTMAX.points, "gpu schedules": ("37 D=1000 bfloat16", "37 D=32768 bfloat16", "37 D=32769 float32")})
 
+GATED = About(
+    schedule=swiglu.Schedule(256, 4), several=(), kernels=(swiglu.Schedule(64, 1), swiglu.Schedule(1024, 4)),
+    pencil=reference.gated, errors=reference.gated_errors,
+    rounded_twice=("20 F=1000 bfloat16", reference.gated_rounded_twice),
+    shapes=lambda widest: st.builds("F={}".format, st.integers(1, widest)),
+    examples=(60, 15, 6), widest=(3000, 1500, 300),
+    good=({"gate_up": numbers((2, 6))},),
+    bad={"of odd width": ({"gate_up": like(3, 15)}, ValueError, r"gate_up .*\(T, 2F\), got \(3, 15\)"),
+         "of one dimension": ({"gate_up": like(16)}, ValueError, r"gate_up .*\(16,\)"),
+         "of three dimensions": ({"gate_up": like(2, 3, 4)}, ValueError, r"gate_up .*\(2, 3, 4\)")},
+    custom=lambda: [(numbers((4, 96)),), (numbers((0, 8)),), (numbers((3, 0)),), (numbers((3, 10)).half(),)],
+    choices=(each("F={}", 1, 3, 17, 255, 256, 257, 511, 512, 513, 1000, 1024, 1500, 8192, 14336),
+             (*range(1, 3000, 13), 10**5, 10**6)),
+    far=(("2 F=1000 bfloat16", (swiglu.Schedule(256, 1), swiglu.Schedule(1024, 4))),),
+    points={
+        "accuracy": {"python": each("20 F={} *", 1, 77, 1024, 3000), "triton": each("3 F={} *", 1, 77, 700)},
+        "threads": ("300 F=3000 float32",),
+        "pencil": ("6 F=1300 *",),
+        "hostile": ("9 F=300 *",),
+        "widths": each("2 F={} bfloat16", 1, 2, 3, 31, 100, 255, 256, 257, 512, 1000, 1023, 1024, 1025, 3000, 14336),
+        "schedules": ("7 F=3 float32", "5 F=96 *", "2 F=1000 *", "1 F=4100 bfloat16"),
+        "batches": {"python": ("13 F=96 *", "13 F=1000 *"), "triton": ("9 F=96 *", "5 F=300 bfloat16")},
+        "hostile batches": {"python": ("7 F=300 *",), "triton": ("3 F=60 float16",)},
+        "neighbours": ("6 F=60 *",),
+        "strides": {"python": ("6 F=70 *", "6 F=1040 *"), "triton": ("3 F=70 *",), "schedule": ("3 F=70 bfloat16",)},
+        "plain": ("4 F=200 bfloat16",),
+        "gpu schedules": each("37 F={}", "1 float32", "100 bfloat16", "1000 float16", "8192 bfloat16", "14336 float32"),
+        "gpu batches": each("4096 F={}", "96 bfloat16", "1000 float32", "512 float16", "14336 bfloat16"),
+        "gpu specified": tuple(f"{min(2000, 10**6 // w)} F={w} *" for w in (1, 100, 1000, 14336)),
+        "graphs": each("{} F=8192 bfloat16", 64, 1, 3000),
+        "streams": ("700 F=4096 bfloat16", "64 F=8192 bfloat16", "3000 F=1000 bfloat16", "9 F=14336 bfloat16"),
+        "elsewhere": ("33 F=8192 bfloat16", "3 F=64 float32")})
+
 X, ARRAY = numbers((1, 4)), np.ones((1, 4), np.float32)
 SPLIT = mean.Schedule("split", 1, flight=4, columns=64)
 REDUCTION = About(
@@ -333,4 +366,4 @@ PRODUCT = About(
         "plain": ("4 N=8,K=16,bias bfloat16",)})
 
 ABOUT = {"rms_norm": NORM, "softmax": SOFTMAX, "log_softmax": LOG_SOFTMAX, "sum": REDUCTION, "mean": REDUCTION,
-         "matmul": PRODUCT}
+         "matmul": PRODUCT, "swiglu": GATED}

@@ -18,8 +18,9 @@ INF, NAN = math.inf, math.nan
 
 needs_triton = pytest.mark.skipif(bool(runtime.WHY_NOT), reason=runtime.WHY_NOT or "Triton runs here")
 needs_compiler = pytest.mark.skipif(not runtime.HAS_TRITON, reason="compiling ahead of time needs Triton")
-# attention's rows are queries that share keys: tests/ops/attention holds it to the same promises
-ROW_OPS = {name: op for name, op in OPS.items() if not name.startswith("attention")}
+# attention's rows are queries that share keys, and rotary's have places in a table: tests of their own hold them to
+# the same promises
+ROW_OPS = {name: op for name, op in OPS.items() if not name.startswith(("attention", "rotary"))}
 every_op = pytest.mark.parametrize("op", ROW_OPS.values(), ids=ROW_OPS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 both = pytest.mark.parametrize("name", ["python", pytest.param("triton", marks=needs_triton)])
@@ -101,3 +102,13 @@ def waits_first(code):
     if code.job.target < 90:
         return wait == launch == -1
     return -1 < wait < min(code.ptx.index("ld.global"), code.ptx.index("st.global"), launch)
+
+
+def rounds_every_product(code, pairs):
+    """A rotation of so many pairs a thread: two sums and four products each, none fused. sm_100 may do two at once."""
+    held = max(1, pairs)
+    adds, packed = code.count(r"(add|sub)(\.rn)?\.f32"), code.count(r"(add|sub)(\.rn)?\.f32x2")
+    products, two = code.count(r"mul(\.rn)?\.f32"), code.count(r"mul(\.rn)?\.f32x2")
+    assert adds + packed <= 2 * held <= adds + 2 * packed, code.job
+    assert products + two <= 4 * held <= products + 2 * two, code.job
+    assert not (code.fused or code.flushes or code.approximate or code.divisions), code.job

@@ -118,6 +118,34 @@ def softmax_rounded_twice(op, x, dim=-1):
     return op.cuda(shifted.float(), dim).to(x.dtype)
 
 
+# SwiGLU
+
+
+def sigmoid(gate):
+    below = e(-np.abs(gate))
+    return np.where(gate < 0, below, np.float32(1)) / (np.float32(1) + below)
+
+
+def gated(op, gate_up):
+    gate, up = np.split(gate_up.float().numpy(), 2, axis=1)
+    return torch.from_numpy((gate * sigmoid(gate)) * up).to(gate_up.dtype)
+
+
+# Relative to |y|: half an ulp of the dtype for the last rounding, and float32's before it.
+GATED = {"bfloat16": 2.0**-8 * 1.001, "float16": 2.0**-11 * 1.004, "float32": 2.0**-24 * 6}
+
+
+def gated_errors(op, name, y, gate_up):
+    wanted, up = op.cuda(gate_up.double()), gate_up.double().chunk(2, -1)[1]
+    yield (y.double() - wanted).abs(), GATED[dtype_name(y.dtype)] * wanted.abs() + 2.0**-142 * up.abs() + (
+        smallest(y.dtype) / 2)
+
+
+def gated_rounded_twice(op, gate_up):
+    """silu rounded first, as the default has it."""
+    return op.cuda(gate_up)
+
+
 # sum and mean
 
 

@@ -265,13 +265,13 @@ def refused(op):
     """case -> (changes, error, message): tensors that no op takes, and what else this one does not."""
     good = ABOUT[op.name].good[0]
     x, *others = [name for name, a in good.items() if isinstance(a, torch.Tensor)]
-    found = {"no x": ({"x": None}, TypeError, r"x .*NoneType"),
-             "x a list": ({"x": [[1.0] * 4]}, TypeError, r"x .*list"),
-             "x an array": ({"x": ARRAY}, TypeError, r"x .*ndarray"),
-             "x sparse": ({"x": good["x"].cpu().to_sparse()}, TypeError, r"x .*sparse_coo")}
-    found |= {f"x of {dtype}": ({"x": good["x"].to(dtype)}, TypeError, rf"x .*float32.*{dtype}")
+    found = {f"no {x}": ({x: None}, TypeError, rf"{x} .*NoneType"),
+             f"{x} a list": ({x: [[1.0] * 4]}, TypeError, rf"{x} .*list"),
+             f"{x} an array": ({x: ARRAY}, TypeError, rf"{x} .*ndarray"),
+             f"{x} sparse": ({x: good[x].cpu().to_sparse()}, TypeError, rf"{x} .*sparse_coo")}
+    found |= {f"{x} of {dtype}": ({x: good[x].to(dtype)}, TypeError, rf"{x} .*float32.*{dtype}")
               for dtype in (torch.int32, torch.bool, torch.float64, torch.complex64)}
-    found["all elsewhere"] = ({n: good[n].to("meta") for n in (x, *others)}, ValueError, r"x .*meta")
+    found["all elsewhere"] = ({n: good[n].to("meta") for n in (x, *others)}, ValueError, rf"{x} .*meta")
     for n in others:
         found |= {f"{n} of integers": ({n: good[n].long()}, TypeError, rf"{n}.*int64"),
                   f"{n} of another dtype": ({n: good[n].bfloat16()}, TypeError, rf"{n}.*float32.*bfloat16"),
@@ -370,6 +370,11 @@ def two_products(run, x, weight, bias):
     return run("matmul", run("matmul", x, weight, bias), weight.t())
 
 
+def gates(run, gate_up):
+    """A result doubled before it is gated again."""
+    return run("swiglu", run("swiglu", gate_up).repeat(1, 2))
+
+
 def through(name):
     return lambda op, *arguments, **named: OPS[op].implementation(name)(*arguments, **named)
 
@@ -377,6 +382,7 @@ def through(name):
 BLOCKS = {"rms_norm": (norms, ("6 D=200,residual", "3 D=200,residual"), ("64 D=4096,residual", "500 D=4096,residual")),
           "softmax": (softmaxes, ("4 D=30", "2 D=30"), ("8 D=1000", "600 D=1000")),
           "sum": (sums, ("6 D=200", "3 D=200"), ("64 D=4096", "500 D=4096")),
+          "swiglu": (gates, ("6 F=30", "3 F=30"), ("64 F=4096", "500 F=4096")),
           "matmul": (two_products, ("6 N=10,K=24,bias", "3 N=10,K=24,bias"), ())}
 
 
@@ -544,12 +550,20 @@ def sums_in_turn(run, x, dim):
     return run("mean", run("mean", run("sum", x, 1), 1), 0)
 
 
+def gates_in_turn(run, gate_up):
+    for _ in range(20):
+        gate_up = run("swiglu", gate_up).repeat(1, 2)
+    return gate_up
+
+
 FEEDS = [
     *(("rms_norm", feed, point) for feed in (norms_in_turn, partial(norms_in_turn, put=lambda place, t: place.copy_(t)))
       for point in ("1 D=4096,residual bfloat16", "33 D=8192,residual bfloat16", "2048 D=4096,residual bfloat16",
                     "300 D=20000,residual bfloat16", "5000 D=96,residual bfloat16")),
     *(("softmax", softmaxes_in_turn, point) for point in ("300 D=1000 float32", "4 D=40000 float32",
                                                           "300 D=40000 float32")),
+    *(("swiglu", gates_in_turn, point) for point in ("1 F=14336 bfloat16", "300 F=1000 float32",
+                                                     "4096 F=512 bfloat16")),
     *(("sum", sums_in_turn, f"{n} D={d},inner={inner} float32") for n, d, inner in (
         (64, 70, 90), (4, 2000, 64), (2, 70000, 2), (1, 3, 100000)))]
 

@@ -33,14 +33,18 @@ DIGESTS = records.Table(
 ROWS, ADVERSARIAL_ROWS, MANY_ROWS = 256, 32, 4096  # a CPU redoes them in about ten seconds
 _RMS_NORM_WIDTHS = (4096, 5120, 7168, 8192, 1000, 20000)
 _SOFTMAX_SHAPES = ("D=100", "D=333", "D=1000", "D=32000", "D=40000")
-_MATMUL_SHAPES = ("N=8,K=256", "N=4,K=520", "N=48,K=512", "N=33,K=72,bias", "N=16,K=1200,bias", "N=8,K=4096")
+_MATMUL_SHAPES = ("N=8,K=256", "N=4,K=520", "N=48,K=512", "N=33,K=72,bias", "N=16,K=1200,bias", "N=8,K=4096",
+                 "N=8,K=512,gpus=8", "N=4,K=530,bias,gpus=8")
 _SUM_SHAPES = ("D=8192", "D=1000", "D=333", "D=20001", "D=1100,inner=8")
+_ROTARY_SHAPES = ("H=5,D=128,context=1000", "H=3,D=64,context=4096", "H=2,D=80,context=333")
+_SWIGLU_SHAPES = ("F=14336", "F=512", "F=1000", "F=77")
 SHAPES = {"rms_norm": tuple(f"D={width}{residual}" for width in _RMS_NORM_WIDTHS for residual in ("", ",residual")),
           "softmax": _SOFTMAX_SHAPES, "log_softmax": _SOFTMAX_SHAPES, "sum": _SUM_SHAPES, "mean": _SUM_SHAPES,
-          "matmul": _MATMUL_SHAPES}
+          "matmul": _MATMUL_SHAPES, "rotary": _ROTARY_SHAPES, "swiglu": _SWIGLU_SHAPES}
 _MANY_SHAPES = {"rms_norm": ("D=4096,residual", "D=1000"), "sum": ("D=1000", "D=333"), "mean": ("D=1000", "D=333"),
                 "softmax": ("D=100", "D=333"), "log_softmax": ("D=100", "D=333"),
-                "matmul": ("N=8,K=256", "N=4,K=520")}
+                "matmul": ("N=8,K=256", "N=4,K=520"), "rotary": ("H=3,D=64,context=4096", "H=2,D=80,context=333"),
+                "swiglu": ("F=512", "F=77")}
 MANY = {(op, shape, dtype) for op, shapes in _MANY_SHAPES.items() for shape in shapes
         for dtype in ("bfloat16", "float32")}
 FEW_ROWS, FEW_ADVERSARIAL_ROWS = 8, 3  # a CPU takes 0.1 us for an exponential
@@ -48,7 +52,7 @@ FEW_ROWS, FEW_ADVERSARIAL_ROWS = 8, 3  # a CPU takes 0.1 us for an exponential
 QUERIES = {"attention_decode": (("H=8,KV=2,D=128,context=1500", 2), ("H=4,KV=1,D=64,context=2100", 2)),
            "attention_prefill": (("H=4,KV=2,D=128", 260), ("H=4,KV=1,D=80", 150)),
            "attention_chunk": (("H=4,KV=2,D=128,context=1000", 40), ("H=4,KV=2,D=64,context=2040", 16))}
-FEW = {(op, shape) for op in ("softmax", "log_softmax") for shape in ("D=32000", "D=40000")}
+FEW = {(op, shape) for op in ("softmax", "log_softmax") for shape in ("D=32000", "D=40000")} | {("swiglu", "F=14336")}
 
 
 @dataclass(frozen=True)
@@ -81,14 +85,14 @@ def cases(op: Op, seed: int = 0) -> Iterator[Case]:
 def arguments(case: Case, device="cpu") -> tuple:
     """The op's own inputs; attention's result has lse besides, which is float32.
 
-    For an adversarial kind, each per-token argument i is made with seed + i instead.
+    For an adversarial kind, each per-token argument i of numbers is made with seed + i instead; places stay.
     """
     op, dtype, portable = OPS[case.op], DTYPES[case.dtype], case.input == "portable"
-    made = list(op.inputs(case.rows if portable else 1, Shape.parse(case.shape), dtype, device, case.seed))
+    made = list(op.inputs(case.rows, Shape.parse(case.shape), dtype, device, case.seed))
     if case.op in QUERIES:
         made += [0, True]  # no window, with lse
     for i in () if portable else op.per_token:
-        if made[i] is not None:
+        if made[i] is not None and made[i].is_floating_point():
             row = made[i].shape[1:]
             hard = bits.adversarial(case.input, case.rows, row.numel(), dtype, device, case.seed + i)
             made[i] = hard.unflatten(1, row)

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -31,18 +32,26 @@ MADE_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 26}
 FIXED = 64 << 20  # what slices, code and an allocator's gaps add
 
 
+class _Tensor(NamedTuple):
+    """A tensor among an op's arguments, which is not made; places and tables have dtypes of their own."""
+
+    sizes: tuple
+    dtype: torch.dtype
+
+
 def input_bytes(op: Op, tokens: int, shape: str, dtype: torch.dtype) -> int:
     """Bytes of one set of inputs."""
-    return sum(math.prod(argument) * dtype.itemsize for argument in _arguments(op, tokens, shape, dtype)
-               if isinstance(argument, tuple))
+    return sum(math.prod(argument.sizes) * argument.dtype.itemsize for argument in _arguments(op, tokens, shape, dtype)
+               if isinstance(argument, _Tensor))
 
 
 def _arguments(op: Op, tokens: int, shape: str, dtype: torch.dtype) -> list:
-    """The sizes of each tensor among an op's arguments, the others as they are."""
+    """Each tensor among an op's arguments as a _Tensor, the others as they are."""
     sizes = dict(Shape.parse(shape)) | {"tokens": tokens}
-    sizes |= {f"tokens + {name}": tokens + size for name, size in sizes.items()}
-    return [tuple(sizes.get(size, size) for size in argument) if isinstance(argument, tuple) else argument
-            for argument in _form(op.inputs, shape, dtype)]
+    sizes |= {f"2 * {name}": 2 * size for name, size in sizes.items()} | {
+        f"tokens + {name}": tokens + size for name, size in sizes.items()}
+    return [a._replace(sizes=tuple(sizes.get(size, size) for size in a.sizes)) if isinstance(a, _Tensor) else a
+            for a in _form(op.inputs, shape, dtype)]
 
 
 @lru_cache
@@ -54,9 +63,10 @@ def _form(inputs: Callable, shape: str, dtype: torch.dtype) -> list:
     named = [name for name, size in Shape.parse(shape).items() if size is not True]
     primes = dict(zip(("tokens", *named), (5, 7, 11, 13, 17, 19, 23, 29), strict=False))
     small = Shape(**{name: primes.get(name, size) for name, size in Shape.parse(shape).items()})
-    names = {primes["tokens"] + prime: f"tokens + {name}" for name, prime in primes.items()}  # keys behind a context
+    names = {2 * prime: f"2 * {name}" for name, prime in primes.items()}  # two halves side by side
+    names |= {primes["tokens"] + prime: f"tokens + {name}" for name, prime in primes.items()}  # keys behind a context
     names |= {prime: name for name, prime in primes.items()}
-    return [tuple(names.get(size, size) for size in a.shape) if isinstance(a, torch.Tensor) else a
+    return [_Tensor(tuple(names.get(size, size) for size in a.shape), a.dtype) if isinstance(a, torch.Tensor) else a
             for a in inputs(5, str(small), dtype, "cpu", 0)]
 
 
@@ -112,11 +122,12 @@ def refuse_too_large(wanted: Sweep, points=None, largest: int = 0, beside: int =
 
 # --- seconds
 
-BYTES_A_SECOND = {"softmax": 4e6, "log_softmax": 6e6}  # rows in float32 through a specification on a CPU
+BYTES_A_SECOND = {"softmax": 4e6, "log_softmax": 6e6, "swiglu": 5e7}  # rows in float32 through a specification on a CPU
 MULTIPLICATIONS_A_SECOND = {torch.float32: 8e6}  # of a specification's product on a CPU
 SIXTEEN_BITS, OF_ANOTHER = 8e7, 2e8
 DEFAULT_BYTES, DEFAULT_FLOPS = 2e9, 2e10
 A_PROGRAM, A_CHUNK = 0.004, {"rms_norm": 0.003, "sum": 0.001, "mean": 0.001}  # seconds in Triton's interpreter
+A_TILE = {"rotary": 0.003, "swiglu": 0.012}  # whose programs take one tile each, however long a row is
 A_CHUNK_OF_ANOTHER, A_PRODUCT = 0.02, {torch.float32: 0.002}
 A_PRODUCT_OF_16_BITS = 0.0005
 ON_A_GPU = 0.3  # seconds a contender: compiling, loading and capturing take longer than running
@@ -161,7 +172,7 @@ def interpreted(op: Op, tokens: int, shape: str, dtype: torch.dtype) -> Iterator
     if runtime.WHY_NOT:
         return
     known, chosen = _schedules(op.schedules, shape, dtype), op.schedule(tokens, shape, dtype)
-    arguments = (torch.empty(a, dtype=dtype, device="meta") if isinstance(a, tuple) else a
+    arguments = (torch.empty(a.sizes, dtype=a.dtype, device="meta") if isinstance(a, _Tensor) else a
                  for a in _arguments(op, tokens, shape, dtype))
     with suppress(TypeError, RuntimeError, OverflowError):  # sizes that no tensor can have
         for step in op.call.launches(known.get(chosen, next(iter(known.values()))), *arguments):
@@ -177,5 +188,7 @@ def _of_program(op, shape, dtype) -> float:
     sizes = Shape.parse(shape)
     if "K" in sizes:
         return A_PROGRAM + sizes["K"] * A_PRODUCT.get(dtype, A_PRODUCT_OF_16_BITS)
+    if op.name in A_TILE:
+        return A_PROGRAM + A_TILE[op.name]
     chunks = -(-max(sizes.values()) // 1024)
     return A_PROGRAM + chunks * A_CHUNK.get(op.name, A_CHUNK_OF_ANOTHER)

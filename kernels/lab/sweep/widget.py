@@ -24,6 +24,7 @@ from . import measure as sweep
 LONGEST_SHAPE = 80  # characters
 NO_ROWS = pd.DataFrame(columns=list(records.TOKEN_SWEEP.columns))
 FOR_A_CPU = {"rms_norm": "D=1024,residual", "matmul": "N=32,K=64",  # quick in Triton's interpreter
+             "rotary": "H=8,D=64,context=64", "swiglu": "F=256",
              "attention_prefill": "H=2,KV=1,D=16", "attention_chunk": "H=2,KV=1,D=16,context=32",
              "attention_decode": "H=2,KV=1,D=16,context=32"}
 

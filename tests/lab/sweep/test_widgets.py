@@ -515,7 +515,7 @@ def test_before_a_run_the_status_says_what_it_takes(out):
 @pytest.mark.skipif(runtime.HAS_GPU or bool(runtime.WHY_NOT), reason="Triton's interpreter does not run here")
 @pytest.mark.parametrize(("op", "shape", "tokens", "programs"), [
     ("rms_norm", "D=1024,residual", 5, [5]), ("rms_norm", "D=1024", 70, [70]), ("softmax", "D=1024", 3, [3]),
-    ("matmul", "N=64,K=64", 32, [2])])
+    ("matmul", "N=64,K=64", 32, [2]), ("rotary", "H=40,D=16,context=9", 3, [15]), ("swiglu", "F=600", 5, [15])])
 def test_programs_of_the_interpreter_are_counted(op, shape, tokens, programs):
     assert list(estimate.interpreted(OPS[op], tokens, shape, torch.float32)) == programs
 
@@ -523,7 +523,8 @@ def test_programs_of_the_interpreter_are_counted(op, shape, tokens, programs):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_of_inputs_and_results_are_exact(op, dtype):
-    small = {"matmul": "N=6,K=9,bias", "rms_norm": "D=10,residual"}.get(op, "D=10")
+    small = {"matmul": "N=6,K=9,bias", "rms_norm": "D=10,residual", "rotary": "H=3,D=10,context=7",
+             "swiglu": "F=10"}.get(op, "D=10")
     if op.startswith("attention"):
         small, dtype = "H=4,KV=2,D=8,context=9", torch.float16 if dtype == torch.float32 else dtype
     arguments = [a for a in OPS[op].inputs(3, small, dtype, "cpu", 0) if isinstance(a, torch.Tensor)]
