@@ -6,7 +6,7 @@ from . import gradients
 from . import order as orders
 from .plan import Plan
 from .pointer import pointer_kernel
-from .product import Product
+from .product import product_of
 from .schedule import Schedule
 from .steps import steps
 
@@ -22,7 +22,7 @@ class _Matmul(Call):
     Schedule, kernel = Schedule, pointer_kernel
 
     def check(self, x, weight, bias=None, order=None):
-        orders.check(x, weight, bias, order)
+        orders.check_call(x, weight, bias, order)
 
     def outputs(self, x, weight, bias, order):
         return (x.new_empty(*x.shape[:-1], weight.shape[0]),)
@@ -31,7 +31,7 @@ class _Matmul(Call):
         return gradients.Linear.apply(x, weight, bias, order, self.triton)
 
     def steps(self, schedule, x, weight, bias, order):
-        return steps(schedule, Product.of(x, weight, bias, order))
+        return steps(schedule, product_of(x, weight, bias, order))
 
     def make_plan(self, arguments, schedule):
         return Plan(*arguments, schedule)

@@ -476,3 +476,7 @@ def kernel(a_desc, b_desc, more_desc, y_ptr, bias_ptr, work_ptr, flag_ptr, M, N,
                             (_consume, (p, y_ptr, bias_ptr, work_ptr, flag_ptr, 1)),
                             (_consume, (p, y_ptr, bias_ptr, work_ptr, flag_ptr, 2)),
                             (_produce, (p, a_desc, b_desc, more_desc))], [4, 4, 1], [REGISTERS, REGISTERS, 24])
+
+
+# for hopper_tree.py, whose kernel has the same parts: renamed, they would count as other code than what was recorded
+sides, place, produce, chain_of, nothing, finish = _sides, _place, _produce, _chain, _nothing, _finish

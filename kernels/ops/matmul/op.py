@@ -1,6 +1,7 @@
 """The matrix product y = x @ weight.T + bias, in F.linear's layout, in one order at every token count.
 
-Its order is in order.py beside this file. A kind of schedule is one file: pointer.py, tma.py and hopper.py.
+Its order is in order.py beside this file. A kind of schedule is one file: pointer.py, tma.py and hopper.py;
+for an order that is a tree, tree.py and hopper_tree.py.
 """
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from . import order as orders
 from .call import CALL
 from .contenders import cublas_no_split_k, frozen, tiled
 from .schedule import Schedule, choose, tested
+from .shared_schedule import choose_shared, tested_shared
 
 
 def _cuda(x, weight, bias=None):
@@ -25,8 +27,8 @@ def _cuda(x, weight, bias=None):
 def _python(x, weight, bias=None, order=None):
     """The specification: x (..., K), weight (N, K), bias (N,) or None -> (..., N) in x's dtype.
 
-    float32, float16 or bfloat16, all of one dtype. `order` is (segments, length) of k, or None for the one that N
-    and K decide. Raises TypeError or ValueError for anything else. Differentiable, once.
+    float32, float16 or bfloat16, all of one dtype. `order` is (segments, length) of k, a tree of `shared_order(N, K)`,
+    or None for the one that N and K decide. Raises TypeError or ValueError for anything else. Differentiable, once.
     """
     if gradients.needed(x, weight, bias):
         return gradients.Linear.apply(x, weight, bias, order, orders.specified)
@@ -44,7 +46,12 @@ def _inputs(tokens: int, shape, dtype=torch.bfloat16, device="cpu", seed: int = 
     x = bits.portable(tokens, shape["K"], dtype, device, seed) * _spread(shape["K"], 7, dtype, device)
     weight = bits.portable(shape["N"], shape["K"], dtype, device, seed + 1) * _spread(shape["K"], 5, dtype, device)
     bias = bits.portable(1, shape["N"], dtype, device, seed + 2)[0] if shape.get("bias") else None
-    return x, weight, bias
+    return (x, weight, bias, *_order(shape))
+
+
+def _order(shape: Shape) -> tuple:
+    """(the order that a shape such as N=4096,K=4096,gpus=8 names,), or () for the one of N and K."""
+    return (orders.shared_order(shape["N"], shape["K"], shape["gpus"]),) if "gpus" in shape else ()
 
 
 def _work(tokens: int, shape, dtype=torch.bfloat16) -> Work:
@@ -60,13 +67,22 @@ def _index() -> int:
 
 def _schedules(shape, dtype) -> list[Schedule]:
     """Every schedule the tests hold to the specification's bits."""
-    n, k = (Shape.parse(shape, "N", "K")[name] for name in "NK")
+    shape = Shape.parse(shape, "N", "K")
+    n, k = shape["N"], shape["K"]
+    every = tested_shared if _of_tree(shape) else tested
     bulk = HAS_GPU and has_pdl(_index()) and k * dtype.itemsize % 16 == 0
-    return [s for s in tested(n, k, dtype, {-1, _index()}) if s.kind == "pointer" or bulk]
+    return [s for s in every(n, k, dtype, {-1, _index()}) if s.kind == "pointer" or bulk]
 
 
 def _schedule(tokens, shape, dtype) -> str:
-    return str(next(choose("matmul", shape, dtype, tokens, _index())))
+    shape = Shape.parse(shape, "N", "K")
+    found = (choose_shared(shape, dtype, tokens, _index()) if _of_tree(shape) else
+             choose("matmul", shape, dtype, tokens, _index()))
+    return str(next(found))
+
+
+def _of_tree(shape: Shape) -> bool:
+    return any(map(orders.is_tree, _order(shape)))
 
 
 _LLAMA_8B = ("N=6144,K=4096", "N=4096,K=4096", "N=28672,K=4096", "N=4096,K=14336", "N=128256,K=4096")
@@ -75,7 +91,8 @@ _SHARDS = ("N=1280,K=8192", "N=7168,K=8192", "N=8192,K=1024", "N=8192,K=3584", "
 matmul = Op(
     name="matmul",
     title="Matrix product",
-    order="a chain over k; small or deep weights: k in segments of fixed length, added in sequence",
+    order="a chain over k; small or deep weights: k in segments of fixed length, added in sequence; "
+          "shared by GPUs: in eight leaves, added in pairs",
     cuda=_cuda,
     python=CALL.specification(_python),
     triton=CALL.triton,

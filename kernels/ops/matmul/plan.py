@@ -16,8 +16,9 @@ from ...runtime import contiguous_strides, current_device, current_stream, has_p
 from . import order as orders
 from .counters import COUNTERS, Counters
 from .descriptors import leading, made_at
-from .product import Product
+from .product import Product, product_of
 from .schedule import Unsuitable, choose
+from .shared_schedule import choose_shared
 from .steps import memory, steps
 
 
@@ -25,13 +26,13 @@ class Plan:
     """Everything about a call that shapes and strides decide, kept so that the next such call only launches."""
 
     def __init__(self, x, weight, bias, order, schedule=None):
-        orders.check(x, weight, bias, order)
+        orders.check_call(x, weight, bias, order)
         require_triton("matmul")
         self.index = x.get_device()
         on_gpu = self.index >= 0
         if on_gpu and x.dtype != torch.float32:
             _add_otherwise(self.index)
-        self.product = p = Product.of(x, weight, bias, order, multiprocessors(self.index) if on_gpu else 132,
+        self.product = p = product_of(x, weight, bias, order, multiprocessors(self.index) if on_gpu else 132,
                                       adder="" if on_gpu else dtype_name(x.dtype))
         self.shape, self.dtype = (*x.shape[:-1], p.n), x.dtype
         self.strides = contiguous_strides(self.shape)
@@ -42,7 +43,9 @@ class Plan:
             self.launch = Plan.nothing
             return
         if not self.forced:
-            self.wanted = list(choose("matmul", Shape(N=p.n, K=p.k), p.dtype, p.m, self.index))
+            shape, of_tree = Shape(N=p.n, K=p.k), orders.is_tree(p.order)
+            self.wanted = list(choose_shared(shape, p.dtype, p.m, self.index) if of_tree else
+                               choose("matmul", shape, p.dtype, p.m, self.index))
         self.launch = Plan.on_gpu if on_gpu else Plan.interpret
 
     def nothing(self, x, weight, bias, order):
@@ -91,10 +94,10 @@ class Plan:
 
     def interpret(self, x, weight, bias, order):
         """Triton's interpreter is wrong for bfloat16: it gets float32 copies, and torch rounds."""
-        orders.check(x, weight, bias, order)  # a key does not tell a CPU from other devices without an index
+        orders.check_call(x, weight, bias, order)  # a key does not tell a CPU from other devices without an index
         x, weight = x.reshape(-1, self.product.k).float(), weight.float()
         bias = None if bias is None else bias.contiguous().float()
-        p = Product.of(x, weight, bias, self.product.order, adder=self.product.adder)
+        p = product_of(x, weight, bias, self.product.order, adder=self.product.adder)
         schedule = self._first_to_interpret(p)
         needs, y = memory(schedule, p), torch.empty(self.shape, dtype=torch.float32, device="cpu")
         held = {"x_ptr": x, "weight_ptr": weight, "bias_ptr": x if bias is None else bias, "y_ptr": y,

@@ -74,3 +74,10 @@ class Product:
     def segments(self) -> dict[str, int]:
         """The order as the kernels take it."""
         return {"segments": self.order.segments, "length": self.order.length}
+
+
+def product_of(x, weight, bias, order, multiprocessors: int = 132, adder: str = "") -> Product:
+    """`Product.of`, whose order may be a tree."""
+    tree = orders.is_tree(order)
+    product = Product.of(x, weight, bias, None if tree else order, multiprocessors, adder)
+    return replace(product, order=orders.asked(order, product.n, product.k)) if tree else product

@@ -114,14 +114,15 @@ def choose(op: str, shape, dtype: torch.dtype, tokens: int, index: int = -1) -> 
     """
     n, k = Shape.parse(shape)["N"], Shape.parse(shape)["K"]
     seen = set()
-    for schedule in (*_measured(op, n, k, dtype, tokens, index), *rule(n, k, dtype, tokens, index)):
+    for schedule in (*measured(op, n, k, dtype, tokens, index), *rule(n, k, dtype, tokens, index)):
         if schedule not in seen:
             seen.add(schedule)
             yield schedule
 
 
-def _measured(op, n, k, dtype, tokens, index) -> Iterator[Schedule]:
-    shapes = tables.of_gpu(index, Schedule.parse).get(op, {})
+def measured(section: str, n: int, k: int, dtype: torch.dtype, tokens: int, index: int) -> Iterator[Schedule]:
+    """Schedules that a section of the GPU's table has for (n, k), or for the nearest shapes within a doubling."""
+    shapes = tables.of_gpu(index, Schedule.parse).get(section, {})
     shapes = shapes.get(dtype_name(dtype)) or (shapes.get("bfloat16", {}) if dtype == torch.float16 else {})
 
     def distance(sizes):
@@ -133,16 +134,22 @@ def _measured(op, n, k, dtype, tokens, index) -> Iterator[Schedule]:
 
 
 @cache
-def _gpu(index: int) -> tuple[tuple[int, int], int]:
+def gpu(index: int) -> tuple[tuple[int, int], int]:
+    """The compute capability and the multiprocessors of GPU `index`; (0, 0) and 1 for none."""
     if index < 0:
         return (0, 0), 1
     return torch.cuda.get_device_capability(index), torch.cuda.get_device_properties(index).multi_processor_count
 
 
+def shared_memory(capability: tuple[int, int]) -> int:
+    """Bytes of shared memory that a block may use."""
+    return 1024 * _SHARED.get(capability, 99)
+
+
 def rule(n: int, k: int, dtype: torch.dtype, tokens: int, index: int = -1) -> Iterator[Schedule]:
     """Schedules for a shape that was not measured, from the one we expect to be fastest to one that runs anywhere."""
-    capability, sms = _gpu(index)
-    shared = 1024 * _SHARED.get(capability, 99)
+    capability, sms = gpu(index)
+    shared = shared_memory(capability)
     for schedule in _guesses(n, dtype, tokens, capability >= (9, 0), sms):
         if schedule.shared_bytes * dtype.itemsize // 2 <= shared:
             yield schedule

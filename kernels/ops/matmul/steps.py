@@ -8,6 +8,9 @@ import torch
 
 from ...launch import Step
 from . import pointer, tma
+from . import tree as trees
+from .leaves import join_kernel
+from .order import is_tree
 from .product import Product
 from .schedule import Schedule, Unsuitable
 from .tiles import reduce_kernel
@@ -22,19 +25,23 @@ class Memory(NamedTuple):
     counters: int
 
 
-def kind_of(schedule: Schedule) -> ModuleType:
-    """The file of a schedule's kind: its kernel, what it suits, its memory and its launch."""
-    if schedule.kind == "hopper":  # written in Gluon, which is there if Triton is
-        from . import hopper
+def kind_of(schedule: Schedule, product: Product) -> ModuleType:
+    """The file of a schedule's kind: its kernel, what it suits, its memory and its launch.
 
-        return hopper
-    return {"pointer": pointer, "tma": tma}[schedule.kind]
+    A tree has files of its own; where a second kernel adds, the first one leaves segments and knows no tree.
+    """
+    joins = is_tree(product.order) and not schedule.reduce
+    if schedule.kind == "hopper":  # written in Gluon, which is there if Triton is
+        from . import hopper, hopper_tree
+
+        return hopper_tree if joins else hopper
+    return trees if joins else {"pointer": pointer, "tma": tma}[schedule.kind]
 
 
 def steps(schedule: Schedule, product: Product) -> list[Step]:
     """One launch, or a second one that adds segments. Raises Unsuitable if the schedule does not suit the product."""
     s = product.carried_out(schedule)
-    kind = kind_of(s)
+    kind = kind_of(s, product)
     kind.suits(s, product)
     if not s.reduce:
         return [kind.step(s, product)]
@@ -46,13 +53,14 @@ def memory(schedule: Schedule, product: Product) -> Memory:
     s, size = schedule, product.m * product.n * product.order.segments
     if s.reduce and size >= 2**31:
         raise Unsuitable(f"too many sums for a second kernel to count, got {s}")
-    floats, counters = kind_of(s).memory(s, product)
+    floats, counters = kind_of(s, product).memory(s, product)
     return Memory(floats + (size if s.reduce else 0), counters)
 
 
 def _reduce(product: Product) -> Step:
     size = product.m * product.n
-    return Step(reduce_kernel, -(-size // REDUCED),
+    tree = is_tree(product.order)
+    segments = {} if tree else {"SEGMENTS": product.order.segments}
+    return Step(join_kernel if tree else reduce_kernel, -(-size // REDUCED),
                 {"partial_ptr": torch.float32, "bias_ptr": product.dtype, "y_ptr": product.dtype},
-                {"size": size, "N": product.n},
-                {"SEGMENTS": product.order.segments, "BLOCK": REDUCED, "BIAS": product.bias}, {})
+                {"size": size, "N": product.n}, {**segments, "BLOCK": REDUCED, "BIAS": product.bias}, {})

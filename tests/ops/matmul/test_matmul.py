@@ -276,8 +276,8 @@ def test_groups_that_take_turns_are_refused_what_they_cannot_do():
     for given_, schedule in (((4, 1024), turns), ((1, 4096), replace(turns, warps=12)),
                              ((1, 4096), replace(turns, block_n=256)), ((1, 4096), replace(turns, split=True))):
         with pytest.raises(Unsuitable, match="take turns|kind hopper"):
-            kind_of(schedule).suits(schedule, product(given_))
-    kind_of(turns).suits(turns, product((1, 4096)))
+            kind_of(schedule, product(given_)).suits(schedule, product(given_))
+    kind_of(turns, product((1, 4096))).suits(turns, product((1, 4096)))
 
 
 @needs_triton

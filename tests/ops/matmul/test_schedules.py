@@ -11,8 +11,12 @@ from hypothesis import strategies as st
 from kernels import runtime, tables
 from kernels.op import DTYPES
 from kernels.ops.matmul import schedule as schedules
-from kernels.ops.matmul.order import order
+from kernels.ops.matmul import shared_schedule
+from kernels.ops.matmul.order import order, shared_order
+from kernels.ops.matmul.product import Product
 from kernels.ops.matmul.schedule import KINDS, SHARED, Schedule, choose, rule
+from kernels.ops.matmul.shared_schedule import SECTION, choose_shared, suits_leaves
+from kernels.ops.matmul.steps import steps
 
 FAST = Schedule("tma", 128, 256, 64, warps=8, stages=4, persistent=True, flatten=True)
 SLOW = Schedule("pointer", 16, 32, 128, warps=4, stages=4, group=1, swap=True, split=True)
@@ -35,7 +39,8 @@ def on_an_h200(monkeypatch, tmp_path):
     """GPU 0 is an H200 whose tables are in tmp_path."""
     monkeypatch.setattr(tables, "FOLDER", tmp_path)
     monkeypatch.setattr(tables, "slug", lambda index: "h200")
-    monkeypatch.setattr(schedules, "_gpu", lambda index: ((9, 0), 132))
+    for module in (schedules, shared_schedule):
+        monkeypatch.setattr(module, "gpu", lambda index: ((9, 0), 132))
     tables.forget()
     yield tmp_path
     tables.forget()
@@ -95,7 +100,7 @@ def test_there_is_a_schedule_for_everything(n, k, tokens, dtype):
 
 def test_the_rule_uses_bulk_copies_only_where_there_are_some(monkeypatch):
     for capability, kinds in (((8, 0), {"pointer"}), ((9, 0), {"pointer", "tma"}), ((7, 5), {"pointer"})):
-        monkeypatch.setattr(schedules, "_gpu", lambda index, capability=capability: (capability, 108))
+        monkeypatch.setattr(schedules, "gpu", lambda index, capability=capability: (capability, 108))
         found = [s for tokens in (1, 64, 512, 8192) for s in rule(8192, 8192, torch.bfloat16, tokens, 0)]
         assert {s.kind for s in found} == kinds
         assert max(s.shared_bytes for s in found) <= {(9, 0): 227, (8, 0): 163}.get(capability, 99) * 1024
@@ -127,6 +132,41 @@ def test_a_relative_of_the_gpu_serves(on_an_h200, monkeypatch):
         monkeypatch.setattr(tables, "slug", lambda index, name=name: name)
         tables.forget()
         assert (next(choose("matmul", "N=4096,K=4096", torch.bfloat16, 4, 0)) == SLOW) == serves
+
+
+# a tree's schedules
+
+
+@given(n=st.integers(1, 20_000), k=st.integers(1, 40_000), tokens=st.integers(1, 10_000), dtype=st.sampled_from(
+    list(DTYPES.values())), capability=st.sampled_from([(0, 0), (8, 0), (9, 0), (10, 0)]))
+def test_the_rule_suits_the_leaves_of_any_weight(n, k, tokens, dtype, capability):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_schedule, "gpu", lambda index: (capability, 132))
+        found = list(choose_shared(f"N={n},K={k}", dtype, tokens))
+    tree, last = shared_order(n, k), found[-1]
+    assert all(suits_leaves(s, tree.length) for s in found) and len(set(found)) == len(found)
+    assert str(last) == "pointer 32x32x32 warps=4 stages=2 group=8"
+    runs = {"pointer", *["tma"] * (capability >= (9, 0)), *["hopper"] * (capability == (9, 0))}
+    assert {s.kind for s in found} <= runs
+    assert dtype != torch.float32 or {s.kind for s in found} == {"pointer"}
+
+
+def test_a_trees_schedules_have_a_section_of_their_own(on_an_h200):
+    ours = replace(SLOW, split=False)
+    written(on_an_h200, matmul=shapes(N_4096x4096={"16": str(FAST)}),
+            matmul_shared=shapes(N_4096x4096={"16": str(ours)}))
+    assert next(choose_shared("N=4096,K=4096", torch.bfloat16, 4, 0)) == ours
+    assert next(choose("matmul", "N=4096,K=4096", torch.bfloat16, 4, 0)) == FAST
+    assert next(choose_shared("N=256,K=512", torch.bfloat16, 4, -1)) not in (ours, FAST)
+
+
+@pytest.mark.parametrize("n, k", [(4096, 4096), (256, 512), (256, 768), (100, 1001)])
+def test_schedules_of_every_kind_are_tested_that_suit_the_leaves(n, k):
+    found = shared_schedule.tested_shared(n, k, torch.bfloat16)
+    assert {s.kind for s in found} == {"pointer", "tma", "hopper"} and len(set(found)) == len(found) > 12
+    assert all(suits_leaves(s, shared_order(n, k).length) for s in found)
+    assert {(s.split, s.reduce) for s in found} == {(False, False), (True, False), (True, True)}
+    assert {s.kind for s in shared_schedule.tested_shared(n, k, torch.float32)} == {"pointer"}
 
 
 # tables that cannot be used
@@ -173,15 +213,17 @@ def test_shipped_tables_are_sound():
         shipped = [tables.load(path.stem, Schedule.parse) for path in sorted(tables.FOLDER.glob("*.json"))]
     assert shipped
     for table in shipped:
-        assert set(table) == {"matmul"}
-        for dtype, columns in table["matmul"].items():
-            for (n, k), column in columns.items():
-                segments, length = order(n, k)
-                for schedule in column.values():
-                    assert segments == 1 or length % schedule.block_k == 0, (n, k, schedule)
-                    held = schedule.waiting_bytes if segments > 1 and not schedule.split else 0
-                    size = schedule.shared_bytes * DTYPES[dtype].itemsize // 2 + held
-                    assert size <= SHARED, (n, k, schedule)
+        assert {"matmul"} <= set(table) <= {"matmul", SECTION}
+        for section, dtype, (n, k), column in ((s, d, shape, column) for s, dtypes in table.items()
+                                               for d, columns in dtypes.items() for shape, column in columns.items()):
+            which = order(n, k) if section == "matmul" else shared_order(n, k)
+            p = Product(min(column), n, k, DTYPES[dtype], (k, 1), (k, 1), which, False)
+            for schedule in column.values():
+                assert which.segments == 1 or which.length % schedule.block_k == 0, (n, k, schedule)
+                held = schedule.waiting_bytes if which.segments > 1 and not schedule.split else 0
+                size = schedule.shared_bytes * DTYPES[dtype].itemsize // 2 + held
+                assert size <= SHARED, (n, k, schedule)
+                assert steps(schedule, p) if runtime.HAS_TRITON else p.carried_out(schedule)
 
 
 @pytest.mark.gpu
