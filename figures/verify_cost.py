@@ -82,6 +82,6 @@ def _caption(machine, first, second) -> str:
         "pass. paper: preparing the batch, an eager forward, the chosen token back on the host. graph: the same, "
         "forward and argmax replayed as one CUDA graph. floor: for each matrix product the longer of its bytes at a "
         "copy's bandwidth and its operations at a large product's rate, both measured in that run. Invariant ops: this "
-        "suite's RMSNorm, rotary and SwiGLU; products and attention are PyTorch's. Hollow marks: published by LLM-42, "
+        "suite's RMSNorm, rotary and SwiGLU; products and attention were PyTorch's. Hollow marks: published by LLM-42, "
         f"an H100 PCIe; read off the chart ({first}, over the green area it has there), the authors' log ({second}). "
         f"Axes: {first}, evenly spaced windows and time from zero; {second}, both logarithmic.")

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from kernels import OPS, bits
+from kernels import OPS, bits, runtime
 from kernels.lab import bench, records
 from kernels.lab.proofs.tensor_core import TENSOR_CORE
 from kernels.lab.sweep.measure import Sweep, sweep
@@ -67,9 +67,9 @@ def test_a_window_is_measured_with_the_ops_it_names_and_its_token_is_read_back(m
         return lambda: tokens.append(step())
 
     monkeypatch.setattr(window_cost, "paper_pass", watched)
-    window_cost.window_cost(Llama("tiny"), (2,), ("paper",), ("default", "invariant"), runs=1, warmups=0,
+    window_cost.window_cost(Llama("tiny"), (2,), ("paper",), window_cost.ops_on(runtime.device()), runs=1, warmups=0,
                             ceilings=window_cost.Ceilings(10.0, 0.1))
-    assert used == ["default", "invariant"] and [type(token) for token in tokens] == [int, int]
+    assert used == [*window_cost.ops_on(runtime.device())] and [type(token) for token in tokens] == [int, int]
 
 
 def test_the_sums_that_the_readme_counts_are_those_recorded():

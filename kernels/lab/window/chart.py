@@ -22,7 +22,8 @@ CURVES = {
     "paper": (style.BLUE, "o", "paper: eager"),
     "graph": (style.VERMILION, "D", "graph: one CUDA graph"),
 }
-INVARIANT = {"paper": style.PURPLE, "graph": style.BROWN}  # colour of a curve with invariant ops
+INVARIANT = {"paper": style.PURPLE, "graph": style.BROWN}  # colour of a curve whose ops are not the default
+OPS = ("default", "invariant", "tiled")
 _PUBLISHED = {"linestyle": "none", "marker": "o", "markersize": 9.5, "markerfacecolor": "none",
               "markeredgewidth": 1.5, "color": style.GREY, "label": "LLM-42 (H100 PCIe)"}
 _FAINT = {"linewidth": 1.1, "alpha": 0.6, "markersize": 4}
@@ -91,13 +92,13 @@ def whole_pass(axes: Axes, rows: pd.DataFrame, windows: Sequence[int], *, points
 
 
 def colour(curve: str, ops: str) -> str:
-    return INVARIANT[curve] if ops == "invariant" else CURVES[curve][0]
+    return CURVES[curve][0] if ops == "default" else INVARIANT[curve]
 
 
 def in_order(rows: pd.DataFrame) -> list[tuple[str, str]]:
-    """The (curve, ops) in these rows: paper before graph, default before invariant."""
+    """The (curve, ops) in these rows: paper before graph, default before invariant before tiled."""
     found = set(rows[["curve", "ops"]].itertuples(index=False, name=None))
-    return [(curve, ops) for curve in CURVES for ops in ("default", "invariant") if (curve, ops) in found]
+    return [(curve, ops) for curve in CURVES for ops in OPS if (curve, ops) in found]
 
 
 def claim(rows: pd.DataFrame) -> str:
@@ -117,12 +118,12 @@ def caption(model: str, where: str) -> str:
     """What was measured, where, and by which clock."""
     return (f"{model}, one request, empty prefix · {where} · clock: host wall time of a pass, medians, band 5-95 %\n"
             "paper: prepare the batch, eager forward, token back on the host · graph: forward and argmax in one graph "
-            "· invariant ops: this suite's, where it has the op\nleft: windows evenly spaced, time from zero · right: "
-            "both axes logarithmic · hatched bands: invariant ops")
+            "· invariant ops: this suite's, every step\ntiled ops: PyTorch's, in tiles of one shape · left: windows "
+            "evenly spaced, time from zero · right: both axes logarithmic · hatched bands: invariant or tiled ops")
 
 
 def _lines(axes, rows, windows, *, divided=False, faint=False) -> list[Line2D]:
-    """A median line with its 5-95 % band for each curve and ops; invariant ops dashed."""
+    """A median line with its 5-95 % band for each curve and ops; ops other than the default dashed."""
     lines = []
     for curve, ops in in_order(rows):
         mine = rows[(rows.curve == curve) & (rows.ops == ops)].sort_values("tokens")
@@ -131,9 +132,9 @@ def _lines(axes, rows, windows, *, divided=False, faint=False) -> list[Line2D]:
         low, middle, high = (mine[column] / share for column in ("ms_p05", "ms_p50", "ms_p95"))
         if not faint:
             axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0,
-                              hatch="////" if ops == "invariant" else None)
+                              hatch=None if ops == "default" else "////")
         look = {"color": color, "marker": marker, "linestyle": "-" if ops == "default" else (0, (4, 2)),
-                "label": words if ops == "default" else f"{curve}, invariant ops", "zorder": 3}
+                "label": words if ops == "default" else f"{curve}, {ops} ops", "zorder": 3}
         lines += axes.plot(x, middle, **look | (_FAINT | {"label": "_"} if faint else {}))
     return lines
 

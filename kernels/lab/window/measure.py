@@ -2,8 +2,8 @@
 
     python -m kernels window --model llama-3.1-8b --windows 16 32 64 128 --curves paper graph --out data
 
-paper  eager, host wall clock: the token and position tensors built from Python lists and copied to the device,
-       the forward, argmax, and the chosen token back on the host
+paper  eager, host wall clock: the batch made on the host, its tokens and positions copied to the device, the
+       forward, argmax, and the chosen token back on the host
 graph  the same, with forward and argmax replayed as one CUDA graph
 floor  what the matrix products alone must take: for each the longer of its bytes at the measured copy
        bandwidth and its FLOPs at the measured rate, summed
@@ -33,6 +33,7 @@ from .. import bench, provenance, records
 
 WINDOWS = (16, 32, 64, 128, 256, 512, 1024)
 WARMUPS, RUNS = 10, 50
+OPS = {"cuda": ("default", "invariant"), "cpu": ("default", "tiled")}
 NO_GRAPH = "curve graph replays a CUDA graph and needs a CUDA GPU; on a CPU there is paper alone"
 VERIFY_COST = records.Table(
     "verify_cost.csv",
@@ -76,6 +77,14 @@ def floor_ms(config: Config, tokens: int, dtype: torch.dtype, ceilings: Ceilings
 def curves_on(device: torch.device) -> tuple[str, ...]:
     """The curves that can be measured on this device."""
     return ("paper", "graph") if device.type == "cuda" else ("paper",)
+
+
+def ops_on(device: torch.device) -> tuple[str, ...]:
+    """The ops whose time says something on this device: on a CPU `invariant` is the specification, which nobody times.
+
+    `tiled` is batch-invariant there at speed, and in float32.
+    """
+    return OPS["cuda" if device.type == "cuda" else "cpu"]
 
 
 @dataclass(frozen=True)
@@ -145,8 +154,8 @@ def checked(config: Config, device: torch.device, windows: Sequence[int], wanted
         if curve not in curves_on(device):
             raise ValueError(NO_GRAPH)
     for name in ops:
-        if name not in ("default", "invariant"):
-            raise ValueError(f"ops must be default or invariant, got {name!r}")
+        if name not in ops_on(device):
+            raise ValueError(f"ops must be {' or '.join(ops_on(device))} on {device.type}, got {name!r}")
     if runs < 1 or warmups < 0:
         raise ValueError(f"runs must be at least 1 and warmups at least 0, got {runs} and {warmups}")
     return wanted
@@ -208,22 +217,21 @@ def _measure(model, window, keys, rounds) -> dict[tuple[str, str], list[float]]:
 
 def paper_pass(model: Llama, window: int) -> Callable[[], int]:
     """A function that prepares a prompt on the host, runs it and returns the token chosen."""
-    cache, ids, places = model.cache(1, window), _prompt(model, window), list(range(window))
+    cache, ids = model.cache(1, window), _prompt(model, window)
 
     def step():
         tokens = torch.tensor([ids], dtype=torch.int64, device=model.device)
-        positions = torch.tensor([places], dtype=torch.int64, device=model.device)
-        return model(tokens, positions, cache, prefix=0).argmax(-1).item()
+        return model(tokens, cache).argmax(-1).item()
     return step
 
 
 def graph_pass(model: Llama, window: int) -> Callable[[], int]:
-    """The same, with everything on the device captured once and replayed."""
-    cache, ids, places = model.cache(1, window), _prompt(model, window), list(range(window))
-    tokens, positions = torch.tensor([[ids], [places]], dtype=torch.int64, device=model.device)
+    """The same, with everything on the device captured once and replayed; the batch is made before."""
+    cache, ids = model.cache(1, window), _prompt(model, window)
+    tokens, batch = torch.tensor(ids, dtype=torch.int64, device=model.device), cache.batch([window], [0])
 
     def chosen():
-        return model(tokens, positions, cache, prefix=0).argmax(-1)
+        return model.forward(tokens, batch, cache).argmax(-1)
 
     side = torch.cuda.Stream(model.device)
     side.wait_stream(torch.cuda.current_stream(model.device))
@@ -235,9 +243,8 @@ def graph_pass(model: Llama, window: int) -> Callable[[], int]:
     with torch.cuda.graph(graph):
         token = chosen()
 
-    def step():
-        tokens.copy_(torch.tensor([ids], dtype=torch.int64, device="cpu"))
-        positions.copy_(torch.tensor([places], dtype=torch.int64, device="cpu"))
+    def step(held=(cache, batch)):  # whose memory the graph reads and writes
+        tokens.copy_(torch.tensor(ids, dtype=torch.int64, device="cpu"))
         graph.replay()
         return token.item()
     return step
@@ -287,7 +294,8 @@ def _arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--model", choices=list(PRESETS), default="llama-3.1-8b" if runtime.HAS_GPU else "small")
     parser.add_argument("--windows", type=int, nargs="+", default=list(WINDOWS))
     parser.add_argument("--curves", nargs="+", choices=("paper", "graph"), help="default: all this machine can measure")
-    parser.add_argument("--ops", nargs="+", default=["default"], choices=("default", "invariant"))
+    parser.add_argument("--ops", nargs="+", default=["default"], choices=("default", "invariant", "tiled"),
+                        help="here: " + " ".join(ops_on(runtime.device())))
     parser.add_argument("--runs", type=int, default=RUNS, help=f"timed runs a point, at least {RUNS}")
     parser.add_argument("--out", default=records.DATA, help="the data folder")
     parser.add_argument("--machine", help="the folder's name under it (default: from the device)")

@@ -84,7 +84,7 @@ class WindowCost(Measuring):
             self.curves["graph"].value, self.curves["graph"].disabled = False, True
             self.curves["graph"].description = "graph (needs a CUDA GPU)"
         self.ops = {name: w.Checkbox(description=f"{name} ops", value=name == "default", indent=False)
-                    for name in ("default", "invariant")}
+                    for name in window_cost.ops_on(runtime.device())}
         self.recording = w.Dropdown(description="Recorded on", options=[*self._recordings, "none"], **labelled)
         self.overlay = w.Checkbox(description="recorded beside live", value=gpu, indent=False)
         self.published = w.Checkbox(description="LLM-42's published points", indent=False)

@@ -12,12 +12,14 @@ from kernels import OPS, runtime
 from kernels.lab import bench, records
 from kernels.lab.window import measure as window_cost
 from kernels.lab.window.measure import VERIFY_COST, Ceilings, Watch
+from kernels.model import ops as model_ops
 from kernels.model.config import PRESETS
-from kernels.model.llama import Llama, choose_ops
+from kernels.model.llama import Llama
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(copy_gbytes_per_s=20.0, matmul_tflops=0.1)
 CURVES = window_cost.curves_on(runtime.device())
+BOTH = window_cost.ops_on(runtime.device())
 COLUMNS = ("curve,ops,tokens,prefix,group,ms_p05,ms_p50,ms_p95,ms_per_token_p50,floor_ms,recorded_at,source")
 
 
@@ -33,10 +35,10 @@ def quick(monkeypatch):
 
 
 def test_every_point_has_its_row():
-    rows = measure(windows=(8, 1, 8), ops=("default", "invariant"))
+    rows = measure(windows=(8, 1, 8), ops=BOTH)
     assert ",".join(rows.columns) == COLUMNS
     points = list(rows[["tokens", "ops", "curve"]].itertuples(index=False, name=None))
-    assert points == [(w, o, c) for w in (1, 8) for o in ("default", "invariant") for c in CURVES]
+    assert points == [(w, o, c) for w in (1, 8) for o in BOTH for c in CURVES]
     assert ((rows.ms_p05 > 0) & (rows.ms_p05 <= rows.ms_p50) & (rows.ms_p50 <= rows.ms_p95)).all()
     assert (rows.ms_per_token_p50 * rows.tokens - rows.ms_p50).abs().max() < 1e-9
     assert set(rows.prefix) == {0} and set(rows.group) == {1} and set(rows.source) == {window_cost.source()}
@@ -59,12 +61,12 @@ def test_percentiles_are_those_of_the_timed_runs_after_the_warm_ups(monkeypatch)
 
 @pytest.fixture
 def forwards(monkeypatch):
-    """(model, tokens, positions, cache, options, logits) of every forward."""
+    """(model, tokens, cache, options, logits) of every forward over a window."""
     seen, real = [], Llama.__call__
 
-    def forward(model, tokens, positions, cache, **options):
-        logits = real(model, tokens, positions, cache, **options)
-        seen.append((model, tokens.clone(), positions.clone(), cache, options, logits))
+    def forward(model, tokens, cache, **options):
+        logits = real(model, tokens, cache, **options)
+        seen.append((model, tokens.clone(), cache, options, logits))
         return logits
 
     monkeypatch.setattr(Llama, "__call__", forward)
@@ -75,22 +77,26 @@ def prompt(window):
     return [[(7919 * i + 13) % 256 for i in range(window)]]
 
 
-@pytest.mark.parametrize("ops", ["default", "invariant"])
+@pytest.mark.parametrize("ops", BOTH)
 def test_each_round_is_one_forward_over_the_whole_window_with_these_ops(ops, forwards):
     measure(windows=(3, 8), curves=["paper"], ops=(ops,), runs=2, warmups=1)
     assert [tokens.shape for _, tokens, *_ in forwards] == [(1, 3)] * 3 + [(1, 8)] * 3
-    for model, tokens, positions, cache, options, logits in forwards:
+    for model, tokens, cache, options, logits in forwards:
         window = tokens.shape[1]
-        norm = OPS["rms_norm"].cuda if ops == "default" else choose_ops("invariant", model.device).rms_norm
-        assert model.ops_name == ops and model.ops.rms_norm is norm
-        assert tokens.tolist() == prompt(window) and positions.tolist() == [[*range(window)]]
-        assert cache.capacity == window and options == {"prefix": 0} and logits.shape == (1, 256)
-    assert choose_ops("invariant", CPU).rms_norm is OPS["rms_norm"].python
+        assert model.ops_name == ops and model.ops == model_ops.choose(ops, model.device, model.dtype)
+        assert tokens.tolist() == prompt(window) and not options
+        assert cache.capacity == window and logits.shape == (1, 256)
+
+
+def test_ops_are_those_that_this_device_can_be_timed_with():
+    assert window_cost.ops_on(torch.device("cuda")) == ("default", "invariant")
+    assert window_cost.ops_on(CPU) == ("default", "tiled")
+    assert model_ops.choose("tiled", CPU, torch.float32).rms_norm is OPS["rms_norm"].python
 
 
 def test_the_ops_of_a_curve_take_turns(forwards):
-    measure(windows=(4,), curves=["paper"], ops=("default", "invariant"), runs=2, warmups=1)
-    assert [model.ops_name for model, *_ in forwards] == ["default", "invariant"] * 3
+    measure(windows=(4,), curves=["paper"], ops=BOTH, runs=2, warmups=1)
+    assert [model.ops_name for model, *_ in forwards] == [*BOTH] * 3
 
 
 def test_the_chosen_token_is_read_back_within_the_time(forwards, monkeypatch):
@@ -111,15 +117,14 @@ class PlayedModel:
     device, config = CPU, PRESETS["tiny"]
 
     def cache(self, requests, capacity):
-        return requests, capacity
+        return SimpleNamespace(batch=lambda tokens, prefixes: (requests, capacity, tokens, prefixes))
 
-    def __call__(self, tokens, positions, cache, prefix):
-        self.given, self.token = (tokens, positions, cache, prefix), torch.tensor([-1])
+    def forward(self, tokens, batch, cache):
+        self.given, self.token = (tokens, batch), torch.tensor([-1])
         return SimpleNamespace(argmax=lambda dim: self.token)
 
     def replay(self):
-        tokens, positions, *_ = self.given
-        self.token.fill_(int((tokens * (positions + 1)).sum()))
+        self.token.fill_(int((self.given[0] * torch.arange(1, 6)).sum()))
 
 
 def test_a_graph_takes_the_prompt_from_the_host_at_each_replay(monkeypatch):
@@ -134,9 +139,16 @@ def test_a_graph_takes_the_prompt_from_the_host_at_each_replay(monkeypatch):
     wanted = sum(token * (i + 1) for i, token in enumerate(prompt(5)[0]))
     for count in (1, 2):
         assert step() == wanted and len(replays) == count
-        tokens, positions, cache, prefix = model.given
-        assert (tokens.tolist(), positions.tolist(), cache, prefix) == (prompt(5), [[*range(5)]], (1, 5), 0)
-        tokens.zero_(), positions.zero_()
+        tokens, batch = model.given
+        assert (tokens.tolist(), batch) == (prompt(5)[0], (1, 5, [5], [0]))
+        tokens.zero_()
+
+
+def test_a_graph_holds_the_batch_and_the_cache_that_it_reads(monkeypatch):
+    test_a_graph_takes_the_prompt_from_the_host_at_each_replay(monkeypatch)
+    model = PlayedModel()
+    step = window_cost.graph_pass(model, 2)
+    assert any(held is model.given[1] for held in step.__defaults__[0])
 
 
 def test_callbacks_see_every_row_and_every_round():
@@ -183,7 +195,7 @@ def test_the_floor_counts_every_matrix_product(name):
                   weights=lambda _, shape: torch.empty(shape, device="meta", dtype=torch.bfloat16))
     tokens = torch.zeros(1, 24, dtype=torch.int64, device="meta")
     with FlopCounterMode(display=False) as counter:
-        model(tokens, tokens, model.cache(1, 24), prefix=0)
+        model(tokens, model.cache(1, 24))
     flops = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
     assert sum(2 * m * n * k for m, n, k in window_cost.products(model.config, 24)) == flops["aten.mm"]
 
@@ -226,7 +238,7 @@ def test_the_floor_is_weights_once_at_first_and_flops_at_last():
 @pytest.mark.parametrize("options, message", [
     ({"windows": (0,)}, r"windows must be whole numbers in 1\.\.1024"),
     ({"windows": (1025,)}, "context of tiny, got 1025"), ({"windows": (1.5,)}, "windows"),
-    ({"curves": ["floor"]}, "curve must be paper or graph"), ({"ops": ["fast"]}, "ops must be default or invariant"),
+    ({"curves": ["floor"]}, "curve must be paper or graph"), ({"ops": ["fast"]}, f"ops must be {' or '.join(BOTH)} on"),
     ({"runs": 0}, "runs"), ({"warmups": -1}, "warmups"), ({"model": "llama-4"}, "model must be one of"),
 ])
 def test_what_cannot_be_measured_names_the_argument(options, message):
@@ -323,7 +335,7 @@ def test_the_command_refuses_what_it_cannot_record(arguments, tmp_path, capsys):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("ops", ["default", "invariant"])
+@pytest.mark.parametrize("ops", BOTH)
 def test_the_graph_chooses_the_token_that_eager_code_does(ops):
-    model = Llama("tiny", ops=ops, dtype=torch.float32)
+    model = Llama("tiny", ops=ops)
     assert window_cost.graph_pass(model, 8)() == window_cost.paper_pass(model, 8)()
