@@ -19,7 +19,7 @@ QUICK = {"sweep": ["rms_norm", "--shapes", "D=32", "--tokens", "1", "--implement
                    "--passes", "1", "--repeats", "1"],
          "atlas": ["--ops", "mm", "--properties", "run", "--dtypes", "float32", "--trials", "1"],
          "digests": ["mean"], "window": ["--model", "tiny", "--windows", "1"], "host": ["--record"], "record": ["mean"],
-         "tune": ["--shape", "64,64"], "tensor-core": ["--lengths", "1"]}
+         "tune": ["--shape", "64,64"], "tensor-core": ["--lengths", "1"], "verify": ["--record"]}
 
 
 def said(capsys) -> str:
