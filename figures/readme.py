@@ -262,5 +262,5 @@ def _window(data, machine) -> str:
     lines.append(["floor, computed from measured ceilings", *(float(rows.floor_ms["invariant", t]) for t in tokens)])
     return ("One forward of a Llama-3.1-8B shape over a window of tokens, milliseconds a pass, curve `graph` (a CUDA "
             f"graph), medians (`verify_cost.csv`):\n\n{_table(['tokens in the window', *tokens], '---', lines)}\n\n"
-            "When this was recorded `invariant` had this suite's RMSNorm, rotary and SwiGLU, and PyTorch's products and "
-            "attention; today it is this suite's at every step.")
+            "When this was recorded `invariant` had this suite's RMSNorm, rotary and SwiGLU, and PyTorch's products "
+            "and attention; today it is this suite's at every step.")
