@@ -117,6 +117,7 @@ def test_what_the_record_says():
     assert set(ratio.index.unique("op")) == set(attention_speed.OPS)
     decode, chunk = ratio.loc["attention_decode"], ratio.loc["attention_chunk"]
     assert decode.cuda.idxmin() == (f"{HEADS},context=1024", 1) and decode.cuda.min() < 0.7
-    assert (chunk.flash_attention_3[chunk.index.get_level_values("tokens").isin([16, 64, 128, 256])] < 0.75).all()
+    beside, tokens = chunk.flash_attention_3, chunk.index.get_level_values("tokens")
+    assert (beside[tokens.isin([64, 128, 256])] < 0.9).all() and (beside[tokens <= 16] > 0.97).all()
     assert rows[rows.implementation.isin(["triton", "frozen"])].same_bits.all()
     assert not rows[rows.implementation.isin([*attention_speed.BESIDE])].same_bits.all()
