@@ -208,7 +208,7 @@ def test_on_hopper_many_queries_walk_and_few_spread(monkeypatch):
     assert kinds([1] * 40, [5000] * 40) == ["walk"]  # memory is busy anyway
     assert kinds([1] * 40, [5000] * 39 + [50000]) == ["hopper_spread"]
     for plain in (kinds([200], [200], bulk=False), kinds([200], [200], window=9), kinds([200], [200], width=68),
-                  kinds([200], [200], page=24), kinds([1], [9000], heads=24)):
+                  kinds([200], [200], page=24), kinds([1], [9000], heads=24), kinds([1] * 20, [3000] * 20, heads=24)):
         assert len(plain) == 1 and "hopper" not in plain[0]
     assert kinds([4000], [4000], heads=24) == ["hopper"]  # groups of three cannot be packed, heads alone can
 
