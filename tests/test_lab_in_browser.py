@@ -22,6 +22,7 @@ from kernels.lab.adder import chart as adder_chart
 from kernels.lab.atlas import measure as atlas
 from kernels.lab.orders import chart as orders_chart
 from kernels.lab.orders import measure as orders
+from kernels.lab.serving import chart as serving_chart
 from kernels.lab.widgets import parts as widget_parts
 
 pytestmark = [pytest.mark.browser, pytest.mark.serial]
@@ -34,6 +35,8 @@ NOTEBOOKS = {
     "orders": "from kernels.lab.orders import SumOrders\nSumOrders()",
     "atlas": "from kernels.lab.atlas import Atlas\nAtlas()",
     "adder": "from kernels.lab.adder import AdderSteps\nAdderSteps()",
+    "serving": "import torch\nfrom kernels.lab.serving import BatchSlider\ntorch.set_num_threads(1)\n"
+               "BatchSlider(count=4)",
     "matmul": "from kernels.lab.sweep import TokenSweep\nTokenSweep('matmul', out='data', passes=1)",
 }
 IMAGE = ".jp-OutputArea img.widget-image"
@@ -343,6 +346,24 @@ def test_the_adder_follows_its_sliders(open_widget, tmp_path):
     for i in (0, 1, 3, 4):
         zeros.nth(i).check()
     page.get_by_text("all five are zero").wait_for()
+
+
+def test_a_batch_is_chosen_with_a_slider_and_its_order_is_fixed_by_a_button(open_widget, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the notebook: the default's bits may follow them
+    try:
+        two, fixed = (serving_chart.study(2, fixed, count=4) for fixed in (False, True))
+    finally:
+        torch.set_num_threads(threads)
+    page = open_widget("serving")
+    page.locator(IMAGE).wait_for()
+    _press(page, "Requests in the batch", "ArrowRight")
+    _wait_for_picture(page, two[0])
+    page.get_by_role("button", name="Fix the order").click()
+    _wait_for_picture(page, fixed[0])
+    page.get_by_text("This figure in words").click()
+    page.get_by_text(fixed[1]).wait_for()
+    _screenshot(page, tmp_path, "batch_of_two")
 
 
 def test_the_atlas_is_filtered_and_one_cell_is_measured_again(open_widget, tmp_path):
