@@ -1,7 +1,8 @@
 """Measured schedules of a GPU, read from data/schedules/<gpu>.json.
 
     {"machine": "NVIDIA H200", "triton": "3.6.0", "torch": "2.11.0",
-     "matmul": {"bfloat16": {"N=4096,K=4096": {"16": "pointer ...", "64": "tma ..."}}}}
+     "matmul": {"bfloat16": {"N=4096,K=4096": {"16": "pointer ...", "64": "tma ..."}}},
+     "matmul_shared": the same for the order that several GPUs can share}
 
 A number beside a schedule is the largest token count it was measured best for. A table that cannot be used costs speed
 and is warned about; the bits stay those of the order.

@@ -199,16 +199,9 @@ def test_the_default_of_a_layer_reads_nothing_back():
 INTO = """
 import json
 import torch
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from kernels.lab.proofs.generated_code import bare_ptx
+from kernels.lab.proofs.generated_code import Absent, bare_ptx
 from kernels.ops.rotary.into import into_step
-
-class Absent:
-    def __init__(self, target): self.target = target
-    def get_current_target(self): return GPUTarget("cuda", self.target, 32)
-    def get_current_device(self): return self.target
-    def get_current_stream(self, device): return 0
 
 def meta(*shape, dtype=torch.int64): return torch.empty(shape, dtype=dtype, device="meta")
 

@@ -3,10 +3,9 @@ import json
 import sys
 
 import torch
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from kernels.lab.proofs.generated_code import bare_ptx
+from kernels.lab.proofs.generated_code import Absent, bare_ptx
 from kernels.training.attention import attention_backward
 from kernels.training.cross_entropy import cross_entropy_backward
 from kernels.training.rms_norm import rms_norm_backward
@@ -31,22 +30,6 @@ CASES = {
     "swiglu": (swiglu_backward, (meta(32, 2048), meta(32, 1024))),
     "cross_entropy": (cross_entropy_backward, (meta(32, 256, dtype=torch.float32), meta(32, dtype=torch.int64),
                                                meta(dtype=torch.float32)))}
-
-
-class Absent:
-    """A GPU that is not there, as Triton asks for it."""
-
-    def __init__(self, target):
-        self.target = target
-
-    def get_current_target(self):
-        return GPUTarget("cuda", self.target, 32)
-
-    def get_current_device(self):
-        return self.target
-
-    def get_current_stream(self, device):
-        return 0
 
 
 def compiled(name, target):

@@ -148,7 +148,7 @@ def _start(share, sass) -> subprocess.Popen:
     return process
 
 
-class _Absent:
+class Absent:
     """A GPU to compile for: Triton is told of one that is not there."""
 
     def __init__(self, target: int):
@@ -170,7 +170,7 @@ def _compile(job: Job, sass: bool) -> dict:
     """As the op launches it, for contiguous, aligned arguments."""
     from triton.runtime import driver
 
-    driver.set_active(_Absent(job.target))
+    driver.set_active(Absent(job.target))
     step = provenance.launches(OPS[job.op], job.schedule, job.dtype, job.shape, job.tokens)[job.second]
     options = {**step.compile_options(job.target >= 90), "enable_fp_fusion": job.fusion}
     given = (*step.examples("cpu"), *step.arguments(job.target >= 90))

@@ -6,32 +6,15 @@ import json
 import sys
 
 import torch
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from kernels.lab.proofs.generated_code import bare_ptx
+from kernels.lab.proofs.generated_code import Absent, bare_ptx
 from kernels.op import DTYPES
 from kernels.ops.attention import Sequences, hopper, hopper_spread
 from kernels.ops.attention.call import launches
 from kernels.ops.attention.form import Form
 from kernels.ops.attention.order import LEAF
 from kernels.ops.attention.schedule import Schedule
-
-
-class Absent:
-    """A GPU that is not there, as Triton asks for it."""
-
-    def __init__(self, target):
-        self.target = target
-
-    def get_current_target(self):
-        return GPUTarget("cuda", self.target, 32)
-
-    def get_current_device(self):
-        return self.target
-
-    def get_current_stream(self, device):
-        return 0
 
 
 def steps(schedule, width, page, window, dtype):
