@@ -18,7 +18,8 @@ def _(answer):
 
 @exercise("06.2")
 def _(answer):
-    logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [-1.0, -2.0, -1.0, -1.0], [5.0, 4.0, 4.0, 5.0]])
+    logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [-1.0, -2.0, -1.0, -1.0], [5.0, 4.0, 4.0, 5.0]],
+                          dtype=torch.float32, device="cpu")
     got = [int(answer(row)) for row in logits]
     right = Sampler()(logits).tolist()
     assert got[1:] != [2, 3] and got[1:] != [3, 3], "of equal logits the first is taken, not the last."
