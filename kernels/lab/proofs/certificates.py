@@ -25,14 +25,16 @@ from ... import bits, runtime, tables
 from ...launch import Step
 from ...op import DTYPES, Shape, dtype_name
 from ...ops.matmul.op import matmul as op
-from ...ops.matmul.order import chain, order
+from ...ops.matmul.order import LEAVES, shared_order, specified
 from ...ops.matmul.schedule import Schedule
+from ...ops.matmul.shared_schedule import SECTION
 from .. import closure, provenance, records
 from .generated_code import bare_ptx
 
 TRUSTED = Schedule("pointer", 32, 32, 32, warps=4, stages=2)
 ROWS = 259  # of an input to prove on: whole tiles of every schedule, and three more
 STREAM_ROWS = 1283  # enough tiles that programs carry chains over to one another
+SECTIONS = {"matmul": 1, SECTION: LEAVES}  # of a GPU's table: the most GPUs that may share a product's order
 KINDS = ("portable", "residue", "cancellation", "wide", "subnormal", "signed_zero")
 CERTIFICATES = records.Table(
     "certificates.csv",
@@ -48,51 +50,57 @@ def _weight(n: int, k: int, dtype: torch.dtype, device) -> torch.Tensor:
 
 
 @cache
-def _case(n: int, k: int, dtype: torch.dtype, kind: str, device, rows: int = ROWS) -> tuple[tuple, torch.Tensor]:
+def _case(n: int, k: int, dtype: torch.dtype, kind: str, device, rows: int = ROWS, gpus: int = 1
+          ) -> tuple[tuple, torch.Tensor]:
     """Arguments of this kind of input, and the trusted schedule's result for them.
 
     `residue` subtracts the rounded product again, as a bias: what is left are the last bits of the sum in float32,
     which the rounding to 16 bits would hide.
     """
-    weight, bias = _weight(n, k, dtype, device), None
+    weight, bias, wanted = _weight(n, k, dtype, device), None, shared_order(n, k, gpus)
     if kind == "portable":
         x = op.inputs(rows, Shape(N=1, K=k), dtype, device)[0]
     elif kind == "residue":
         x = op.inputs(1, Shape(N=1, K=k), dtype, device)[0].repeat(rows, 1)
-        bias = -op.run_schedule(TRUSTED, x[:1], weight)[0]
+        bias = -op.run_schedule(TRUSTED, x[:1], weight, None, wanted)[0]
     else:
         x = bits.adversarial(kind, rows, k, dtype, device, 7)
-    return (x, weight, bias), op.run_schedule(TRUSTED, x, weight, bias)
+    return (x, weight, bias, wanted), op.run_schedule(TRUSTED, x, weight, bias, wanted)
 
 
-def stand_in(n: int, k: int) -> tuple[int, int]:
+def stand_in(n: int, k: int, gpus: int = 1) -> tuple[int, int]:
     """A weight with the order and the remainders of (n, k), small enough for every process to hold."""
-    short = k if k <= 4096 or order(n, k)[0] > 1 else 4096 + k % 512
+    short = k if k <= 4096 or shared_order(n, k, gpus).segments > 1 else 4096 + k % 512
     return n if n <= 4096 else 4096 + n % 256, short
 
 
-def prove(schedule: Schedule, n: int, k: int, dtype: torch.dtype, device) -> None:
-    """Compare the schedule with the trusted one, over adversarial inputs.
+def shape_of(n: int, k: int, gpus: int = 1) -> str:
+    """What rows and tables call a weight in the order that so many GPUs can share, such as N=4096,K=4096,gpus=8."""
+    return str(Shape(N=n, K=k) if gpus == 1 else Shape(N=n, K=k, gpus=gpus))
+
+
+def prove(schedule: Schedule, n: int, k: int, dtype: torch.dtype, device, gpus: int = 1) -> None:
+    """Compare the schedule with the trusted one, over adversarial inputs, in the order that `gpus` (1 or 8) can share.
 
     Raises whatever the schedule raises, and RuntimeError if a bit moved.
     """
-    n, k = stand_in(n, k)
+    n, k = stand_in(n, k, gpus)
     for kind in KINDS:
-        given, trusted = _case(n, k, dtype, kind, device, _rows(schedule))
+        given, trusted = _case(n, k, dtype, kind, device, _rows(schedule), gpus)
         if not bits.same_bits(op.run_schedule(schedule, *given), trusted):
             raise RuntimeError(f"{schedule} moved bits of {kind} inputs")
 
 
-def certificates(schedule: Schedule, n: int, k: int, dtype: torch.dtype, device) -> list[dict]:
+def certificates(schedule: Schedule, n: int, k: int, dtype: torch.dtype, device, gpus: int = 1) -> list[dict]:
     """What `prove` compares, as rows of certificates.csv: one a kind of input. Raises RuntimeError if a bit moved."""
-    prove(schedule, n, k, dtype, device)
-    (n, k), rows = stand_in(n, k), _rows(schedule)
-    same = {"op": "matmul", "dtype": dtype_name(dtype), "shape": f"N={n},K={k}", "schedule": str(schedule),
+    prove(schedule, n, k, dtype, device, gpus)
+    (n, k), rows = stand_in(n, k, gpus), _rows(schedule)
+    same = {"op": "matmul", "dtype": dtype_name(dtype), "shape": shape_of(n, k, gpus), "schedule": str(schedule),
             "tokens": rows, "trusted": str(TRUSTED), "recorded_at": records.now()}
     steps = provenance.launches(op, str(schedule), same["dtype"], same["shape"], rows)
     same |= {"ptx": ptx(steps, device), "triton": records.this_machine()["triton"],
              "source": closure.of_launches(steps)}
-    results = {kind: op.run_schedule(schedule, *_case(n, k, dtype, kind, device, rows)[0]) for kind in KINDS}
+    results = {kind: op.run_schedule(schedule, *_case(n, k, dtype, kind, device, rows, gpus)[0]) for kind in KINDS}
     return [{**same, "input": kind, "digest": bits.digest(y)} for kind, y in results.items()]
 
 
@@ -108,24 +116,16 @@ def _rows(schedule: Schedule) -> int:
     return STREAM_ROWS if schedule.stream else ROWS
 
 
-def check_trusted(n: int, k: int, dtype: torch.dtype, device, tokens: int = 3, columns: int = 64) -> None:
+def check_trusted(n: int, k: int, dtype: torch.dtype, device, tokens: int = 3, columns: int = 64, gpus: int = 1
+                  ) -> None:
     """Hold the trusted schedule to the specification on a few elements. Raises RuntimeError if they differ."""
-    n, k = stand_in(n, k)
+    n, k = stand_in(n, k, gpus)
     for kind in KINDS:
-        (x, weight, bias), _ = _case(n, k, dtype, kind, device)
-        y = op.run_schedule(TRUSTED, x, weight, bias)[:tokens, :columns]
-        if not bits.same_bits(y, _elements(x[:tokens], weight, bias, columns)):
+        (x, weight, bias, wanted), _ = _case(n, k, dtype, kind, device, gpus=gpus)
+        y = op.run_schedule(TRUSTED, x, weight, bias, wanted)[:tokens, :columns]
+        few = x[:tokens], weight[:columns], None if bias is None else bias[:columns]
+        if not bits.same_bits(y, specified(*few, wanted)):  # the whole weight's order: fewer rows would have another
             raise RuntimeError(f"the trusted schedule and the specification differ on {kind} inputs at N={n}, K={k}")
-
-
-def _elements(x, weight, bias, columns):
-    """The specification's first columns, in the order of the whole weight: fewer rows would have another one."""
-    segments, length = order(*weight.shape)
-    columns = min(columns, len(weight))
-    total = torch.zeros(len(x), columns, dtype=torch.float32, device=x.device)
-    for start in range(0, segments * length, length):
-        total = total + chain(x[:, start : start + length], weight[:columns, start : start + length])
-    return (total if bias is None else total + bias[:columns].float()).to(x.dtype)
 
 
 # compiling and comparing in processes
@@ -168,8 +168,8 @@ def prove_all(jobs: list[dict], workers: int, limit_s: float = 60, deadline: flo
               progress: Callable[[int, int], None] = lambda done, total: None) -> list:
     """A line of text for each job that says what is wrong with it, "" if it keeps its bits, in the order of the jobs.
 
-    A job is a dict with the arguments of `prove` as text and numbers: schedule, n, k and dtype. Jobs still waiting at
-    `deadline` (of time.monotonic) are not begun.
+    A job is a dict with the arguments of `prove` as text and numbers: schedule, n, k, dtype and gpus. Jobs still
+    waiting at `deadline` (of time.monotonic) are not begun.
     """
     waiting, answers, finished = queue.SimpleQueue(), ["not begun in time"] * len(jobs), [0]
     for number in range(len(jobs)):
@@ -203,7 +203,8 @@ def _worker() -> None:
     for line in sys.stdin:
         job = json.loads(line)
         try:
-            prove(Schedule.parse(job["schedule"]), job["n"], job["k"], DTYPES[job["dtype"]], runtime.device())
+            prove(Schedule.parse(job["schedule"]), job["n"], job["k"], DTYPES[job["dtype"]], runtime.device(),
+                  job.get("gpus", 1))
             torch.cuda.synchronize()
             answer = ""
         except Exception as error:  # noqa: BLE001 - one candidate's failure is that candidate's answer
@@ -211,21 +212,27 @@ def _worker() -> None:
         print(json.dumps(answer), file=out, flush=True)
 
 
+def stored(table: dict) -> list[dict]:
+    """A job of `prove_all` for each schedule that a GPU's table chooses, of either order."""
+    chosen = {(str(schedule), n, k, dtype, gpus) for section, gpus in SECTIONS.items()
+              for dtype, shapes in table.get(section, {}).items() for (n, k), column in shapes.items()
+              for schedule in column.values()}
+    return [dict(zip(("schedule", "n", "k", "dtype", "gpus"), choice, strict=True)) for choice in sorted(chosen)]
+
+
 def record(folder, workers: int | None = None) -> tuple[int, list[str]]:
     """Prove the schedules that this GPU's table chooses, into folder/certificates.csv: how many, and what went wrong.
     """
     device, wrong, count = runtime.device(), [], 0
-    table = tables.of_gpu(device.index, Schedule.parse).get("matmul", {})
-    chosen = {(schedule, n, k, dtype) for dtype, shapes in table.items() for (n, k), column in shapes.items()
-              for schedule in column.values()}
-    jobs = [{"schedule": str(s), "n": n, "k": k, "dtype": dtype} for s, n, k, dtype in sorted(chosen, key=str)]
-    for n, k, dtype in {(*stand_in(job["n"], job["k"]), job["dtype"]) for job in jobs}:
-        check_trusted(n, k, DTYPES[dtype], device)
+    jobs = stored(tables.of_gpu(device.index, Schedule.parse))
+    for n, k, dtype, gpus in {(*stand_in(j["n"], j["k"], j["gpus"]), j["dtype"], j["gpus"]) for j in jobs}:
+        check_trusted(n, k, DTYPES[dtype], device, gpus=gpus)
     for job, answer in zip(jobs, prove_all(jobs, workers or max(1, min(16, (os.cpu_count() or 2) - 1))), strict=True):
         if answer:
-            wrong.append(f"N={job['n']} K={job['k']} {job['schedule']}: {answer}")
+            wrong.append(f"{shape_of(job['n'], job['k'], job['gpus'])} {job['schedule']}: {answer}")
             continue
-        rows = certificates(Schedule.parse(job["schedule"]), job["n"], job["k"], DTYPES[job["dtype"]], device)
+        rows = certificates(Schedule.parse(job["schedule"]), job["n"], job["k"], DTYPES[job["dtype"]], device,
+                            job["gpus"])
         CERTIFICATES.merge(folder, rows)
         count += 1
     return count, wrong

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
 
@@ -13,15 +14,22 @@ from ...ops.matmul.schedule import SHARED, Schedule
 
 def candidates(n: int, k: int, tokens: int, dtype=torch.bfloat16, tma: bool = True) -> list[Schedule]:
     """Schedules worth timing for this many tokens, few enough to time in a second. `tma`: the GPU has bulk copies."""
+    return fitting(_by_order(tiles(n, tokens, dtype, tma), n, k, tokens), dtype)
+
+
+def tiles(n: int, tokens: int, dtype: torch.dtype, tma: bool = True) -> list[Schedule]:
+    """The tiles among them, whatever the order: segments in sequence."""
     if dtype == torch.float32:
-        found = list(_float32(tokens))
-    else:
-        few_tiles = min(max(tokens * n // 4096, 65), tokens)  # a narrow weight is cut up as a wide one for fewer tokens
-        found = [Schedule.parse(line) for line in dict.fromkeys(_worth_timing(tokens) + _worth_timing(few_tiles))]
-        if 16 < tokens <= 32:
-            found = [replace(s, block_m=32) for s in found]
-        found = [s for s in found if tma or s.kind == "pointer"]
-    found = _by_order(found, n, k, tokens)
+        return list(_float32(tokens))
+    few_tiles = min(max(tokens * n // 4096, 65), tokens)  # a narrow weight is cut up as a wide one for fewer tokens
+    found = [Schedule.parse(line) for line in dict.fromkeys(_worth_timing(tokens) + _worth_timing(few_tiles))]
+    if 16 < tokens <= 32:
+        found = [replace(s, block_m=32) for s in found]
+    return [s for s in found if tma or s.kind == "pointer"]
+
+
+def fitting(found: Iterable[Schedule], dtype: torch.dtype) -> list[Schedule]:
+    """Each schedule once, of those whose tiles have room in shared memory."""
     return list(dict.fromkeys(s for s in found if s.shared_bytes * dtype.itemsize // 2 <= SHARED))
 
 

@@ -1,6 +1,7 @@
 """Find the fastest schedules of the matrix product on this GPU, prove their bits, and keep them.
 
     python -m kernels tune --shape 4096,4096 28672,4096 --tokens 1 16 64 256 1024 4096
+    python -m kernels tune --gpus 8 --shape 4096,4096 4096,14336    the order that up to eight GPUs can share
 
 Candidates of all shapes are compiled and compared with a trusted schedule (proofs/certificates.py): one that does
 not compile, fails or moves a bit is left out, with a line that says why. The rest are timed `cold` and interleaved.
@@ -25,10 +26,12 @@ from filelock import FileLock
 from ... import bits, runtime, tables
 from ...op import DTYPES, Shape, dtype_name
 from ...ops.matmul.op import matmul as op
+from ...ops.matmul.order import shared_order
 from ...ops.matmul.schedule import Schedule
 from .. import bench, records
-from ..proofs.certificates import CERTIFICATES, TRUSTED, certificates, check_trusted, prove_all, stand_in
+from ..proofs.certificates import CERTIFICATES, SECTIONS, TRUSTED, certificates, check_trusted, prove_all, stand_in
 from .candidates import candidates
+from .shared_candidates import shared_candidates
 
 TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 FEW, NEARLY = 64, 1.03  # up to FEW tokens, a schedule with pointers may take NEARLY times as long as the fastest
@@ -38,21 +41,23 @@ FEW, NEARLY = 64, 1.03  # up to FEW tokens, a schedule with pointers may take NE
 
 
 def fastest(n: int, k: int, tokens: int, dtype: torch.dtype, found: Iterable[Schedule], device, finalists: int = 6,
-            repeats: int = 15, weights: Callable[[int], torch.Tensor] | None = None) -> list:
+            repeats: int = 15, weights: Callable[[int], torch.Tensor] | None = None, gpus: int = 1) -> list:
     """(schedule, us a call) of the finalists, fastest first, `cold` and interleaved; F.linear is among them as 'cuda'.
 
     A finalist that differs from the trusted schedule at this very size is left out. `weights` gives the i-th weight.
     """
     shape = Shape(N=n, K=k)
     weights = weights or cache(lambda i: op.inputs(0, shape, dtype, device, 3 * i)[1])
-    inputs = cache(lambda i: (op.inputs(tokens, Shape(N=1, K=k), dtype, device, 3 * i)[0], weights(i)))
+    x = partial(op.inputs, tokens, Shape(N=1, K=k), dtype, device)
+    inputs = cache(lambda i: (x(3 * i)[0], weights(i), None, shared_order(n, k, gpus)))
     contenders = {schedule: partial(op.run_schedule, schedule) for schedule in found}
     time_them = partial(bench.measure, inputs=inputs, clock=bench.clocks(device)[0], device=device,
                         set_bytes=op.work(tokens, shape, dtype).bytes)
     wanted = op.run_schedule(TRUSTED, *inputs(0))
     first = [s for s, _ in _ranked(time_them(contenders, repeats=3))[:finalists]
              if bits.same_bits(op.run_schedule(s, *inputs(0)), wanted)]
-    return _ranked(time_them({"cuda": op.cuda, **{s: contenders[s] for s in first}}, repeats=repeats))
+    default = {"cuda": lambda x, weight, *_: op.cuda(x, weight)}
+    return _ranked(time_them(default | {s: contenders[s] for s in first}, repeats=repeats))
 
 
 def _ranked(timings) -> list:
@@ -76,8 +81,8 @@ def best_schedule(ranked: list, tokens: int = FEW + 1) -> tuple[Schedule, float]
 # keeping
 
 
-def store(name: str, dtype: str, shape: str, chosen: dict[int, Schedule], folder=None) -> Path:
-    """Write the best schedules of one shape into the table of GPU `name`; its other shapes stay.
+def store(name: str, dtype: str, shape: str, chosen: dict[int, Schedule], folder=None, section="matmul") -> Path:
+    """Write the best schedules of one shape into a section of GPU `name`'s table; its other shapes stay.
 
     A damaged table is moved aside, to `<name>.json.damaged`.
     """
@@ -88,7 +93,7 @@ def store(name: str, dtype: str, shape: str, chosen: dict[int, Schedule], folder
         table = _table(path)
         machine = records.this_machine()
         table.update(machine=machine["device"], triton=machine["triton"], torch=machine["torch"])
-        shapes = table.setdefault("matmul", {}).setdefault(dtype, {})
+        shapes = table.setdefault(section, {}).setdefault(dtype, {})
         column = {int(tokens): text for tokens, text in shapes.get(shape, {}).items()}
         column.update((tokens, str(schedule)) for tokens, schedule in chosen.items())
         shapes[shape] = {str(tokens): text for tokens, text in sorted(column.items())}
@@ -112,18 +117,18 @@ def _table(path: Path) -> dict:
 
 
 def proved(points: dict, dtype: torch.dtype, workers: int | None = None,
-           progress: Callable[[str], None] = print) -> set[tuple]:
+           progress: Callable[[str], None] = print, gpus: int = 1) -> set[tuple]:
     """(schedule, n, k of its stand-in) of every candidate that keeps its bits; the others get a line of progress.
 
     `points` are {(n, k, tokens): candidates}. Raises RuntimeError if the trusted schedule is not the specification's.
     """
     device = runtime.device()
-    every = list(dict.fromkeys((s, *stand_in(n, k)) for (n, k, _), found in points.items() for s in found))
+    every = list(dict.fromkeys((s, *stand_in(n, k, gpus)) for (n, k, _), found in points.items() for s in found))
     for n, k in dict.fromkeys(key[1:] for key in every):
-        check_trusted(n, k, dtype, device)
+        check_trusted(n, k, dtype, device, gpus=gpus)
     seen = Counter()  # a schedule compiles once, whichever its shapes: others wait until it has
     every.sort(key={key: seen.update([key[0]]) or seen[key[0]] for key in every}.get)
-    jobs = [{"schedule": str(s), "n": n, "k": k, "dtype": dtype_name(dtype)} for s, n, k in every]
+    jobs = [{"schedule": str(s), "n": n, "k": k, "dtype": dtype_name(dtype), "gpus": gpus} for s, n, k in every]
     answers = prove_all(jobs, workers or max(1, min(16, (os.cpu_count() or 2) - 1)),
                         progress=_bar("compiled and compared", progress))
     for (schedule, n, k), answer in zip(every, answers, strict=True):
@@ -132,7 +137,8 @@ def proved(points: dict, dtype: torch.dtype, workers: int | None = None,
     return {key for key, answer in zip(every, answers, strict=True) if not answer}
 
 
-def tune(n: int, k: int, dtype: torch.dtype, points: dict, good, progress: Callable[[str], None] = print) -> dict:
+def tune(n: int, k: int, dtype: torch.dtype, points: dict, good, progress: Callable[[str], None] = print,
+         gpus: int = 1) -> dict:
     """{tokens: the best schedule} of one shape, of `points` {(n, k, tokens): candidates} those that are in `good`.
 
     A token count at which nothing could be timed is left out, with a line of progress. Needs a CUDA GPU.
@@ -141,8 +147,8 @@ def tune(n: int, k: int, dtype: torch.dtype, points: dict, good, progress: Calla
     weights = cache(lambda i: op.inputs(0, Shape(N=n, K=k), dtype, device, 3 * i)[1])
     for (_, _, count), found in ((p, f) for p, f in points.items() if p[:2] == (n, k)):
         try:
-            ranked = fastest(n, k, count, dtype, [s for s in found if (s, *stand_in(n, k)) in good], device,
-                             weights=weights)
+            kept = [s for s in found if (s, *stand_in(n, k, gpus)) in good]
+            ranked = fastest(n, k, count, dtype, kept, device, weights=weights, gpus=gpus)
             best, ratio = best_schedule(ranked, count)
         except (RuntimeError, IndexError) as error:  # out of memory, or no schedule left
             progress(f"  N={n} K={k} tokens={count}: nothing measured: {type(error).__name__}: {error}")
@@ -174,6 +180,8 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels tune", description=__doc__.splitlines()[0])
     parser.add_argument("--shape", type=_shape, nargs="+", help="N,K of each weight (default: the op's own)")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
+    parser.add_argument("--gpus", type=int, choices=sorted(SECTIONS.values()), default=1,
+                        help="the most GPUs that may ever share the order (default: 1)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     parser.add_argument("--workers", type=int)
     parser.add_argument("--out", default=records.DATA, help="the data folder")
@@ -194,16 +202,17 @@ def main(argv=None) -> int:
 
 def _tune_all(a, shapes, folder):
     dtype, device = DTYPES[a.dtype], runtime.device()
-    tma = runtime.has_pdl(device.index)
-    points = {(n, k, count): candidates(n, k, count, dtype, tma) for n, k in shapes for count in sorted(set(a.tokens))}
-    good = proved(points, dtype, a.workers)
+    tma, section = runtime.has_pdl(device.index), next(name for name, gpus in SECTIONS.items() if gpus == a.gpus)
+    found = candidates if a.gpus == 1 else shared_candidates
+    points = {(n, k, count): found(n, k, count, dtype, tma) for n, k in shapes for count in sorted(set(a.tokens))}
+    good = proved(points, dtype, a.workers, gpus=a.gpus)
     for n, k in shapes:
-        chosen = tune(n, k, dtype, points, good)
+        chosen = tune(n, k, dtype, points, good, gpus=a.gpus)
         if not chosen:
             continue
-        rows = [row for s in dict.fromkeys(chosen.values()) for row in certificates(s, n, k, dtype, device)]
+        rows = [row for s in dict.fromkeys(chosen.values()) for row in certificates(s, n, k, dtype, device, a.gpus)]
         CERTIFICATES.merge(folder, rows)
-        path = store(runtime.slug(device.index), a.dtype, f"N={n},K={k}", chosen, Path(a.out) / "schedules")
+        path = store(runtime.slug(device.index), a.dtype, f"N={n},K={k}", chosen, Path(a.out) / "schedules", section)
         print(f"N={n} K={k}: {len(chosen)} schedules in {path}, {len(rows)} certificates in {folder}", flush=True)
 
 

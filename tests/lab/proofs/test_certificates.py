@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from kernels import runtime
+from kernels import runtime, tables
 from kernels.lab.proofs import certificates as proofs
 from kernels.lab.proofs.certificates import TRUSTED, certificates, prove_all
 from kernels.op import Op
@@ -26,12 +26,31 @@ def few_rows(monkeypatch):
 
 
 @needs_triton
-def test_a_schedule_that_keeps_its_bits_is_certified():
-    rows = certificates(GOOD, 6, 20, torch.float32, runtime.device())
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_a_schedule_that_keeps_its_bits_is_certified(gpus):
+    k = 20 if gpus == 1 else 80  # a leaf and a quarter
+    rows = certificates(GOOD, 6, k, torch.float32, runtime.device(), gpus)
+    assert {row["shape"] for row in rows} == {f"N=6,K={k}" + (",gpus=8" if gpus == 8 else "")}
     assert [row["input"] for row in rows] == list(proofs.KINDS)
     assert len({row["digest"] for row in rows}) == len(rows) and {row["trusted"] for row in rows} == {str(TRUSTED)}
     assert set(rows[0]) == set(proofs.CERTIFICATES.columns)
-    proofs.check_trusted(6, 20, torch.float32, runtime.device(), columns=4)
+    proofs.check_trusted(6, k, torch.float32, runtime.device(), columns=4, gpus=gpus)
+
+
+@needs_triton
+def test_the_order_of_eight_gpus_has_bits_of_its_own():
+    """So a certificate of one order says nothing of the other."""
+    digests = [[row["digest"] for row in certificates(GOOD, 6, 520, torch.float32, runtime.device(), gpus)
+                if row["input"] == "residue"] for gpus in (1, 8)]
+    assert digests[0] != digests[1]
+
+
+def test_both_sections_of_a_table_are_proved():
+    shapes = {"bfloat16": {(64, 64): {1: GOOD, 2: GOOD}}}
+    table = {"matmul": shapes, "matmul_shared": shapes}
+    job = {"schedule": str(GOOD), "n": 64, "k": 64, "dtype": "bfloat16"}
+    assert proofs.stored(table) == [{**job, "gpus": 1}, {**job, "gpus": 8}]
+    assert len([j for j in proofs.stored(tables.load("h200", Schedule.parse)) if j["gpus"] == 8]) > 5
 
 
 @needs_triton
@@ -70,7 +89,7 @@ def test_a_stand_in_has_the_same_order_and_remainders(n, k):
 @needs_triton
 def test_the_residue_shows_a_last_bit_that_rounding_hides():
     """One in the 24th bit of a sum: lost in bfloat16, plain once the rounded product has been taken away."""
-    (x, weight, bias), _ = proofs._case(64, 40, torch.bfloat16, "residue", runtime.device())
+    (x, weight, bias, _), _ = proofs._case(64, 40, torch.bfloat16, "residue", runtime.device())
     with_bias, without = (proofs.op.run_schedule(TRUSTED, x, weight, b).float() for b in (bias, None))
     total = x.double() @ weight.double().t()
     assert (with_bias.double() - (total + bias.double())).abs().max() < 1e-4 * total.abs().max()

@@ -13,9 +13,10 @@ from kernels.lab.proofs import certificates as proofs
 from kernels.lab.proofs.certificates import CERTIFICATES, TRUSTED, prove
 from kernels.lab.tuning import tune
 from kernels.lab.tuning.candidates import candidates
+from kernels.lab.tuning.shared_candidates import shared_candidates
 from kernels.lab.tuning.tune import best_schedule, fastest, store
 from kernels.op import Op
-from kernels.ops.matmul.order import order
+from kernels.ops.matmul.order import order, shared_order
 from kernels.ops.matmul.schedule import Schedule
 
 needs_triton = pytest.mark.skipif(bool(runtime.WHY_NOT), reason=runtime.WHY_NOT or "Triton runs here")
@@ -40,6 +41,20 @@ def test_candidates_suit_the_order_and_the_gpu(dtype):
             assert all(s.shared_bytes * dtype.itemsize // 2 + h <= 227 * 1024 for s, h in zip(found, held, strict=True))
             assert dtype == torch.float32 or any(held) == (segments > 1 and tokens > 128)
             assert segments == 1 or tokens > 1024 or any(s.split for s in found)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_candidates_for_several_gpus_suit_the_leaves(dtype):
+    for n, k in SHAPES[:1] + SHAPES[3:5]:
+        length = shared_order(n, k).length
+        for tokens in (1, 32, 128, 4096):
+            found = shared_candidates(n, k, tokens, dtype)
+            assert 5 <= len(found) <= 80 and len(set(found)) == len(found), (n, k, tokens, len(found))
+            assert not any(length % s.block_k or s.stream or s.pingpong for s in found)
+            assert dtype == torch.float32 or {s.kind for s in found} >= {"pointer", "tma", "hopper"}
+            assert {s.kind for s in shared_candidates(n, k, tokens, dtype, tma=False)} == {"pointer"}
+    assert any(s.split for s in shared_candidates(4096, 4096, 1))
 
 
 @pytest.mark.parametrize("tokens, rows", [(16, {16}), (17, {32}), (32, {32}), (33, {64})])
@@ -131,7 +146,8 @@ def test_a_shape_of_another_form_is_refused(text, capsys):
 
 
 @needs_triton
-def test_several_shapes_are_proved_together_and_stored_one_by_one(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("gpus, section", [(1, "matmul"), (8, "matmul_shared")])
+def test_several_shapes_are_proved_together_and_stored_one_by_one(gpus, section, monkeypatch, tmp_path, capsys):
     """The command, with three candidates: one that would cost a bit, and one that the order of one shape forbids."""
     few = [GOOD, replace(GOOD, block_m=32), replace(GOOD, block_n=32)]
     real, here = Op.run_schedule, runtime.device()
@@ -145,7 +161,7 @@ def test_several_shapes_are_proved_together_and_stored_one_by_one(monkeypatch, t
     asked: list = []
     monkeypatch.setattr(Op, "run_schedule", off)
     monkeypatch.setattr(tune, "prove_all", in_this_process)
-    monkeypatch.setattr(tune, "candidates", lambda *a, **k: few)
+    monkeypatch.setattr(tune, "candidates" if gpus == 1 else "shared_candidates", lambda *a, **k: few)
     monkeypatch.setattr(tune, "fastest", partial(tune.fastest, repeats=1))
     monkeypatch.setattr(tune.runtime, "HAS_GPU", True)
     monkeypatch.setattr(tune.runtime, "has_pdl", lambda index: False)
@@ -153,9 +169,9 @@ def test_several_shapes_are_proved_together_and_stored_one_by_one(monkeypatch, t
     monkeypatch.setattr(runtime, "slug", lambda index: "h200")
     monkeypatch.setattr(records, "this_machine", lambda: {"device": "a GPU", "torch": "1", "triton": "1"})
     command = ["--shape", "6,4", "9,4", "--tokens", "2", "3", "--dtype", "float32", "--out", str(tmp_path),
-               "--machine", "here"]
+               "--machine", "here", "--gpus", str(gpus)]
     assert tune.main(command) == 0
-    table = stored(tmp_path / "schedules")["matmul"]["float32"]
+    table = stored(tmp_path / "schedules")[section]["float32"]
     assert set(table) == {(6, 4), (9, 4)} and all(set(column) == {2, 3} for column in table.values())
     assert all(schedule in (few[0], few[2]) for column in table.values() for schedule in column.values())
     rows = CERTIFICATES.read(tmp_path / "here")
@@ -167,7 +183,7 @@ def test_several_shapes_are_proved_together_and_stored_one_by_one(monkeypatch, t
 
 def _answer(job, device):
     try:
-        prove(Schedule.parse(job["schedule"]), job["n"], job["k"], torch.float32, device)
+        prove(Schedule.parse(job["schedule"]), job["n"], job["k"], torch.float32, device, job["gpus"])
         return ""
     except RuntimeError as error:
         return str(error)
