@@ -121,7 +121,7 @@ def check_trusted(n: int, k: int, dtype: torch.dtype, device, tokens: int = 3, c
     """Hold the trusted schedule to the specification on a few elements. Raises RuntimeError if they differ."""
     n, k = stand_in(n, k, gpus)
     for kind in KINDS:
-        (x, weight, bias, wanted), _ = _case(n, k, dtype, kind, device, gpus=gpus)
+        (x, weight, bias, wanted), _ = _case(n, k, dtype, kind, device, _rows(TRUSTED), gpus)
         y = op.run_schedule(TRUSTED, x, weight, bias, wanted)[:tokens, :columns]
         few = x[:tokens], weight[:columns], None if bias is None else bias[:columns]
         if not bits.same_bits(y, specified(*few, wanted)):  # the whole weight's order: fewer rows would have another
