@@ -67,8 +67,19 @@ class Sequences:
                              f"{self.keys[i]} keys and {self.queries[i]} queries")
         if self.queries.sum() > _LARGEST:
             raise ValueError(f"queries must be fewer than 2**31 in all, got {self.queries.sum()}")
-        for i, page in enumerate(self.pages or ()):
-            _check_pages(i, page, -(-int(self.keys[i]) // self.page_size))
+        if self.pages:
+            self._check_pages(-(-self.keys // self.page_size))
+
+    def _check_pages(self, needed: np.ndarray):
+        """Of all sequences at once: an engine makes such sequences for each of its steps."""
+        given = np.array([len(page) for page in self.pages])
+        for i in np.flatnonzero(given < needed)[:1]:
+            raise ValueError(f"pages[{i}] must hold the sequence's keys, which need {needed[i]}, got {given[i]}")
+        column = np.arange(self.table.shape[1], dtype=np.int32)
+        used = np.where(column < needed[:, None], self.table, -1 - column)
+        used.sort(axis=1)
+        for i in np.flatnonzero((used[:, 1:] == used[:, :-1]).any(1))[:1]:
+            raise ValueError(f"pages[{i}] names a page twice: {self.pages[i][: needed[i]].tolist()}")
 
     @classmethod
     def of(cls, handle: torch.Tensor) -> Sequences:
@@ -202,10 +213,3 @@ def _page_size(pages, size) -> int | None:
     if size < 1:
         raise ValueError(f"page_size must be at least 1, got {size}")
     return size
-
-
-def _check_pages(i: int, page: np.ndarray, needed: int) -> None:
-    if len(page) < needed:
-        raise ValueError(f"pages[{i}] must hold the sequence's keys, which need {needed}, got {len(page)}")
-    if len(np.unique(page[:needed])) < needed:
-        raise ValueError(f"pages[{i}] names a page twice: {page[:needed].tolist()}")
