@@ -3,20 +3,41 @@
 .ci/run sets SAME_BITS_CI=1, and SAME_BITS_PASSED to a file that gets one number of passed tests a session.
 """
 import os
+import sys
 
 import pytest
 import torch
 from hypothesis import settings
 
-import kernels  # noqa: F401 - before anything imports Triton, so that the interpreter can be chosen
+from kernels import runtime  # before anything imports Triton, so that the interpreter can be chosen
+
+sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema makes 39 grammars with it, for what no notebook has
 
 HAS_GPU = torch.cuda.is_available()
 IN_CI = os.environ.get("SAME_BITS_CI") == "1"
 if IN_CI:
     settings.load_profile("ci")  # Hypothesis' own: the same examples in every run; a failing one is printed as code
+if runtime.where() == "INTERPRETER":
+    import quick_interpreter
+
+    quick_interpreter.hurry()
+
+
+# What takes longest runs first, so that no worker waits at the end; notebooks not beside what itself uses all cores.
+LONGEST = ("lab/notebook/test_notebooks.py", "ops/test_every_op.py", "figures/test_figures.py", "ops/test_op.py",
+           "lab/proofs/test_generated_code.py", "ops/matmul/test_matmul.py", "figures/test_sizes.py",
+           "ops/matmul/test_shared.py", "ops/test_softmax.py")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Collecting takes half a minute: tests that run alone are looked for where the word stands."""
+    alone = config.option.markexpr == "serial" and collection_path.name.startswith("test_")
+    return (alone and collection_path.is_file() and "serial" not in collection_path.read_text(encoding="utf-8")) or None
 
 
 def pytest_collection_modifyitems(items):
+    place = {f"tests/{name}": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
     if not HAS_GPU:
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -59,6 +80,15 @@ def _filled(make):
                 return tensor.fill_(float("nan"))
             return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)
     return filled
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Eight processes of this CPU as ranks, started once."""
+    from kernels.lab.parallel.processes import Processes
+
+    with Processes(8) as eight:
+        yield eight
 
 
 @pytest.fixture(autouse=True)

@@ -59,7 +59,8 @@ def outcomes(folder, *arguments, **environment):
 
 @pytest.mark.skipif(runtime.HAS_GPU, reason="with a GPU, tests for machines without one skip")
 def test_in_ci_only_tests_marked_gpu_may_skip(tmp_path):
-    (tmp_path / "conftest.py").write_bytes((ROOT / "tests" / "conftest.py").read_bytes())
+    for name in ("conftest.py", "quick_interpreter.py"):
+        (tmp_path / name).write_bytes((ROOT / "tests" / name).read_bytes())
     (tmp_path / "test_skips.py").write_text(SKIPS)
     (tmp_path / "test_module.py").write_text("import pytest\npytest.importorskip('no_such_module')\n")
     found, said = outcomes(tmp_path, tmp_path, "-n", "2", "-c", ROOT / "pyproject.toml",
@@ -134,6 +135,13 @@ def test_the_least_number_of_passes_is_no_smaller_than_the_number_of_test_functi
     together, alone = least()
     functions = sum(len(re.findall(r"^def test_", f.read_text(), re.M)) for f in (ROOT / "tests").rglob("test_*.py"))
     assert together >= functions > 500 and alone > 0
+
+
+def test_the_files_that_run_first_are_there_and_the_slowest_tests_are_printed(pytestconfig):
+    first = pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py")).LONGEST
+    assert len(set(first)) == len(first) > 5 and all((ROOT / "tests" / name).is_file() for name in first)
+    made = subprocess.run(["make", "--dry-run", "test"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert "-n 2 --dist loadfile --no-loadscope-reorder" in made and "--durations=20" in pytestconfig.getini("addopts")
 
 
 # Without Triton.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kernels import runtime
-from kernels.lab.proofs.generated_code import Code, Job
+from kernels.lab.proofs.generated_code import WITHOUT_LINES, Code, Job
 from kernels.lab.records import ROOT
 
 pytestmark = pytest.mark.skipif(not runtime.HAS_TRITON, reason="compiling ahead of time needs Triton")
@@ -21,7 +21,7 @@ JOBS = [(name, target) for name in NAMES for target in (80, 90)]
 @pytest.fixture(scope="module")
 def compiled():
     """(name, target) -> [(Code, warps) of each launch]"""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "TRITON_INTERPRET": "0", **WITHOUT_LINES, "PYTHONPATH": str(ROOT)}
     script = Path(__file__).with_name("ahead_of_time.py")
     done = subprocess.run([sys.executable, str(script)], input=json.dumps(JOBS), cwd=ROOT, env=environment,
                           capture_output=True, text=True)

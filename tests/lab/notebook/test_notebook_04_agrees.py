@@ -1,6 +1,7 @@
 """Notebook 04's plain Python `share` is what the Hopper kernel's programs do, and its shares are complete."""
 import ast
 import inspect
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ HELD = notebook.held()
 HOPPER = Path(inspect.getfile(notebook)).parents[2] / "ops" / "matmul" / "hopper.py"
 
 
+@cache
 def from_notebook(name):
     """The function `name` as notebook 04 defines it, with whatever stands in that cell before it."""
     (path,) = [path for path in HELD if path.name.startswith("04")]
@@ -23,16 +25,22 @@ def from_notebook(name):
     return space[name]
 
 
+@cache
+def kernels_functions():
+    """The compiled source of `_jobs` and `_job`, undecorated."""
+    body = ast.parse(HOPPER.read_text(encoding="utf-8")).body
+    found = [node for node in body if getattr(node, "name", "") in ("_job", "_jobs")]
+    for function in found:
+        function.decorator_list = []
+    return compile(ast.Module(found, []), HOPPER, "exec")
+
+
 def from_kernel(program, programs, units, steps):
     """The jobs that `_jobs` and `_job` give one program, without its empty ones; their source, run as Python."""
-    body = ast.parse(HOPPER.read_text(encoding="utf-8")).body
     space = {"gl": SimpleNamespace(
         constexpr=None, maximum=max, cdiv=lambda a, b: -(-a // b), where=lambda test, a, b: a if test else b,
         program_id=lambda axis: program, num_programs=lambda axis: programs)}
-    for function in body:
-        if getattr(function, "name", "") in ("_job", "_jobs"):
-            function.decorator_list = []
-            exec(ast.unparse(function), space)
+    exec(kernels_functions(), space)
     every = [space["_job"](number, units, steps, True) for number in range(space["_jobs"](units, True))]
     return [job for job in every if job[1] < job[2]]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from common import needs_compiler
 
-from kernels.lab.proofs.generated_code import Code, Job
+from kernels.lab.proofs.generated_code import WITHOUT_LINES, Code, Job
 from kernels.lab.records import ROOT
 from kernels.ops.attention import schedule as schedules
 from kernels.ops.attention.schedule import Schedule
@@ -28,7 +28,7 @@ JOBS += [("walk 16 warps=4 stages=3", 90, 80, 16, 100, "float16"),  # pages, a w
 @pytest.fixture(scope="module")
 def compiled():
     """job -> Code of each launch."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "TRITON_INTERPRET": "0", **WITHOUT_LINES, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, str(Path(__file__).with_name("ahead.py"))], input=json.dumps(JOBS), cwd=ROOT,
                           env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
