@@ -5,9 +5,14 @@ import pytest
 import torch
 from decoders import TINY, relative_error
 
+from kernels.bits import same_bits
 from kernels.model import attend
 from kernels.model.cache import KVCache
+from kernels.model.llama import Llama
+from kernels.model.specified_attention import specified
 from kernels.model.tiled_attention import tiled
+from kernels.ops.attention.op import attention_prefill
+from kernels.ops.attention.sequences import Sequences
 
 CACHE = KVCache(TINY, 3, 10, torch.float32, "cpu")
 
@@ -126,3 +131,75 @@ def test_tiles_move_no_bit_with_the_batch_or_the_chunk(dtype):
     for begin, end in ((0, 1), (127, 128), (100, 200), (255, 290), (289, 290)):
         one = tiled(cache.batch([end - begin], [begin], [1]).sequences)(q[1, begin:end], k, v)
         assert torch.equal(one, both[1, begin:end])
+
+
+# The same in pages, and the specification of decode steps that share their chains.
+
+def in_pages(sequences, k, v, size=16):
+    """The sequences with their keys in shuffled pages, and those pages."""
+    need = [-(-keys // size) for keys in sequences.keys.tolist()]
+    order = torch.randperm(sum(need) + 2, generator=torch.Generator().manual_seed(1)).tolist()
+    pages = [[order.pop() for _ in range(count)] for count in need]
+    paged = [torch.full((sum(need) + 2, size, *t.shape[2:]), 50.0, dtype=t.dtype) for t in (k, v)]
+    for i, table in enumerate(pages):
+        for cache, t in zip(paged, (k, v), strict=True):
+            kept = torch.nn.functional.pad(sequences.keys_of(i, t), (0, 0, 0, 0, 0, -int(sequences.keys[i]) % size))
+            cache[table] = kept.unflatten(0, (-1, size))
+    return Sequences(sequences.queries, sequences.keys, "cpu", pages, size), *paged
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("prepare", [attend.default, tiled], ids=["default", "tiled"])
+def test_attention_over_pages_is_that_over_rows(prepare, mix):
+    new, keys, rows = MIXES[mix]
+    cache = KVCache(TINY, 4, 300, torch.float32, "cpu")
+    sequences = cache.batch(new, [k - n for n, k in zip(new, keys, strict=True)], rows).sequences
+    q, k, v = tensors(sequences)
+    paged, *kept = in_pages(sequences, k, v)
+    got, wanted = prepare(paged)(q, *kept), prepare(sequences)(q, k, v)
+    assert torch.equal(got, wanted) if prepare is tiled else relative_error(got, wanted) < 2e-6
+
+
+DECODES = {"one": ([1], [5]), "a block's border": ([1, 1, 1], [127, 128, 129]),
+           "many": ([1] * 6, [7, 3, 300, 16, 9, 1]), "leaves": ([1, 1], [1025, 40]),
+           "windows too": ([1, 2, 9, 1, 2], [20, 33, 150, 21, 2])}
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["rows", "pages"])
+@pytest.mark.parametrize("mix", DECODES)
+def test_decodes_that_share_chains_have_the_specifications_bits(mix, paged):
+    new, keys = DECODES[mix]
+    given = torch.Generator().manual_seed(len(keys))
+    sequences = Sequences(new, keys, "cpu")
+    q, k, v = (torch.randn(shape, generator=given).to(torch.bfloat16) for shape in (
+        (sum(new), 4, 16), (len(keys), max(keys), 2, 16), (len(keys), max(keys), 2, 16)))
+    wanted = attention_prefill.python(q, k, v, sequences)
+    if paged:
+        sequences, k, v = in_pages(sequences, k, v)
+    assert same_bits(specified(sequences)(q, k, v), wanted)
+
+
+def test_more_cores_move_no_bit_of_a_specified_model():
+    model, tokens = Llama("tiny", ops="invariant", device="cpu"), torch.arange(12).view(6, 2)
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            cache = model.cache(6, 3)
+            found.append((model(tokens, cache), model(tokens[:, :1], cache, prefix=2)))
+        finally:
+            torch.set_num_threads(before)
+    assert same_bits(found[0], found[1]) and same_bits(found[0], found[2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [16, 256])
+def test_the_default_reads_pages_on_a_gpu(size):
+    """With pages of 256 tokens by varlen_attn, where PyTorch has it for pages; else gathered."""
+    sequences = Sequences([1, 70, 1, 9], [300, 70, 20, 500], "cpu")
+    given = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(shape, generator=given) for shape in ((81, 4, 64), (4, 512, 2, 64), (4, 512, 2, 64)))
+    paged, *kept = in_pages(sequences, k, v, size)
+    got = attend.default(paged.to("cuda"))(*(t.to("cuda", torch.bfloat16) for t in (q, *kept)))
+    assert relative_error(got, attend.default(sequences)(q, k, v)) < 2e-2
