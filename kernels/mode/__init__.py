@@ -1,0 +1,21 @@
+"""A model that nobody rewrote, made batch-invariant: PyTorch's own ops, taken to this suite's where they land.
+
+    with batch_invariant():
+        model(**inputs)
+
+A key of PyTorch's dispatcher that nothing else uses stands between autograd and the devices' kernels. The rules in this
+folder are registered there once; the mode only tells the thread whether the key counts. So nothing of PyTorch is
+replaced, other threads notice nothing, and leaving the mode, by an exception too, is the end of it. Ops without a rule
+cost nothing. Composite ops (linear, matmul, einsum, scaled_dot_product_attention) are caught in what they are made
+of, gradients in the backward passes' own products and sums, casts of autocast before they arrive here.
+
+    switch      the key, the thread's state, what a refusal is      products    mm and its like
+    reductions  sums, softmax, norms and their gradients            attention   scaled_dot_product_attention
+    elements    functions of one number that a CPU's loops move     refused     what moves bits and has no order here
+    compiling   what torch.compile traces while the mode is on
+
+On a CUDA GPU the rules call schedules, on a CPU the specifications: the same bits, and slow.
+"""
+from .switch import MovesBits, Refused, active, batch_invariant
+
+__all__ = ["MovesBits", "Refused", "active", "batch_invariant"]

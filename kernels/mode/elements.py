@@ -1,0 +1,45 @@
+"""Rules for functions of one number whose bits a CPU's loops move.
+
+PyTorch's loops on a CPU take a vector of numbers at a time, and the last few one by one with another routine; threads
+cut a tensor where its size says. So the bits of silu, gelu or a sigmoid depend on where an element lies. Here every
+element goes through the vector's routine: the numbers are laid side by side, padded to whole vectors and handed over
+in pieces that one thread takes. The values are the library's: no other machine's, *certified by test, not by
+construction*. On a GPU one thread computes one element, and PyTorch's op stays.
+"""
+from __future__ import annotations
+
+import torch
+
+from .switch import Unsupported, op_of, rule
+
+VECTORS = 256  # numbers: a multiple of every vector and of every unrolling of it
+PIECE = 1 << 14  # numbers: below what PyTorch gives to a second thread
+
+ONE = ("silu", "gelu", "sigmoid", "softplus", "elu", "mish", "exp2", "rsqrt", "tanh", "erf", "exp", "log", "sin",
+       "cos", "pow.Tensor_Scalar", "expm1", "log1p", "selu", "celu", "hardswish")
+TWO = ("silu_backward", "gelu_backward", "sigmoid_backward", "tanh_backward", "mish_backward", "softplus_backward")
+
+
+def steady(name: str, tensors: int):
+    """The rule of an op whose first arguments are `tensors` tensors of one shape."""
+    def call(*arguments, **named):
+        given, rest = arguments[:tensors], arguments[tensors:]
+        first = given[0]
+        if not first.is_cpu or first.layout != torch.strided or any(
+                t.shape != first.shape or t.dtype != first.dtype for t in given):
+            return NotImplemented
+        if first.is_complex():
+            raise Unsupported(f"has no fixed place in a CPU's loops for {first.dtype}")
+        if not first.is_floating_point() or not first.numel():
+            return NotImplemented
+        op, count = op_of(name), first.numel()
+        flat = [torch.nn.functional.pad(t.reshape(-1), (0, -count % VECTORS), value=1.0) for t in given]
+        pieces = [op(*piece, *rest, **named) for piece in zip(*(t.split(PIECE) for t in flat), strict=True)]
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[:count].view(first.shape)
+    return call
+
+
+for _name in ONE:
+    rule(_name)(steady(_name, 1))
+for _name in TWO:
+    rule(_name)(steady(_name, 2))

@@ -1,0 +1,146 @@
+"""Which keys each query of a scaled_dot_product_attention sees, and the sequences that this makes.
+
+Attention has an order by positions (ops/attention/order.py), counted from a sequence's first key. So a mask is read
+for what it says: each query sees neighbouring keys, all queries of a sequence from the same first key on (or a window
+of the last few), as causal masks, padding on the left, padding on the right and a cache's free end do. Other masks
+have no order here.
+"""
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+import torch
+
+from ..ops.attention.sequences import Sequences
+from .switch import Unsupported
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What queries see. A run is neighbouring queries of which each sees one key more than the one before it.
+
+    batch, queries, keys  of the call
+    device                where it is
+    starts                of each element of the batch its first key
+    runs                  (element, first query, count, how many keys the last one's sequence has, from `starts` on)
+    window                how many keys a query sees at most; 0 for all
+    """
+
+    batch: int
+    queries: int
+    keys: int
+    device: torch.device
+    starts: tuple[int, ...]
+    runs: tuple[tuple[int, int, int, int], ...]
+    window: int = 0
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """A sequence for each run, on the rows of `shifted` keys."""
+        element, _, count, keys = zip(*self.runs, strict=True) if self.runs else ((), (), (), ())
+        return Sequences(count, keys, self.device, slots=element)
+
+    @cached_property
+    def rows(self) -> torch.Tensor | None:
+        """Where the runs' queries lie among batch * queries of them; None if they are all of them, in order."""
+        found = np.concatenate([[], *(b * self.queries + first + np.arange(n) for b, first, n, _ in self.runs)])
+        if np.array_equal(found, np.arange(self.batch * self.queries)):
+            return None
+        return torch.from_numpy(found.astype(np.int64)).to(self.device)
+
+    def hidden(self, element: int) -> torch.Tensor:
+        """(queries, keys behind the start) True where a query of this element does not see a key."""
+        last = torch.full((self.queries, 1), -1, dtype=torch.int64, device="cpu")
+        for b, first, count, keys in self.runs:
+            if b == element:
+                last[first : first + count, 0] = torch.arange(keys - count, keys, dtype=torch.int64, device="cpu")
+        key = torch.arange(self.keys - self.starts[element], dtype=torch.int64, device="cpu")
+        hidden = key > last
+        if self.window:
+            hidden |= key <= last - self.window
+        return hidden.to(self.device)
+
+    def shifted(self, cache: torch.Tensor) -> torch.Tensor:
+        """Keys or values (batch, keys, ...) with each element's first one in place 0."""
+        if not any(self.starts):
+            return cache
+        out = torch.zeros_like(cache, memory_format=torch.contiguous_format)
+        for b, start in enumerate(self.starts):
+            out[b, : self.keys - start] = cache[b, start:]
+        return out
+
+
+@lru_cache(64)
+def without_mask(batch: int, queries: int, keys: int, causal: bool, device: torch.device) -> Seen:
+    """All keys, or as is_causal says: query i sees key i and those before it."""
+    if causal:
+        together = min(queries, keys)
+        runs = [(0, together, together), *((i, 1, keys) for i in range(together, queries))]
+    else:
+        runs = [(i, 1, keys) for i in range(queries)]
+    return Seen(batch, queries, keys, device, (0,) * batch,
+                tuple((b, *run) for b in range(batch) for run in runs if keys))
+
+
+_LAST: dict[str, tuple] = {}  # the last mask that was read: layers share it
+
+
+def of_mask(mask: torch.Tensor, batch: int, queries: int, keys: int, device: torch.device) -> Seen:
+    """What a mask says. Raises Unsupported for one that is not of the kind above."""
+    version = None if mask.is_inference() else mask._version
+    known = _LAST.get("mask")
+    if known and version is not None and known[0]() is mask and known[1:4] == (version, batch, (queries, keys)):
+        return known[4]
+    seen = _read(mask, batch, queries, keys, device)
+    _LAST["mask"] = (weakref.ref(mask), version, batch, (queries, keys), seen)
+    return seen
+
+
+def _read(mask, batch, queries, keys, device) -> Seen:
+    if mask.layout != torch.strided or mask.dim() < 2:
+        raise Unsupported(f"has an order for masks of two dimensions and more, and attn_mask has {mask.dim()}")
+    shown = _shown(mask)
+    try:
+        while shown.dim() < 4:
+            shown = shown[None]
+        if shown.shape[1] > 1 and not (shown == shown[:, :1]).all():
+            raise Unsupported("has an order for masks that are the same for all heads, and attn_mask is not")
+        table = shown[:, 0].expand(batch, queries, keys).cpu().numpy()
+    except RuntimeError:
+        raise Unsupported(f"has an order for masks that fit ({batch}, heads, {queries}, {keys}), and attn_mask has "
+                          f"shape {tuple(mask.shape)}") from None
+    return _sequences(table, device)
+
+
+def _shown(mask) -> torch.Tensor:
+    if mask.dtype == torch.bool:
+        return mask
+    shown = mask == 0
+    if not (shown | (mask <= torch.finfo(mask.dtype).min)).all():
+        raise Unsupported("has an order for masks that show or hide keys, and attn_mask is dense: it adds other "
+                          "numbers")
+    return shown
+
+
+def _sequences(table: np.ndarray, device) -> Seen:
+    batch, queries, keys = table.shape
+    count, first = table.sum(2), table.argmax(2)
+    end = first + count
+    some = count > 0
+    gaps = some & (keys - table[:, :, ::-1].argmax(2) != end) if keys else some
+    starts = [int(first[b][some[b]].min(initial=keys)) for b in range(batch)]
+    start = np.array(starts).reshape(-1, 1)
+    window = 0 if (first == start)[some].all() else int(count.max(initial=0))
+    if gaps.any() or window and (first != np.maximum(start, end - window))[some].any():
+        raise Unsupported("has an order for masks in which each query sees neighbouring keys up to one place, and "
+                          "attn_mask is dense in another way")
+    runs = []
+    for b in range(batch):
+        here = np.flatnonzero(some[b])
+        cuts = np.flatnonzero((np.diff(here) != 1) | (np.diff(end[b][here]) != 1)) + 1
+        runs += [(b, int(run[0]), len(run), int(end[b][run[-1]]) - starts[b])
+                 for run in np.split(here, cuts) if len(run)]
+    return Seen(batch, queries, keys, device, tuple(0 if s == keys else s for s in starts), tuple(runs), window)

@@ -1,0 +1,143 @@
+"""Rules for sums, means, softmax and the norms, and for those of their gradients that add.
+
+Each is the op of this suite, over the dimensions that the call names. A sum with another dtype converts first, as
+PyTorch does. Integers and booleans pass: their sums have no order.
+
+PyTorch runs rms_norm as one op on a GPU, which takes this suite's. On a CPU it takes it apart, into a mean, which has
+an order here, and operations on one number: the batch moves no bit there either, but a GPU's are others.
+"""
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..ops.embedding_gradient import embedding_gradient
+from ..ops.layer_norm import layer_norm
+from ..ops.layer_norm_gradient import layer_norm_gradient
+from ..ops.mean import mean, sum
+from ..ops.rms_norm import rms_norm
+from ..ops.rms_norm_gradient import rms_norm_gradient
+from ..ops.softmax import log_softmax, softmax
+from .products import how, supported
+from .switch import Unsupported, rule
+
+
+def _reduced(op, x, dim, keepdim, dtype):
+    if dtype is not None and dtype.is_floating_point and x.dtype != dtype:
+        x = x.to(dtype)
+    if not supported(self=x):
+        return NotImplemented
+    if dtype is not None and x.dtype != dtype:
+        return NotImplemented  # integers, asked for as such
+    return how(x, op)(x, None if dim is None else tuple(dim), keepdim)
+
+
+@rule("sum.dim_IntList")
+def _sum(self, dim, keepdim=False, *, dtype=None):
+    return _reduced(sum, self, dim, keepdim, dtype)
+
+
+@rule("sum")
+def _sum_all(self, *, dtype=None):
+    return _reduced(sum, self, None, False, dtype)
+
+
+@rule("mean.dim")
+def _mean(self, dim, keepdim=False, *, dtype=None):
+    return _reduced(mean, self, dim, keepdim, dtype)
+
+
+@rule("mean")
+def _mean_all(self, *, dtype=None):
+    return _reduced(mean, self, None, False, dtype)
+
+
+@rule("_softmax")
+def _softmax(self, dim, half_to_float):
+    return _over(softmax, self, dim, half_to_float)
+
+
+@rule("_log_softmax")
+def _log_softmax(self, dim, half_to_float):
+    return _over(log_softmax, self, dim, half_to_float)
+
+
+def _over(op, x, dim, half_to_float):
+    if not supported(self=x):
+        return NotImplemented
+    return how(x, op)(x, dim, torch.float32 if half_to_float else None)
+
+
+def _rows(x, normalized_shape, *others):
+    """x and the weights beside it as (rows, D) and (D,)."""
+    width = math.prod(normalized_shape)
+    if not width:
+        return NotImplemented
+    named = dict(zip(("weight", "bias"), others, strict=False))
+    if not supported(input=x, **{name: t for name, t in named.items() if t is not None}):
+        return NotImplemented
+    return x.reshape(-1, width), *(None if t is None else t.reshape(-1) for t in others)
+
+
+@rule("_fused_rms_norm")
+def _fused_rms_norm(input, normalized_shape, weight, eps):
+    given = _rows(input, normalized_shape, weight)
+    if given is NotImplemented:
+        return given
+    x, scale = given
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    if eps <= 0:
+        raise Unsupported(f"has an order for a positive eps, got {eps}")
+    if scale is None:
+        scale = torch.ones(x.shape[1:], dtype=x.dtype, device=x.device)
+    h = x.float()
+    shifted = how(x, mean)(h * h, -1, True) + torch.full((), eps, dtype=torch.float32, device=x.device)
+    rstd = 1.0 / shifted.double().sqrt().float()
+    kept = input.dim() - len(normalized_shape)
+    return how(x, rms_norm)(x, scale, None, eps).view(input.shape), \
+        rstd.view(*input.shape[:kept], *[1] * len(normalized_shape))
+
+
+@rule("_fused_rms_norm_backward")
+def _fused_rms_norm_backward(grad_out, input, normalized_shape, rstd, weight, output_mask):
+    given = _rows(input, normalized_shape, weight)
+    if given is NotImplemented:
+        return given
+    x, scale = given
+    dx, dweight = rms_norm_gradient(grad_out.reshape(x.shape), x, rstd.reshape(-1, 1), scale, how(x, sum))
+    return (dx.view(input.shape) if output_mask[0] else None,
+            dweight.view(weight.shape) if output_mask[1] and weight is not None else None)
+
+
+@rule("native_layer_norm")
+def _layer_norm(input, normalized_shape, weight, bias, eps):
+    given = _rows(input, normalized_shape, weight, bias)
+    if given is NotImplemented:
+        return given
+    kept = input.dim() - len(normalized_shape)
+    y, middle, rstd = how(input, layer_norm)(*given, eps)
+    small = (*input.shape[:kept], *[1] * len(normalized_shape))
+    return y.view(input.shape), middle.view(small), rstd.view(small)
+
+
+@rule("native_layer_norm_backward")
+def _layer_norm_backward(grad_out, input, normalized_shape, mean, rstd, weight, bias, output_mask):
+    given = _rows(input, normalized_shape, weight)
+    if given is NotImplemented:
+        return given
+    x, scale = given
+    dx, dweight, dbias = layer_norm_gradient(grad_out.reshape(x.shape), x, mean.reshape(-1, 1), rstd.reshape(-1, 1),
+                                             scale, how(x, sum))
+    return (dx.view(input.shape) if output_mask[0] else None,
+            dweight.view(weight.shape) if output_mask[1] and weight is not None else None,
+            dbias.view(bias.shape) if output_mask[2] and bias is not None else None)
+
+
+@rule("embedding_dense_backward")
+def _embedding_backward(grad_output, indices, num_weights, padding_idx, scale_grad_by_freq):
+    if not supported(grad_output=grad_output):
+        return NotImplemented
+    if scale_grad_by_freq:
+        raise Unsupported("has no order with scale_grad_by_freq")
+    return embedding_gradient(grad_output, indices, num_weights, padding_idx)

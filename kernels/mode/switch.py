@@ -1,0 +1,179 @@
+"""The dispatcher's key that the mode turns on for a thread, and what happens to a call that has no fixed order.
+
+`Fake` is a key for extensions outside PyTorch's core, of which there is none left that uses it. It stands below
+autograd and autocast and above the devices, and a fallthrough makes it free for every op without a rule.
+"""
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from functools import wraps
+
+import torch
+from torch.autograd import forward_ad
+
+KEY = torch._C._dispatch_key_parse("Fake")
+_KEYS = torch._C.DispatchKeySet(KEY)
+RULES: dict[str, Callable] = {}  # the op as torch.ops.aten writes it -> what takes its place
+
+
+class MovesBits(UserWarning):
+    """An op ran as PyTorch runs it, and the batch may change its bits."""
+
+
+class Refused(RuntimeError):
+    """An op that has no fixed order here, in a mode that is strict. No TypeError: `a @ b` would hide that one."""
+
+
+class Unsupported(Exception):
+    """Raised by a rule: it has no order for these arguments, and the text says which they were."""
+
+
+class _Thread(threading.local):
+    def __init__(self):
+        self.entered: list[tuple[batch_invariant, bool]] = []  # of each mode, and whether the key counted before
+        self.warned: set[str] = set()
+
+
+_THREAD, _LOCK = _Thread(), threading.Lock()
+_LIBRARIES: list[torch.library.Library] = []
+_STRICT = {True: 0, False: 0}  # how many modes are on, in all threads
+
+
+class batch_invariant:
+    """In this block, and in backward passes begun in it, this thread's ops add in an order that no batch changes.
+
+    strict  what becomes of an op that is known to move its bits and has no order here, or of arguments that a rule
+            does not cover (a dense mask, dropout, float64, sparse or complex tensors): True refuses it with
+            `Refused`, False runs it as PyTorch does and warns with `MovesBits`, once an op and block. Both name it
+
+    A mode may be nested, entered again while it is on, and entered by several threads at once; the innermost one's
+    `strict` holds. A thread that is started inside does not inherit it: enter it there. torch.compile compiles once
+    outside and once inside. Raises TypeError for a `strict` that is no bool, RuntimeError where it is left by another
+    thread or in another order than it was entered.
+    """
+
+    def __init__(self, strict: bool = False):
+        if type(strict) is not bool:
+            raise TypeError(f"strict must be True or False, got {strict!r}")
+        self.strict = strict
+
+    def __enter__(self):
+        _install()
+        before = torch._C._dispatch_tls_is_dispatch_key_included(KEY)
+        torch._C._dispatch_tls_set_dispatch_key_included(KEY, True)
+        _THREAD.entered.append((self, before))
+        _THREAD.warned = set()
+        with _LOCK:
+            _STRICT[self.strict] += 1
+        return self
+
+    def __exit__(self, *_):
+        if not _THREAD.entered or _THREAD.entered[-1][0] is not self:
+            raise RuntimeError("batch_invariant must be left by the thread that entered it, the innermost one first")
+        _, before = _THREAD.entered.pop()
+        torch._C._dispatch_tls_set_dispatch_key_included(KEY, before)
+        with _LOCK:
+            _STRICT[self.strict] -= 1
+
+    def __call__(self, function: Callable) -> Callable:
+        """`function` with each call in such a mode: a decorator."""
+        @wraps(function)
+        def inside(*arguments, **named):
+            with batch_invariant(self.strict):
+                return function(*arguments, **named)
+        return inside
+
+
+def active() -> bool:
+    """Whether this thread's ops go to the rules now."""
+    return torch._C._dispatch_tls_is_dispatch_key_included(KEY) and \
+        not torch._C._dispatch_tls_is_dispatch_key_excluded(KEY)
+
+
+def strict() -> bool:
+    """Whether the innermost mode refuses. A device's backward thread entered none: there any strict mode decides."""
+    return _THREAD.entered[-1][0].strict if _THREAD.entered else _STRICT[True] > 0
+
+
+def rule(*names: str) -> Callable:
+    """Register a function of an op's own arguments as its rule.
+
+    It returns the result, raises Unsupported, or gives NotImplemented where PyTorch's op has no order to fix.
+    """
+    def add(function: Callable) -> Callable:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+    return add
+
+
+def op_of(name: str):
+    """The op that RULES calls `name`: 'mm' or 'mm.out'. None if this PyTorch has none."""
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
+
+
+def public(name: str) -> str:
+    """The name by which a reader called ATen's op."""
+    if name.startswith("_scaled_dot_product"):
+        return "scaled_dot_product_attention"
+    return {"_softmax": "softmax", "_log_softmax": "log_softmax", "_fused_rms_norm": "rms_norm",
+            "native_layer_norm": "layer_norm", "native_dropout": "dropout"}.get(name, name)
+
+
+def object_to(name: str, why: str) -> None:
+    """Raise Refused in a strict mode, else warn with MovesBits, once an op and block."""
+    name = public(name)
+    text = f"batch_invariant: {name} {why}"
+    if strict():
+        raise Refused(f"{text}. Leave the block for it, or use strict=False to run it as PyTorch does")
+    if name not in _THREAD.warned:
+        _THREAD.warned.add(name)
+        warnings.warn(f"{text}; it runs as PyTorch runs it, and the batch may move its bits", MovesBits, stacklevel=3)
+
+
+def guarded(name: str, op, function: Callable) -> Callable:
+    """`function` as a kernel of the dispatcher: without the key and without gradients, which come from above."""
+    def kernel(*arguments, **named):
+        with torch._C._ExcludeDispatchKeyGuard(_KEYS):
+            if _without_numbers((*arguments, *named.values())):
+                return op(*arguments, **named)
+            gradients = torch.is_grad_enabled()
+            torch._C._set_grad_enabled(False)
+            try:
+                if forward_ad._current_level >= 0:
+                    raise Unsupported("has no order under forward-mode derivatives")
+                result = function(*arguments, **named)
+            except Unsupported as why:
+                object_to(name, str(why))
+                result = NotImplemented
+            finally:
+                torch._C._set_grad_enabled(gradients)
+            return op(*arguments, **named) if result is NotImplemented else result
+    return kernel
+
+
+def _without_numbers(arguments) -> bool:
+    """Tensors of torch.compile's tracing, and meta tensors: they have shapes alone."""
+    first = arguments[0]
+    if type(first) is torch.Tensor or type(first) is torch.nn.Parameter:  # then so are the others; this is each call
+        return first.is_meta
+    return any(isinstance(a, torch.Tensor) and (
+        a.is_meta or type(a).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__) for a in arguments)
+
+
+def _install() -> None:
+    """Once a process: the key's fallthrough, the rules, and the hook of torch.compile."""
+    with _LOCK:
+        if _LIBRARIES:
+            return
+        from . import attention, compiling, elements, overloads, products, reductions, refused  # noqa: F401 - for rules
+
+        everywhere, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+        everywhere.fallback(torch.library.fallthrough_kernel, "Fake")
+        for name, function in RULES.items():
+            if (op := op_of(name)) is not None:
+                aten.impl(name, guarded(name, op, function), "Fake")
+        compiling.hook()
+        _LIBRARIES.extend((everywhere, aten))
