@@ -1,0 +1,81 @@
+"""What ranks do for test_parallel.py: it is imported by the processes, under its full name."""
+import dataclasses
+
+import torch
+
+from kernels.bits import digest
+from kernels.lab.parallel import work
+from kernels.lab.proofs.model_forms import prompt_in
+from kernels.model import parallel, steps
+from kernels.model.config import preset
+from kernels.model.weights import random_weights
+
+TINY = dataclasses.replace(preset("tiny"), heads=8, kv_heads=4, head_dim=64, intermediate_size=512, shared=8)
+# qkv's 3072 rows are one chain of 1024; the 1536 that a rank of two has would be cut in two, were they a whole weight
+TALL = dataclasses.replace(TINY, hidden_size=1024, heads=16, head_dim=128, layers=1, vocab_size=64)
+
+
+def tall(ranks):
+    """Logits of a model in which a piece of a weight has another order than the whole, taken by itself."""
+    return digest(steps.logits(parallel.Sharded(TALL, ranks), [1, 2]))
+
+
+def digests(ranks, ops, tokens):
+    """The byte model's parts, layer by layer."""
+    return steps.layer_digests(work.byte_model(ranks).using(ops), prompt_in()[:tokens])
+
+
+def in_forms(ranks):
+    """One prompt as a window, in chunks and token by token; greedy tokens; what the model says of itself."""
+    model = work.pocket_model(ranks)
+    forms = {digest(steps.logits(model, range(9), chunks)) for chunks in ([9], [4, 5], [1] * 9)}
+    return forms, steps.greedy(model, range(9), 4), (model.config.heads, model.config.kv_heads, repr(model))
+
+
+def pieces(ranks):
+    """This rank's weights, and those of the whole."""
+    model = parallel.Sharded(TINY, ranks, seed=3)
+    return {name: weight.clone() for name, weight in model.weights().items()}
+
+
+def refused(ranks, kind):
+    """What a model that ranks cannot share, or do not agree on, is told."""
+    config, odd = TINY, ranks.rank == ranks.size - 1
+    options, change = {}, {}
+    if kind == "seed":
+        options = {"seed": 1 if odd else 0}
+    elif kind == "dtype":
+        options = {"dtype": torch.float16 if odd else torch.bfloat16}
+    elif kind == "ops":
+        options = {"ops": "default" if odd else "invariant"}
+    elif kind == "one weight":
+        whole = random_weights(0, torch.bfloat16, "cpu")
+        options = {"weights": lambda name, shape: whole(name, shape) + (odd and name == "1.down")}
+    elif kind == "eps":
+        change = {"norm_eps": 1e-5 if odd else 1e-6}
+    else:
+        change = {"heads": {"heads": 12, "kv_heads": 4, "shared": 1}, "kv_heads": {"heads": 24, "kv_heads": 6},
+                  "vocab": {"vocab_size": 250}, "shared": {"shared": 1}, "leaves": {"head_dim": 16}}[kind]
+    try:
+        parallel.Sharded(dataclasses.replace(config, **change), ranks, **options)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def other_ops(ranks):
+    try:
+        work.pocket_model(ranks).using("tiled")
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def served(ranks):
+    """The engine over a model that ranks share: every rank is given the same requests."""
+    from kernels.inference import Engine, Sampler
+
+    engine = Engine(work.pocket_model(ranks), pages=16, max_batch=3, budget=12, chunk=5, digests=True)
+    requests = [engine.submit(range(1 + i, 9 + 2 * i), 3, Sampler(temperature=0.8, seed=i)) for i in range(4)]
+    engine.run()
+    return [(r.state, r.answer, r.logit_digest) for r in requests]

@@ -1,0 +1,265 @@
+"""A decoder on 1, 2, 4 and 8 ranks: one digest, in random batches too; what ranks cannot share is said by name."""
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kernels.__main__ import main
+from kernels.bits import digest, same_bits
+from kernels.lab import records
+from kernels.lab.parallel import measure, work
+from kernels.lab.proofs import model as proof
+from kernels.model import parallel, steps
+from kernels.model.config import PRESETS
+from kernels.model.llama import Llama
+from kernels.model.parallel import Ranks
+from kernels.model.parallel.cut import check, fingerprint, local, piece
+from kernels.ops.matmul.order import order
+from tests.model import ranks_parallel as on_ranks
+
+SIZES = (1, 2, 4, 8)
+GOLDEN = records.ROOT / "tests" / "lab" / "proofs" / "recorded"
+CPU = torch.device("cpu")
+
+
+def golden(tokens: int) -> dict[str, str]:
+    rows = proof.recorded("cpu", GOLDEN).query(f"model == 'byte' and shared == 8 and form == 'window' and "
+                                               f"tokens == {tokens}")
+    return dict(zip(rows.part, rows.digest, strict=True))
+
+
+# One digest.
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_the_byte_model_has_its_recorded_digests_layer_by_layer(size, processes):
+    recorded = golden(8)
+    for found in processes.run(on_ranks.digests, "invariant", 8, size=size):
+        assert len(found) == 5 and found == {part: recorded[part] for part in found}
+
+
+def test_the_default_follows_the_number_of_ranks(processes):
+    found = [processes.run(on_ranks.digests, "default", 8, size=size) for size in SIZES]
+    assert all(answer == answers[0] for answers in found for answer in answers)
+    assert len({answers[0]["logits"] for answers in found}) > 1
+    assert len({answers[0]["embedding"] for answers in found}) == 1
+
+
+def test_twenty_random_batches_have_one_digest_on_any_number_of_ranks(processes):
+    alone = Llama(work.POCKET, ops="invariant", device="cpu")
+    seeds = list(range(20))
+    expected = [digest(work.batch_logits(alone, seed)) for seed in seeds]
+    assert len(set(expected)) == len(seeds)
+    for size in SIZES[1:]:
+        assert all(found == expected for found in processes.run(work.batches, seeds, size=size))
+
+
+def test_a_piece_by_rows_keeps_the_order_of_the_whole_weight(processes):
+    qkv = on_ranks.TALL.layer_shapes["qkv"]
+    assert order(*qkv).segments == 1 < order(qkv[0] // 2, qkv[1]).segments
+    alone = digest(steps.logits(Llama(on_ranks.TALL, ops="invariant", device="cpu"), [1, 2]))
+    assert processes.run(on_ranks.tall, size=2) == [alone] * 2
+
+
+def test_forms_and_greedy_tokens_are_those_of_one_process(processes):
+    (forms, tokens, _), = processes.run(on_ranks.in_forms, size=1)
+    for size, heads in ((2, (4, 1)), (8, (1, 1))):  # with eight ranks, four share each head of keys and values
+        for found in processes.run(on_ranks.in_forms, size=size):
+            assert found[:2] == (forms, tokens) and found[2][:2] == heads and f"of {size} on cpu" in found[2][2]
+    assert len(forms) == 1
+
+
+def test_the_engine_serves_a_shared_model_with_the_answers_of_one_process(processes):
+    alone, = processes.run(on_ranks.served, size=1)
+    assert [state for state, *_ in alone] == ["done"] * 4 and len({digest for *_, digest in alone}) == 4
+    for size in (2, 8):
+        assert all(found == alone for found in processes.run(on_ranks.served, size=size))
+
+
+# Which piece a rank has.
+
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_the_pieces_make_up_the_whole(size, processes):
+    whole = Llama(on_ranks.TINY, ops="invariant", device="cpu", seed=3).weights()
+    pieces = processes.run(on_ranks.pieces, size=size)
+    q = on_ranks.TINY.heads * 64
+    for name, weight in whole.items():
+        mine, part = [p[name] for p in pieces], name.rpartition(".")[2]
+        if part in ("output", "down"):
+            assert same_bits(torch.cat(mine, 1), weight), name
+        elif part == "gate_up":
+            assert same_bits(torch.cat([half for n in (0, 1) for half in (m.chunk(2)[n] for m in mine)]), weight), name
+        elif part == "qkv":
+            kv = max(1, 4 // size) * 64
+            assert same_bits(torch.cat([m[: q // size] for m in mine]), weight[:q]), name
+            keys = [m[q // size : q // size + kv] for m in mine]
+            each = keys[:: max(1, size // 4)]  # with eight ranks, two have each head
+            assert same_bits(torch.cat(each), weight[q : q + 256]), name
+            assert size < 8 or all(same_bits(keys[i], keys[i + 1]) for i in range(0, 8, 2))
+            assert same_bits(torch.cat([m[q // size + kv :] for m in mine][:: max(1, size // 4)]), weight[q + 256 :])
+        elif part == "head":
+            assert same_bits(torch.cat(mine), weight)
+        else:
+            assert all(same_bits(m, weight) for m in mine), name
+
+
+def test_a_tied_heads_rows_are_the_embeddings():
+    config = dataclasses.replace(on_ranks.TINY, tied_embeddings=True)
+    table = torch.arange(256, dtype=torch.float32)[:, None].expand(256, 64)
+    assert torch.equal(piece(config, "head", table, 4, 2)[:, 0], torch.arange(128.0, 192.0))
+    assert local(config, 8).kv_heads == 1 and local(config, 2).kv_heads == 2
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-3.2-1b", "qwen3-0.6b", "qwen3-8b", "byte", "small"])
+def test_published_models_can_be_shared_by_eight(name):
+    for size in SIZES:
+        check(dataclasses.replace(PRESETS[name], shared=8), size)
+
+
+# Bad input.
+
+@pytest.mark.parametrize("kind, size, said", [
+    ("heads", 8, "heads of tiny must be a multiple of the 8 ranks, got 12"),
+    ("kv_heads", 8, "kv_heads of tiny must be a multiple or a divisor of the 8 ranks, got 6"),
+    ("vocab", 4, "vocab_size of tiny must be a multiple of the 4 ranks, got 250"),
+    ("shared", 2, "shared of tiny must be 8, the order that several ranks can carry out, got 1"),
+    ("leaves", 2, "the k of output in tiny must be a multiple of 256 and at least 512, so that eight leaves end where "
+                  "ranks' shares do, got 128"),
+    ("seed", 4, "all ranks must have the same model: weight embedding is"),
+    ("dtype", 2, "all ranks must have the same model: dtype is torch.float16 on rank 1 and torch.bfloat16 on rank 0"),
+    ("ops", 2, "all ranks must have the same model: ops is default on rank 1 and invariant on rank 0"),
+    ("one weight", 4, "all ranks must have the same model: weight 1.down is torch.bfloat16 (64, 512)"),
+    ("eps", 2, "all ranks must have the same model: sizes is Config(")])
+def test_what_ranks_cannot_share_is_said_on_all_of_them(kind, size, said, processes):
+    for answer in processes.run(on_ranks.refused, kind, size=size):
+        assert answer.startswith(said) and (size < 4 or kind not in ("seed", "one weight") or "on rank 3 and" in answer)
+
+
+def test_other_ops_are_refused(processes):
+    assert set(processes.run(on_ranks.other_ops, size=2)) == {
+        "ops must be default or invariant on several ranks, got 'tiled'"}
+
+
+@pytest.mark.parametrize("rank, size, said", [(0, 3, "the number of ranks must be 1, 2, 4 or 8"),
+                                              (2, 2, "rank must be a whole number from 0 to 1, got 2")])
+def test_numbers_that_are_no_ranks_are_refused(rank, size, said):
+    with pytest.raises(ValueError, match=said):
+        Ranks(rank, size, CPU)
+
+
+def test_a_fingerprint_tells_values_places_and_signs_apart():
+    x = torch.arange(1.0, 9.0)
+    assert len({fingerprint(t) for t in (x, -x, x.flip(0), x + 1, x[:7], x.bfloat16())}) == 6
+    assert fingerprint(x) == fingerprint(x.clone())
+
+
+# Joining.
+
+@pytest.fixture
+def variables(monkeypatch):
+    """set(name=value, ...): torchrun's variables, of a rank alone unless named; None leaves one out."""
+    def given(**changed):
+        every = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
+        for name, value in {**every, **changed}.items():
+            if value is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, str(value))
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_NVLS_ENABLE", "TORCH_SYMM_MEM_DISABLE_MULTICAST"):
+        monkeypatch.setenv(name, os.environ.get(name, "lo" if "IFNAME" in name else "0"))
+    threads = torch.get_num_threads()
+    yield given
+    parallel.leave()
+    torch.set_num_threads(threads)
+
+
+def test_without_torchrun_the_command_says_how_to_start(variables, capsys):
+    variables(RANK=None, MASTER_PORT=None)
+    assert main(["parallel"]) == 1
+    assert ("error: this process was not started by torchrun (RANK, MASTER_PORT not set): torchrun --standalone "
+            "--nproc-per-node N -m kernels parallel, with 1, 2, 4 or 8 for N") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changed, device, said", [
+    ({"WORLD_SIZE": 3}, "cpu", "the number of ranks must be 1, 2, 4 or 8, which divide the eight leaves of k, got 3"),
+    ({"RANK": "first"}, "cpu", "RANK must be a whole number, as torchrun sets it, got 'first'"),
+    ({}, "meta", "device must be cpu, or cuda where there is a GPU, got 'meta'"),
+    ({"LOCAL_RANK": 64}, "cuda", "device must be cpu, or cuda where there is a GPU|has no GPU of its own")])
+def test_variables_that_make_no_rank_are_refused(changed, device, said, variables):
+    variables(**changed)
+    with pytest.raises((RuntimeError, ValueError), match=said):
+        parallel.join(device)
+
+
+def test_a_port_that_is_taken_is_said(variables):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        variables(MASTER_PORT=server.getsockname()[1], WORLD_SIZE=2)
+        with pytest.raises(RuntimeError, match=r"MASTER_PORT \d+ is taken by another program: let torchrun choose"):
+            parallel.join("cpu", timeout=5)
+
+
+def test_ranks_that_do_not_come_are_an_error_in_time(variables):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    variables(MASTER_PORT=port, WORLD_SIZE=2)
+    with pytest.raises(RuntimeError, match=rf"rank 0 of 2 on cpu could not join the others at 127.0.0.1:{port}"):
+        parallel.join("cpu", timeout=1)
+
+
+# The command.
+
+def test_torchrun_records_the_digest_of_one_process(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+                           "kernels", "parallel", "--ops", "invariant", "--phases", "prefill", "--contexts", "8",
+                           "--tokens", "0", "--repeats", "1", "--device", "cpu", "--record", "--out", str(tmp_path),
+                           "--machine", "here"],
+                          cwd=records.ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    row, = measure.TENSOR_PARALLEL.read(tmp_path / "here").to_dict("records")
+    alone = Llama(dataclasses.replace(PRESETS["byte"], shared=8), ops="invariant", device="cpu",
+                  weights=_stored())
+    tokens = torch.tensor([[37 * i + i * i % 11 for i in range(8)]], dtype=torch.int64) % 256
+    assert row["logit_digest"] == digest(alone(tokens, alone.cache(1, 8), logits="all")[0])
+    assert (row["gpus"], row["ops"], row["phase"]) == (2, "invariant", "prefill") and row["ms_p50"] > 0
+    assert done.stdout.count("logits of 64 tokens") == 1  # rank 0 alone speaks
+    assert golden(64)["logits"] in done.stdout
+
+
+def _stored():
+    from kernels.lab.proofs.model_forms import FOLDER
+    from kernels.model import folder
+
+    weights = folder.load(FOLDER, device="cpu").weights()
+    return lambda name, _: weights[name]
+
+
+@pytest.mark.parametrize("words, said", [(["--batches", "0"], "must be a whole number of at least 1, got '0'"),
+                                         (["--ops", "tiled"], "invalid choice: 'tiled'")])
+def test_arguments_that_are_none_are_refused(words, said, capsys):
+    with pytest.raises(SystemExit):
+        main(["parallel", *words])
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_one_gpu_and_two_have_one_digest(tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    found = set()
+    for gpus in (1, 2):
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                               str(gpus), "-m", "kernels", "parallel", "--ops", "invariant", "--tokens", "8",
+                               "--contexts", "64", "300", "--batches", "1", "5", "64", "--repeats", "2", "--record",
+                               "--out", str(tmp_path), "--machine", "here"],
+                              cwd=records.ROOT, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert golden(64)["logits"] in done.stdout
+        rows = measure.TENSOR_PARALLEL.read(tmp_path / "here").query(f"gpus == {gpus}")
+        found.add(tuple(rows.sort_values(["phase", "batch", "context"]).logit_digest))
+    assert len(found) == 1 and len(next(iter(found))) == 8
