@@ -9,6 +9,7 @@ import datetime
 import itertools
 import json
 import math
+import os
 import platform
 import re
 import shlex
@@ -171,11 +172,13 @@ def command() -> str:
     """The command that is running, as a reader would type it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
+    if spec and "TORCHELASTIC_RUN_ID" in os.environ:  # one of torchrun's ranks
+        program = program.replace("python", f"torchrun --standalone --nproc-per-node {os.environ['WORLD_SIZE']}", 1)
     return f"{program} {shlex.join(sys.argv[1:])}".strip()
 
 
 # the machines that come with the suite, in whose figures, notebooks and README they are named; the GPU to show first
-OURS = ("h200", "h100", "cpu-avx512", "cpu-avx512-2", "cpu-avx512-3", "cpu-avx2")
+OURS = ("h200", "h100", "cpu-avx512", "cpu-avx512-2", "cpu-avx512-3", "cpu-avx2", "cpu-avx2-2")
 
 
 def machines(file: str = TOKEN_SWEEP.file, out=DATA) -> list[str]:

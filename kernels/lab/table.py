@@ -9,10 +9,11 @@ import errno
 import io
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import pandas as pd
 from filelock import FileLock
@@ -22,7 +23,7 @@ NUMBERS = frozenset((
     "tokens", "us_p05", "us_p20", "us_p50", "us_p80", "us_p95", "repeats", "gbytes_per_s", "tflops", "elements_differ",
     "rows", "seed", "prefix", "group", "ms_p05", "ms_p50", "ms_p95", "ms_per_token_p50", "floor_ms", "share_differ",
     "largest_ulp", "distinct", "trials", "k", "block", "fraction_bits", "outputs", "mismatches", "not_nearest", "nan",
-    "infinite", "subnormal", "zero"))
+    "infinite", "subnormal", "zero", "gpus", "batch", "context"))
 TRUTHS = frozenset(("same_bits",))
 
 
@@ -43,8 +44,10 @@ class Table:
             raise ValueError(f"{path}: two rows have the key {', '.join(map(str, twice[keys].iloc[0]))}")
         return table
 
-    def merge(self, folder, rows) -> pd.DataFrame:
+    def merge(self, folder, rows, instead: Mapping = MappingProxyType({})) -> pd.DataFrame:
         """Write these rows (dicts or a DataFrame) over those with the same key; returns the whole table.
+
+        instead  column -> value: rows that have all of these values go, whatever their keys
 
         Rows with other keys keep their cells as they are written. Raises ValueError for rows or a file of another
         form, OSError where it cannot be written; the file is then as it was.
@@ -54,11 +57,17 @@ class Table:
         new = _parsed(given.to_csv(index=False, float_format="%.6g", lineterminator="\n"))[1:]
         self._hold(new, f"rows for {path}")
         with turn(path):
-            cells = [*self._cells(path), *new]
+            cells = [*self._without(self._cells(path), instead), *new]
             table = self._typed(cells)
             table = table[~table.duplicated(keys, keep="last")].sort_values(keys, kind="stable")
             write_atomic(path, _comments(path) + _text([self.columns, *(cells[i] for i in table.index)]))
         return table.reset_index(drop=True)
+
+    def _without(self, cells: list[list[str]], values: Mapping) -> list[list[str]]:
+        """The rows that lack one of these values at least."""
+        table = self._typed(cells)
+        gone = [all(row[column] == value for column, value in values.items()) for _, row in table.iterrows()]
+        return [row for row, out in zip(cells, gone, strict=True) if not (values and out)]
 
     def _cells(self, path: Path) -> list[list[str]]:
         """The rows of a file as they are written, without empty ones and comments. ValueError names what is wrong."""

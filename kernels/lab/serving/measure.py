@@ -26,7 +26,8 @@ TRIES = 1 << 22  # seeds
 _PIECE = 4096  # bytes of held-out text from one file
 
 
-def _held_out() -> bytes:
+def held_out() -> bytes:
+    """The held-out text that comes with the byte model, 64 KiB."""
     return (FOLDER / TEXT).read_bytes()
 
 
@@ -60,7 +61,7 @@ def requests(size: int, prompt: bytes = REQUEST) -> list[bytes]:
     """
     if not 1 <= len(prompt) <= _PIECE:
         raise ValueError(f"prompt must have 1 to {_PIECE} bytes, got {len(prompt)}")
-    text, length = _held_out(), len(prompt)
+    text, length = held_out(), len(prompt)
     most = 1 + (len(text) // _PIECE) * (_PIECE // length)
     if type(size) is not int or not 1 <= size <= most:
         raise ValueError(f"size must be a whole number from 1 to {most}, got {size!r}")
