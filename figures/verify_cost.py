@@ -10,6 +10,7 @@ from figures.page import SCREEN, Page, around
 from kernels.lab import records
 from kernels.lab.window import chart as window_chart
 from kernels.lab.window.measure import VERIFY_COST
+from kernels.lab.window.replay import CURVE
 
 TOKENS = (16, 32, 64, 128, 256, 512)
 
@@ -22,9 +23,13 @@ def draw(data=records.DATA, machine: str | None = None, page: Page = SCREEN) -> 
     if not len(rows):
         raise ValueError(f"no window is recorded for {machine or 'any machine'} in {data}: python -m kernels window")
     machine = described(data, rows.machine.iloc[0])
-    points = window_chart.published()
-    figure = page.figure(13, 5.8 if page.screen else 6 if page.narrow else 3.6)
-    left, right = figure.subplots(*((2, 1) if page.narrow else (1, 2)))
+    rows, replays = rows[rows.curve != CURVE], rows[rows.curve == CURVE]
+    points, panels = window_chart.published(), 3 if len(replays) else 2
+    figure = page.figure(6.5 * panels, 5.8 if page.screen else 3 * panels if page.narrow else 3.6)
+    left, right, *more = figure.subplots(*((panels, 1) if page.narrow else (1, panels)))
+    for axes in more:
+        window_chart.replays(axes, replays)
+        axes.set_title(f"The pass at work: {int((replays.tokens * replays.group).max())} tokens on their prefixes")
     paper = rows[(rows.curve == "paper") & (rows.ops == "default") & rows.tokens.isin(TOKENS)]
     window_chart.per_token(left, paper, TOKENS, points=points)
     top = max(left.get_ylim()[1], 0.85)
@@ -47,6 +52,7 @@ def draw(data=records.DATA, machine: str | None = None, page: Page = SCREEN) -> 
 
 def words(data=records.DATA, machine: str | None = None) -> str:
     rows = records.load(VERIFY_COST, machine, out=data)
+    rows, replays = rows[rows.curve != CURVE], rows[rows.curve == CURVE]
     said = []
     for (curve, ops), mine in rows.groupby(["curve", "ops"], sort=False):
         few, many = (mine.loc[mine.tokens == count].iloc[0] for count in (mine.tokens.min(), mine.tokens.max()))
@@ -57,7 +63,16 @@ def words(data=records.DATA, machine: str | None = None) -> str:
     return (f"{_claim(rows)}. Two panels over the tokens in a window. Left, the published chart's axes: latency per "
             f"token in milliseconds of our eager passes, {' and '.join(per)}; hollow marks are the published points, "
             "with the area beneath them in green. Right, the whole pass in milliseconds on log "
-            f"axes: {'; '.join(said)}; dotted, the matrix products' least time by measured ceilings.")
+            f"axes: {'; '.join(said)}; dotted, the matrix products' least time by measured ceilings."
+            + _replays_in_words(replays))
+
+
+def _replays_in_words(rows) -> str:
+    """A third panel, if there is one."""
+    said = [f"{row.ops} ops, {row.group} windows of {row.tokens} behind {row.prefix}: "
+            + (f"{row.ms_p50:.1f} of a floor of {row.floor_ms:.1f}" if row.ms_p50 == row.ms_p50 else "does not fit")
+            for row in rows.sort_values(["ops", "prefix", "tokens"]).itertuples()]
+    return f" Third, passes on prefixes, in milliseconds: {'; '.join(said)}." if said else ""
 
 
 def _claim(rows) -> str:

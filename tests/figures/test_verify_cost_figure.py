@@ -172,10 +172,10 @@ def test_another_machine_is_drawn_thin_and_named():
 
 
 @pytest.mark.parametrize(("ms", "said"), [
-    ({16: 10.0}, "paper: measure another window to compare"),
-    ({1: 10.0, 8: 11.0, 64: 40.0}, "paper: beside 1, 8 tokens take 1.1 times as long, 64 tokens take 4 times as long"),
-    ({1: 10.0, 8: 12.0}, "paper: beside 1, 8 tokens take 1.2 times as long"),
-    ({1: 10.0, 8: 80.0, 9: 10.0}, "paper: beside 1, 9 tokens take 1 times as long"),
+    ({16: 10.0}, "Curve paper: measure another window to compare"),
+    ({1: 10.0, 8: 11.0, 64: 40.0}, "Curve paper: 8 tokens take 1.1 times and 64 tokens take 4 times as long as 1"),
+    ({1: 10.0, 8: 12.0}, "Curve paper: 8 tokens take 1.2 times as long as 1"),
+    ({1: 10.0, 8: 80.0, 9: 10.0}, "Curve paper: 9 tokens take 1 times as long as 1"),
 ])
 def test_the_claim_is_what_the_rows_say(ms, said):
     table = pd.DataFrame([{"curve": "paper", "ops": "default", "tokens": t, "ms_p50": v} for t, v in ms.items()])
@@ -188,3 +188,45 @@ def test_published_points_of_another_form_are_refused(tmp_path):
     with pytest.raises(ValueError, match="lacks the columns logged_total_ms"):
         window_chart.published(tmp_path)
     assert len(window_chart.published(records.DATA)) == 6
+
+
+# The pass at work, once it is recorded: a third panel, and nothing of it in the others.
+
+def at_work(*cells):
+    """A row for each (ops, window, prefix, ms)."""
+    return pd.DataFrame([
+        {"curve": "verify", "ops": ops, "tokens": window, "prefix": prefix, "group": 512 // window, "ms_p05": ms,
+         "ms_p50": ms, "ms_p95": ms, "ms_per_token_p50": ms / 512, "floor_ms": 11.0 + prefix / 1024, "recorded_at": "",
+         "source": ""} for ops, window, prefix, ms in cells])
+
+
+REPLAYS = at_work(*((ops, window, prefix, ms + prefix / 800) for ops, ms in (("default", 19), ("invariant", 14),
+                                                                             ("fused", 15.5))
+                    for window in (16, 64, 512) for prefix in (1024, 4096)))
+
+
+def test_passes_at_work_stand_in_a_panel_of_their_own(data):
+    left, right = (saved_lines(axes) for axes in verify_cost.draw(data).axes)
+    claim = verify_cost._claim(EVERY)
+    lost = REPLAYS.assign(ms_p50=REPLAYS.ms_p50.where(~((REPLAYS.ops == "fused") & (REPLAYS.tokens == 16))))
+    VERIFY_COST.merge(data / "h200", lost)
+    figure = verify_cost.draw(data)
+    assert [saved_lines(axes) for axes in figure.axes[:2]] == [left, right]
+    third = figure.axes[2]
+    assert list(line(third, "invariant ops behind 1024").get_xdata()) == [16, 64, 512]
+    assert list(line(third, "fused ops behind 4096").get_xdata()) == [64, 512]
+    assert list(line(third, "fused ops behind 4096: does not fit").get_xdata()) == [16]
+    words = verify_cost.words(data)
+    assert words.startswith(claim) and "fused ops, 32 windows of 16 behind 1024: does not fit" in words
+    assert "invariant ops, 1 windows of 512 behind 4096: 19.1 of a floor of 15.0" in words
+
+
+def saved_lines(axes):
+    return [(drawn.get_label(), list(drawn.get_xdata()), list(drawn.get_ydata())) for drawn in axes.lines]
+
+
+def test_fused_ops_are_told_apart_from_invariant_ones():
+    table = rows(("graph", "invariant", GRAPH), ("graph", "fused", [1.1 * t for t in GRAPH]))
+    axes = window_chart.window_chart(table).axes[0]
+    one, other = line(axes, "graph, invariant ops"), line(axes, "graph, fused ops")
+    assert one.get_color() != other.get_color() and window_chart.LOOKS["fused"] != (0, (4, 2))

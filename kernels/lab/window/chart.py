@@ -23,7 +23,12 @@ CURVES = {
     "graph": (style.VERMILION, "D", "graph: one CUDA graph"),
 }
 INVARIANT = {"paper": style.PURPLE, "graph": style.BROWN}  # colour of a curve whose ops are not the default
-OPS = ("default", "invariant", "tiled")
+FUSED = {"paper": style.SKY, "graph": style.ORANGE}
+OPS = ("default", "invariant", "tiled", "fused")
+LOOKS = {"default": "-", "fused": (0, (1, 1.2))}  # line styles; of other ops dashed
+# of curve verify: prefix -> marker; ops -> colour
+PREFIXES = {1024: "o", 4096: "s"}
+REPLAYS = {"default": style.VERMILION, "invariant": style.BROWN, "tiled": style.BROWN, "fused": style.ORANGE}
 _PUBLISHED = {"linestyle": "none", "marker": "o", "markersize": 9.5, "markerfacecolor": "none",
               "markeredgewidth": 1.5, "color": style.GREY, "label": "LLM-42 (H100 PCIe)"}
 _FAINT = {"linewidth": 1.1, "alpha": 0.6, "markersize": 4}
@@ -91,8 +96,32 @@ def whole_pass(axes: Axes, rows: pd.DataFrame, windows: Sequence[int], *, points
     _finish(axes, log=True)
 
 
+def replays(axes: Axes, rows: pd.DataFrame) -> None:
+    """Milliseconds of a verify pass at work over its window, a line for each ops and prefix, and the floors below.
+
+    A cross on the axis marks a cell whose keys and values did not fit.
+    """
+    windows = sorted(rows.tokens.unique())
+    for (ops, prefix), mine in rows.sort_values("tokens").groupby(["ops", "prefix"], sort=True):
+        look = {"color": REPLAYS[ops], "marker": PREFIXES.get(prefix, "D"), "linestyle": LOOKS.get(ops, (0, (4, 2)))}
+        known, absent = mine.dropna(subset=["ms_p50"]), mine[mine.ms_p50.isna()]
+        axes.fill_between(known.tokens, known.ms_p05, known.ms_p95, color=look["color"], alpha=0.2, linewidth=0)
+        axes.plot(known.tokens, known.ms_p50, **look, label=f"{ops} ops behind {prefix}")
+        if len(absent):
+            axes.plot(absent.tokens, [0.0] * len(absent), linestyle="none", marker="x", color=look["color"],
+                      clip_on=False, label=f"{ops} ops behind {prefix}: does not fit")
+    for number, (_, mine) in enumerate(rows.drop_duplicates(["prefix", "tokens"]).sort_values("tokens")
+                                       .groupby("prefix", sort=True)):
+        axes.plot(mine.tokens, mine.floor_ms, color="#404040", linestyle=(0, (1, 1.5)), linewidth=1.8,
+                  label="_" if number else "floors: products, keys and values")
+    style.token_axis(axes, windows, log=True)
+    axes.set(xlabel="Window W, in groups of W x G tokens", ylabel="Time a pass (ms)", ylim=(0, None))
+    axes.set_ylim(top=1.6 * axes.get_ylim()[1])
+    axes.legend(loc="upper right", ncols=2, handlelength=3).set_in_layout(False)
+
+
 def colour(curve: str, ops: str) -> str:
-    return CURVES[curve][0] if ops == "default" else INVARIANT[curve]
+    return CURVES[curve][0] if ops == "default" else (FUSED if ops == "fused" else INVARIANT)[curve]
 
 
 def in_order(rows: pd.DataFrame) -> list[tuple[str, str]]:
@@ -109,9 +138,10 @@ def claim(rows: pd.DataFrame) -> str:
     ms = rows[(rows.curve == curve) & (rows.ops == ops)].sort_values("tokens").set_index("tokens").ms_p50
     first, last = ms.index[0], ms.index[-1]
     level = max(window for window in ms.index if (ms.loc[:window] <= 1.25 * ms[first]).all())
-    said = [f"{window} tokens take {ms[window] / ms[first]:.3g} times as long"
+    said = [f"{window} tokens take {ms[window] / ms[first]:.3g} times"
             for window in dict.fromkeys((level, last)) if window != first]
-    return f"{curve}: beside {first}, {', '.join(said)}" if said else f"{curve}: measure another window to compare"
+    return (f"Curve {curve}: {' and '.join(said)} as long as {first}" if said
+            else f"Curve {curve}: measure another window to compare")
 
 
 def caption(model: str, where: str) -> str:
@@ -133,7 +163,7 @@ def _lines(axes, rows, windows, *, divided=False, faint=False) -> list[Line2D]:
         if not faint:
             axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0,
                               hatch=None if ops == "default" else "////")
-        look = {"color": color, "marker": marker, "linestyle": "-" if ops == "default" else (0, (4, 2)),
+        look = {"color": color, "marker": marker, "linestyle": LOOKS.get(ops, (0, (4, 2))),
                 "label": words if ops == "default" else f"{curve}, {ops} ops", "zorder": 3}
         lines += axes.plot(x, middle, **look | (_FAINT | {"label": "_"} if faint else {}))
     return lines

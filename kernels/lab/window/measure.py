@@ -5,10 +5,11 @@
 paper  eager, host wall clock: the batch made on the host, its tokens and positions copied to the device, the
        forward, argmax, and the chosen token back on the host
 graph  the same, with forward and argmax replayed as one CUDA graph
+verify a verifier's pass at work: replay.py says what it is
 floor  what the matrix products alone must take: for each the longer of its bytes at the measured copy
        bandwidth and its FLOPs at the measured rate, summed
 
-The curves are timed interleaved in one run. Method of `paper`: LLM-42's chart of its verifier's cost.
+The curves `paper` and `graph` are timed interleaved in one run. Method of `paper`: LLM-42's chart of its verifier.
 """
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ from .. import bench, provenance, records
 
 WINDOWS = (16, 32, 64, 128, 256, 512, 1024)
 WARMUPS, RUNS = 10, 50
-OPS = {"cuda": ("default", "invariant"), "cpu": ("default", "tiled")}
+OPS = {"cuda": ("default", "invariant", "fused"), "cpu": ("default", "tiled")}
 NO_GRAPH = "curve graph replays a CUDA graph and needs a CUDA GPU; on a CPU there is paper alone"
 VERIFY_COST = records.Table(
     "verify_cost.csv",
@@ -65,10 +66,10 @@ def products(config: Config, tokens: int, logits: int = 1) -> list[tuple[int, in
     return config.layers * layer + [(logits, config.vocab_size, config.hidden_size)]
 
 
-def floor_ms(config: Config, tokens: int, dtype: torch.dtype, ceilings: Ceilings) -> float:
+def floor_ms(config: Config, tokens: int, dtype: torch.dtype, ceilings: Ceilings, logits: int = 1) -> float:
     """The least time the matrix products of one forward can take, in milliseconds. Attention is not in it."""
     total = 0.0
-    for m, n, k in products(config, tokens):
+    for m, n, k in products(config, tokens, logits):
         moved = (m * k + n * k + m * n) * dtype.itemsize
         total += max(moved / (ceilings.copy_gbytes_per_s * 1e9), 2 * m * n * k / (ceilings.matmul_tflops * 1e12))
     return total * 1e3
@@ -233,21 +234,30 @@ def graph_pass(model: Llama, window: int) -> Callable[[], int]:
     def chosen():
         return model.forward(tokens, batch, cache).argmax(-1)
 
-    side = torch.cuda.Stream(model.device)
-    side.wait_stream(torch.cuda.current_stream(model.device))
-    with torch.cuda.stream(side):
-        for _ in range(3):  # whatever compiles, loads or picks an algorithm does so before the capture
-            chosen()
-    torch.cuda.current_stream(model.device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        token = chosen()
+    replay = captured(model.device, chosen)
 
     def step(held=(cache, batch)):  # whose memory the graph reads and writes
         tokens.copy_(torch.tensor(ids, dtype=torch.int64, device="cpu"))
-        graph.replay()
-        return token.item()
+        return replay().item()
     return step
+
+
+def captured(device: torch.device, chosen: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """What `chosen` does on the device as one CUDA graph: a function that replays it and returns its result."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(3):  # whatever compiles, loads or picks an algorithm does so before the capture
+            chosen()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = chosen()
+
+    def replay():
+        graph.replay()
+        return result
+    return replay
 
 
 def _prompt(model: Llama, window: int) -> list[int]:
@@ -293,9 +303,12 @@ def _arguments(argv=None) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(PRESETS), default="llama-3.1-8b" if runtime.HAS_GPU else "small")
     parser.add_argument("--windows", type=int, nargs="+", default=list(WINDOWS))
-    parser.add_argument("--curves", nargs="+", choices=("paper", "graph"), help="default: all this machine can measure")
-    parser.add_argument("--ops", nargs="+", default=["default"], choices=("default", "invariant", "tiled"),
+    parser.add_argument("--curves", nargs="+", choices=("paper", "graph", "verify"),
+                        help="default: paper, and graph on a GPU")
+    parser.add_argument("--ops", nargs="+", default=["default"], choices=("default", "invariant", "fused", "tiled"),
                         help="here: " + " ".join(ops_on(runtime.device())))
+    parser.add_argument("--prefixes", type=int, nargs="+", default=[1024, 4096],
+                        help="tokens before each window of curve verify")
     parser.add_argument("--runs", type=int, default=RUNS, help=f"timed runs a point, at least {RUNS}")
     parser.add_argument("--out", default=records.DATA, help="the data folder")
     parser.add_argument("--machine", help="the folder's name under it (default: from the device)")
@@ -306,15 +319,31 @@ def _arguments(argv=None) -> argparse.Namespace:
     return arguments
 
 
+def _replays(a: argparse.Namespace) -> Callable:
+    """What records curve verify into a folder. ValueError, before any is made, for windows that cannot be."""
+    from . import replay
+
+    shorter = [window for window in a.windows if window <= replay.TOKENS]
+    for window in sorted({*a.windows} - {*shorter}):
+        print(f"note: curve verify has passes of {replay.TOKENS} tokens, and no window of {window}", file=sys.stderr)
+    shapes = replay.cells(preset(a.model), shorter, a.prefixes)
+    return lambda folder: replay.record(a.model, folder, shapes, a.ops, runs=a.runs, again=a.again)
+
+
 def main(argv=None) -> int:
     a = _arguments(argv)
     if a.curves is None and not runtime.HAS_GPU:
         print(f"note: {NO_GRAPH}", file=sys.stderr)
     folder = None
     try:
-        checked(preset(a.model), runtime.device(), a.windows, a.curves, a.ops, a.runs, WARMUPS)
+        curves = None if a.curves is None else [curve for curve in a.curves if curve != "verify"]
+        checked(preset(a.model), runtime.device(), a.windows, curves, a.ops, a.runs, WARMUPS)
+        replays = "verify" in (a.curves or ()) and _replays(a)
         folder = records.open_machine(a.out, a.machine)
-        record(a.model, folder, a.windows, a.curves, a.ops, again=a.again, runs=a.runs, progress=True)
+        if curves != []:
+            record(a.model, folder, a.windows, curves, a.ops, again=a.again, runs=a.runs, progress=True)
+        if replays:
+            replays(folder)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

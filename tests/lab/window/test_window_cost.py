@@ -89,7 +89,7 @@ def test_each_round_is_one_forward_over_the_whole_window_with_these_ops(ops, for
 
 
 def test_ops_are_those_that_this_device_can_be_timed_with():
-    assert window_cost.ops_on(torch.device("cuda")) == ("default", "invariant")
+    assert window_cost.ops_on(torch.device("cuda")) == ("default", "invariant", "fused")
     assert window_cost.ops_on(CPU) == ("default", "tiled")
     assert model_ops.choose("tiled", CPU, torch.float32).rms_norm is OPS["rms_norm"].python
 

@@ -1,0 +1,231 @@
+"""What a mix of requests gets a second: loose, verified, or with ops whose order is fixed; predicted and measured.
+
+    python -m kernels mix --batch 32 --windows 64 --groups 8 --shares 0 0.1 0.25 0.5 0.75 1
+
+A mix is B requests at once, a share of them deterministic. Three ways to serve it:
+
+loose      default ops, nobody verified: what a share that must be deterministic does without
+verified   default ops; the share decodes drafts, and each W of them are replayed in groups of G
+invariant  ops whose order is fixed (`tiled` on a CPU), for all requests; `frozen` are those of one schedule
+
+Predicted from two times measured here, of a decode step t_B and of a verify pass t_V. In W steps each of B requests
+gets W tokens, of which a deterministic one keeps k(p, W), if each draft flips with probability p:
+
+    tokens a second = (loose * W + deterministic * k(p, W)) / (W * t_B + ceil(deterministic / G) * t_V)
+    held back       = (W - 1) / 2 steps and the passes
+
+No request waits for a place, and all deterministic ones ripen together; the measurement has neither simplification.
+"""
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import pandas as pd
+import torch
+
+from ...inference import Engine
+from ...inference.verify import VerifyingEngine
+from ...model.config import PRESETS
+from ...model.llama import Llama
+from ...model.ops import NAMES
+from .. import provenance, records
+from ..serving.measure import byte_model, fixed_ops, requests
+
+PAGE, WARM = 16, 2
+WAYS = ("loose", "verified", "invariant")
+MIX = records.Table(
+    "mix.csv",
+    ("model", "way", "ops", "batch", "share", "window", "group", "tokens", "tokens_per_s", "held_back_ms",
+     "predicted_tokens_per_s", "predicted_held_back_ms", "recorded_at", "source"),
+    ("model", "way", "batch", "share", "window", "group"))
+
+
+@dataclass(frozen=True)
+class Mix:
+    """`batch` requests at once, `share` of them deterministic, verified in windows of W and groups of G.
+
+    Raises ValueError that names the field.
+    """
+
+    batch: int = 8
+    share: float = 0.5
+    window: int = 16
+    group: int = 4
+    count: int = 48  # tokens of each answer
+    model: str = "byte"
+
+    def __post_init__(self):
+        for name in ("batch", "window", "group", "count"):
+            if type(value := getattr(self, name)) is not int or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share must lie in 0..1, got {self.share!r}")
+
+    @property
+    def deterministic(self) -> int:
+        return round(self.batch * self.share)
+
+
+@dataclass(frozen=True)
+class Served:
+    """Tokens a second, and milliseconds that a kept draft is held back, on average; 0 where none is."""
+
+    tokens_per_s: float
+    held_back_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Milliseconds of a decode step of B requests with default and with fixed ops, and of a verify pass."""
+
+    step_ms: float
+    fixed_step_ms: float
+    pass_ms: float
+
+
+def predicted(mix: Mix, costs: Costs, flip: float = 0.0) -> dict[str, Served]:
+    """What this file's docstring says of each of WAYS, where a draft flips with probability `flip`."""
+    sure, window = mix.deterministic, mix.window
+    kept = sum((1 - flip) ** i for i in range(window))
+    passes = math.ceil(sure / mix.group) * costs.pass_ms
+    verified = ((mix.batch - sure) * window + sure * kept) / (window * costs.step_ms + passes)
+    held = (window - 1) / 2 * costs.step_ms + passes if sure else 0.0
+    return {"loose": Served(1e3 * mix.batch / costs.step_ms), "verified": Served(1e3 * verified, held),
+            "invariant": Served(1e3 * mix.batch / costs.fixed_step_ms)}
+
+
+@cache
+def costs(batch: int, window: int, group: int, model: str = "byte") -> Costs:
+    """The times that a prediction needs, measured here once: medians of a few steps and passes."""
+    mix = Mix(batch, 1.0, window, group, model=model)
+    return Costs(_step_ms(mix, "default"), _step_ms(mix, fixed_ops()), _pass_ms(mix))
+
+
+@cache
+def measured(mix: Mix, way: str, ops: str | None = None) -> Served:
+    """The mix served to its end on this machine, prompts read before the clock starts; kept.
+
+    ops  of way `invariant`; by default those whose order is fixed and that are quick here
+    """
+    if way not in WAYS:
+        raise ValueError(f"way must be one of {', '.join(WAYS)}, got {way!r}")
+    engine = _engine(mix, "default" if way != "invariant" else ops or fixed_ops(), way == "verified")
+    asked = _submitted(engine, mix, mix.deterministic if way == "verified" else 0)
+    while not all(request.answer for request in asked):
+        engine.step()
+    before, start = sum(len(request.answer) for request in asked), time.perf_counter()
+    engine.run()
+    seconds = time.perf_counter() - start
+    held = [wait for request in asked for wait in getattr(request, "held_back", ())]
+    return Served((sum(len(request.answer) for request in asked) - before) / seconds,
+                  1e3 * sum(held) / len(held) if held else 0.0)
+
+
+def _model(mix: Mix, ops: str) -> Llama:
+    return byte_model(ops) if mix.model == "byte" else _made(mix.model).using(ops)
+
+
+@cache
+def _made(model: str) -> Llama:
+    return Llama(model, dtype=byte_model().dtype, device=byte_model().device)
+
+
+def _engine(mix: Mix, ops: str, verifies: bool) -> Engine:
+    length = len(requests(1)[0]) + mix.count
+    settings = {"pages": (mix.batch + mix.group) * -(-length // PAGE), "page_size": PAGE, "max_batch": mix.batch,
+                "budget": 64 * mix.batch, "sharing": False}
+    if not verifies:
+        return Engine(_model(mix, ops), **settings)
+    return VerifyingEngine(_model(mix, ops), window=mix.window, group=mix.group, reach=max(length, mix.window),
+                           **settings)
+
+
+def _submitted(engine: Engine, mix: Mix, verified: int) -> list:
+    """The mix's requests, the first `verified` of them to be verified. A prompt's bytes are tokens of any model."""
+    return [engine.submit(list(prompt), mix.count, **({"verify": True} if i < verified else {}))
+            for i, prompt in enumerate(requests(mix.batch + 1)[1:])]
+
+
+def _step_ms(mix: Mix, ops: str, steps: int = 6) -> float:
+    engine = _engine(mix, ops, False)
+    asked = _submitted(engine, mix, 0)
+    while not all(request.answer for request in asked):
+        engine.step()
+    return _median([_timed(engine.step) for _ in range(WARM + steps)][WARM:])
+
+
+def _pass_ms(mix: Mix, passes: int = 4) -> float:
+    """Of a full group behind a prompt: what `_replay` does, without what it keeps."""
+    engine = _engine(mix, "default", True)
+    batch = engine.shape.batch([0] * mix.group, [])
+    tokens = torch.zeros(mix.window * mix.group, dtype=torch.int64, device=engine.model.device)
+    return _median([_timed(lambda: engine.verifier.forward(tokens, batch, engine.cache).argmax(-1).tolist())
+                    for _ in range(WARM + passes)][WARM:])
+
+
+def _timed(call) -> float:
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def rows(mix: Mix, ways: Sequence[str] = WAYS, ops: Sequence[str] | None = None) -> pd.DataFrame:
+    """MIX's columns: a row for each way, and one more of way `invariant` for each further ops, such as frozen."""
+    known = costs(mix.batch, mix.window, mix.group, mix.model)
+    guess, found = predicted(mix, known), []
+    for way, name in _asked(ways, ops):
+        got, said = measured(mix, way, name), guess[way] if name in (None, fixed_ops()) else Served(float("nan"))
+        found.append({"model": mix.model, "way": name if name == "frozen" else way,
+                      "ops": name or (fixed_ops() if way == "invariant" else "default"), "batch": mix.batch,
+                      "share": mix.share, "window": mix.window, "group": mix.group, "tokens": mix.count,
+                      "tokens_per_s": got.tokens_per_s, "held_back_ms": got.held_back_ms,
+                      "predicted_tokens_per_s": said.tokens_per_s, "predicted_held_back_ms": said.held_back_ms,
+                      "recorded_at": records.now(), "source": provenance.source(__file__)})
+    return pd.DataFrame(found, columns=list(MIX.columns))
+
+
+def _asked(ways, ops) -> list[tuple[str, str | None]]:
+    return [(way, None) for way in ways] + [("invariant", name) for name in ops or () if name != fixed_ops()]
+
+
+def _arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m kernels mix", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(PRESETS), default="byte")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=128, help="of each answer")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.02, 0.1, 0.25, 0.5, 0.75, 1.0])
+    parser.add_argument("--windows", type=int, nargs="+", default=[64])
+    parser.add_argument("--groups", type=int, nargs="+", default=[8])
+    parser.add_argument("--ops", nargs="+", choices=[name for name in NAMES if name not in ("default", "fused")],
+                        help="more ops to serve all requests with, such as frozen where there are such")
+    parser.add_argument("--out", default=records.DATA, help="the data folder")
+    parser.add_argument("--machine", help="the folder's name under it (default: from the device)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    a = _arguments(argv)
+    mixes = [Mix(a.batch, share, window, group, a.tokens, a.model)
+             for window in a.windows for group in a.groups for share in a.shares]
+    folder = records.open_machine(a.out, a.machine)
+    for mix in mixes:
+        MIX.merge(folder, found := rows(mix, ops=a.ops))
+        print(f"{mix}: " + ", ".join(f"{row.way} {row.tokens_per_s:,.0f} tokens/s" for row in found.itertuples()),
+              file=sys.stderr, flush=True)
+    records.note_machine(folder, MIX.file)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
