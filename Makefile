@@ -7,12 +7,13 @@ ARGS   ?=
 VENV  := .venv
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
+SITE  := $(VENV)/.site
 # torch alone first, by the pin in requirements.txt: the largest download fails early, and nothing else picks another
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' requirements.txt)
 ROOT_USER := $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test mutants figures notebooks record FORCE
+.PHONY: help lab test mutants figures notebooks record site slides student FORCE
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -24,10 +25,12 @@ lab: $(READY) ## open the notebooks in JupyterLab
 		--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(ARGS)
 
 # OMP_NUM_THREADS: two workers with two threads each would wait for one another on two cores
-test: $(READY) ## check style and types, run all tests
+# loadfile: what a file's tests share is made once; tests/conftest.py says which files run first
+test: $(READY) $(SITE) ## check style and types, run all tests
 	$(BIN)/ruff check kernels figures tests  # not what a reader keeps beside them
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not serial" $(ARGS) || test $$? = 5  # 5: ARGS chose none of these
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not serial" $(ARGS) \
+		|| test $$? = 5  # 5: ARGS chose none of these
 	$(BIN)/python -m pytest -m serial $(ARGS) || test $$? = 5
 
 mutants: $(READY) ## plant known faults one at a time, list those that no test notices
@@ -41,6 +44,15 @@ notebooks: $(READY) ## execute every notebook and keep its outputs
 
 record: $(READY) ## measure this machine into data/
 	$(BIN)/python -m kernels record --out data $(ARGS)
+
+site: $(SITE) ## build the static site into build/site/html, with ARGS="--address URL" of your repository
+	$(BIN)/python -m kernels site $(ARGS)
+
+slides: $(SITE) ## make HTML decks of notebooks 00 to 05 in build/slides
+	$(BIN)/python -m kernels slides $(ARGS)
+
+student: $(READY) ## copy the notebooks without solutions into build/student
+	$(BIN)/python -m kernels student $(ARGS)
 
 # The stamp holds what .venv was made from, whole: times change with a checkout or a copy, and a content may not.
 # The Python is the caller's where one is named, else the one that made .venv.
@@ -62,3 +74,8 @@ $(READY):
 	$(BIN)/python -m pip install --disable-pip-version-check -e ".[test]"
 	$(BIN)/jupyter labextension disable --level=sys_prefix "@jupyterlab/apputils-extension:announcements"
 	@$(call made_from,$(BIN)/python) > $@
+
+# What the site, the slides and their tests need; a reader of the notebooks needs none of it.
+$(SITE): $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[site]"
+	@cp $(READY) $@
