@@ -1,9 +1,9 @@
 """Every figure of the suite, drawn from data/ alone and byte for byte the same on the same pins.
 
 A module here is one figure: `draw(data, machine, page) -> Figure` and `words(data, machine) -> str`, what a reader who
-cannot see it should know. (page.py has the sizes to draw for; readme.py writes README's numbers.) Of another machine,
-or of a part of a record, a figure shows what there is and says what is not; it raises ValueError, or FileNotFoundError
-where there is no table, only if nothing is left to draw.
+cannot see it should know. (page.py has the sizes to draw for, readme.py writes README's numbers, handout.py draws a
+page for a class.) Of another machine, or of a part of a record, a figure shows what there is and says what is not; it
+raises ValueError, or FileNotFoundError where there is no table, only if nothing is left to draw.
 """
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CLOCKS = {"cold": "device time with inputs out of cache", "graph": "CUDA-graph r
 
 def names() -> list[str]:
     found = {module.name for module in pkgutil.iter_modules([str(FOLDER)]) if not module.name.startswith("_")}
-    return sorted(found - {"page", "readme"})
+    return sorted(found - {"handout", "page", "readme"})
 
 
 def render(name: str, size: str = "screen", **of) -> dict[str, bytes]:

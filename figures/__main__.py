@@ -1,4 +1,4 @@
-"""Draw every figure, or those that are named, as SVG and PNG, and write README's numbers.
+"""Draw every figure, or those that are named, as SVG and PNG, write README's numbers and draw the handout.
 
     python -m figures                    ours, from data/, into figures/
     python -m figures --check            say which of them would come out otherwise
@@ -52,6 +52,7 @@ def _run(argv) -> int:
     left = {name: _draw(name, of | {"size": a.size}, out, a.check) for name in a.name or names()}
     if not (of or a.name or a.out or sized):
         left["README.md"] = _write_readme(a.check)
+        left["handout"] = _write_handout(a.check)
     excused = of and not a.name and set(left.values()) - {None}  # a record need not have everything
     return int(None in left.values() and not excused or a.check and "changed" in left.values())
 
@@ -87,6 +88,12 @@ def _write_readme(check) -> str:
     word = "changed" if made != text else "as it was"
     print(f"README.md: {word}")
     return word
+
+
+def _write_handout(check) -> str:
+    from . import handout
+
+    return handout.write(check=check)
 
 
 def _same(path: Path, content: bytes) -> bool:

@@ -160,7 +160,7 @@ def _behind(rows) -> str:
                                   f"{ratio.max():.2f}", f"{shape}, {dtype}, {tokens} tokens"])
     head = ["op", "beside", "clock", "points behind", "longest, times", "there"]
     cells = "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
-    return f"Where a schedule is not ahead, all of it (`cuda` is PyTorch's default):\n\n{cells}"
+    return f"All points at which a schedule is slower than a contender (`cuda` is PyTorch's default):\n\n{cells}"
 
 
 def _products(rows) -> str:
@@ -184,9 +184,10 @@ def _products(rows) -> str:
             f"Over {us.index.unique('shape').size} weights and {us.index.unique('tokens').size} token counts, "
             f"`matmul.triton` has {mean['triton']:.2f} times the default's speed in the geometric mean (frozen: "
             f"{mean['frozen']:.2f}). The default moved bits at {moved.get('`cuda`', 0)} of the {len(us)} points, "
-            f"`matmul.triton` at {moved.get('`triton`', 0) or 'none'}. cuBLAS told not to split k has our bits at "
-            f"{alike[chain].sum()} of {chain.sum()} points where our order is one chain, and at {alike[~chain].sum()} "
-            f"of the other {(~chain).sum()}; it moved its own at {moved.get('`cublas_no_split_k`', 0)}, and took up to "
+            f"`matmul.triton` at {moved.get('`triton`', 0) or 'none'}. If cuBLAS is told not to split k, it has our "
+            f"bits at {alike[chain].sum()} of {chain.sum()} points where our order is one chain, and at "
+            f"{alike[~chain].sum()} of the other {(~chain).sum()}. It moved its own bits at "
+            f"{moved.get('`cublas_no_split_k`', 0)} points, and took up to "
             f"{slow.max():.1f} times as long as the default.")
 
 
@@ -198,9 +199,9 @@ def _attention(data, machine) -> str:
         op, shape, tokens = ratio[name].idxmin()
         worst.append(f"{ratio[name].min():.2f} of {whose}'s speed (`{op}`, {tokens} on {shape})")
     return ("Attention, bfloat16, the same clock and table. A prompt, its chunks and its single new tokens are added "
-            "in one order, whose leaves of 1024 keys run in sequence or side by side:\n\n"
+            "in one order. Its leaves of 1024 keys run in sequence or side by side:\n\n"
             "![](figures/attention_speed.png)\n\n"
-            f"At its farthest behind it has {' and '.join(worst)}. SDPA moved bits at {moved.get('cuda', 0)} points, "
+            f"Where it is slowest, it has {' and '.join(worst)}. SDPA moved bits at {moved.get('cuda', 0)} points, "
             f"FlashAttention-3 at {moved.get('flash_attention_3', 0)}, `triton` at {moved.get('triton', 0) or 'none'}.")
 
 
@@ -230,8 +231,8 @@ def _certificates(data) -> str:
             f"{' and an '.join(map(str.upper, gpus))}, "
             f"{'one digest for each input' if one else 'with more than one digest for an input'} (`certificates.csv`). "
             f"{(~rows.older).sum()} of these rows are of today's kernels; the others prove schedules that are no "
-            "longer stored. Each keeps a hash of the kernels that it proved: a kernel changed by one operation turns "
-            "the tests red on a laptop, until a GPU has proved it again.")
+            "longer stored. Each row keeps a hash of the kernels that it proved. A kernel that changes by one "
+            "operation turns the tests red on a laptop, until a GPU has proved it again.")
 
 
 def _tensor_core(data, machine) -> str:
@@ -263,4 +264,4 @@ def _window(data, machine) -> str:
     return ("One forward of a Llama-3.1-8B shape over a window of tokens, milliseconds a pass, curve `graph` (a CUDA "
             f"graph), medians (`verify_cost.csv`):\n\n{_table(['tokens in the window', *tokens], '---', lines)}\n\n"
             "When this was recorded `invariant` had this suite's RMSNorm, rotary and SwiGLU, and PyTorch's products "
-            "and attention; today it is this suite's at every step.")
+            "and attention. Today it uses this suite's ops at every step.")

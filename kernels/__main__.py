@@ -26,10 +26,21 @@ VERBS = {
     "code": ("proofs.generated_code", "compile an op's schedules ahead of time and count instructions"),
     "atlas": ("atlas.measure", "test PyTorch's own ops for what moves their bits"),
     "window": ("window.measure", "time one forward of a model over a window of tokens"),
+    "rollbacks": ("verifying.measure", "serve verified requests: how many tokens are decoded again?"),
+    "mix": ("verifying.explore", "time loose, verified and invariant requests together"),
+    "load": ("load", "serve random requests with faults: is a page lost, does an answer change?"),
+    "parallel": ("parallel.measure", "by torchrun: one model on several GPUs or processes, its digest and its time"),
+    "mode": ("moving.cost", "time a model of transformers under batch_invariant(), and without it"),
+    "answers": ("serving.recorded", "ask a server for one prompt a thousand times, and count answers"),
+    "serving": ("serving.speed", "time decoding and prefill of a model, and a server under random arrivals"),
     "train": ("train", "train the byte model on the standard library's own source"),
     "sources": ("sources.claims", "run notebook 02 and record what it saw"),
     "host": ("sources.host", "digests of PyTorch's CPU defaults"),
     "notebooks": ("notebook.run", "run, clean or check the notebooks"),
+    "teaching": ("site.teaching", "time the cells of a path through the notebooks, section by section"),
+    "student": ("site.student", "copy the notebooks without solutions, for a class"),
+    "slides": ("site.slides", "make decks of slides of the notebooks"),
+    "site": ("site.build", "build the static site"),
 }
 
 

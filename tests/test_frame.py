@@ -17,8 +17,8 @@ import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-TOP_LEVEL = {".ci", ".gitignore", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "data",
-             "figures", "kernels", "notebooks", "pyproject.toml", "requirements.txt", "tests"}
+TOP_LEVEL = {".ci", ".github", ".gitignore", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md",
+             "data", "figures", "kernels", "notebooks", "pyproject.toml", "requirements.txt", "tests"}
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make here")
 HAS_GPU = torch.cuda.is_available()
@@ -225,8 +225,9 @@ def test_the_requirements_alone_install_the_suite_too():
     assert [need.split(";")[0] for need in needs] == [line.split("#")[0].split(";")[0].strip() for line in PINS]
 
 
-def test_the_test_extra_is_pinned():
-    extra = PYPROJECT["project"]["optional-dependencies"]["test"]
+@pytest.mark.parametrize("name", ["test", "site"])
+def test_an_extra_is_pinned(name):
+    extra = PYPROJECT["project"]["optional-dependencies"][name]
     assert extra
     assert [r for r in extra if not re.fullmatch(r"[a-z0-9_.-]+==[0-9][0-9.]*", r)] == []
 
@@ -244,7 +245,8 @@ def test_the_makefile_reads_torchs_pin_from_requirements():
 
 
 @needs_make
-@pytest.mark.parametrize("target", ["lab", "test", "mutants", "figures", "notebooks", "record"])
+@pytest.mark.parametrize("target", ["lab", "test", "mutants", "figures", "notebooks", "record", "site", "slides",
+                                    "student"])
 def test_make_help_lists(target):
     said = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert re.search(rf"^make {target}\s+\S", said, re.M)
@@ -352,7 +354,8 @@ def test_top_level_has_only_the_named_files():
 @pytest.mark.parametrize("cache", [
     ".venv/bin/python", "kernels/__pycache__/op.cpython-311.pyc", "same_bits.egg-info/PKG-INFO",
     "notebooks/.ipynb_checkpoints/x.ipynb", ".pytest_cache/x", ".ruff_cache/x", ".hypothesis/x",
-    "notebooks/.virtual_documents/x", "data/h200/token_sweep.csv.lock", "data/h200/abc.tmp"])
+    "notebooks/.virtual_documents/x", "data/h200/token_sweep.csv.lock", "data/h200/abc.tmp",
+    "build/site/html/index.html"])
 def test_caches_are_ignored(cache, tmp_path):
     git("init", "-q", cwd=tmp_path)
     (tmp_path / ".gitignore").write_bytes((ROOT / ".gitignore").read_bytes())

@@ -23,13 +23,15 @@ from kernels.lab.atlas import measure as atlas
 from kernels.lab.orders import chart as orders_chart
 from kernels.lab.orders import measure as orders
 from kernels.lab.serving import chart as serving_chart
+from kernels.lab.serving import tree as answer_tree
+from kernels.lab.serving.loads import Server
+from kernels.lab.verifying import Costs
+from kernels.lab.verifying import chart as verifying_chart
 from kernels.lab.widgets import parts as widget_parts
+from tests.browsers import chromium
 
 pytestmark = [pytest.mark.browser, pytest.mark.serial]
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
 NOTEBOOKS = {
     "sweep": "from kernels.lab.sweep import TokenSweep\nTokenSweep('rms_norm', out='data', passes=1)",
     "orders": "from kernels.lab.orders import SumOrders\nSumOrders()",
@@ -37,6 +39,9 @@ NOTEBOOKS = {
     "adder": "from kernels.lab.adder import AdderSteps\nAdderSteps()",
     "serving": "import torch\nfrom kernels.lab.serving import BatchSlider\ntorch.set_num_threads(1)\n"
                "BatchSlider(count=4)",
+    "server": "import torch\nfrom kernels.lab.serving import ServerSettings\ntorch.set_num_threads(1)\n"
+              "ServerSettings(2, 4)",
+    "mix": "from kernels.lab.verifying import Costs, MixExplorer\nMixExplorer(costs=Costs(10.0, 12.0, 20.0))",
     "matmul": "from kernels.lab.sweep import TokenSweep\nTokenSweep('matmul', out='data', passes=1)",
 }
 IMAGE = ".jp-OutputArea img.widget-image"
@@ -81,19 +86,8 @@ def _record(data: Path):
 
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium, or a skip that says why (a failure where SAME_BITS_REQUIRE_BROWSER=1)."""
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        why = f"none of {', '.join(BROWSERS)} is installed, so no notebook can be opened in a browser"
-        if os.environ.get("SAME_BITS_REQUIRE_BROWSER") == "1":
-            pytest.fail(why)
-        pytest.skip(why)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=found, args=FLAGS)
-        yield chromium
-        chromium.close()
+    with chromium("notebook") as launched:
+        yield launched
 
 
 @pytest.fixture(scope="module")
@@ -364,6 +358,39 @@ def test_a_batch_is_chosen_with_a_slider_and_its_order_is_fixed_by_a_button(open
     page.get_by_text("This figure in words").click()
     page.get_by_text(fixed[1]).wait_for()
     _screenshot(page, tmp_path, "batch_of_two")
+
+
+def test_a_mix_of_verified_requests_is_explored_with_sliders(open_widget, tmp_path):
+    page, costs = open_widget("mix"), Costs(10.0, 12.0, 20.0)
+    _wait_for_picture(page, verifying_chart.explored(16, 4, 0.5, 8, costs=costs)[0])
+    _press(page, "Window W", "ArrowRight", 2)
+    _press(page, "Deterministic, %", "ArrowRight", 3)
+    figure, words = verifying_chart.explored(64, 4, 0.65, 8, costs=costs)
+    _wait_for_picture(page, figure)
+    page.get_by_text("This figure in words").click()
+    page.get_by_text(words).wait_for()
+    _screenshot(page, tmp_path, "mix_explored")
+
+
+def test_a_servers_settings_are_turned_and_its_order_is_fixed_by_a_button(open_widget, tmp_path):
+    at_rest = {"pages": 400, "page_size": 8, "max_batch": 16, "budget": 64, "chunk": 64}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the notebook: the default's bits may follow them
+    try:
+        figures = [answer_tree.study(Server(**at_rest | turned), fixed, 2, 4)
+                   for turned, fixed in (({}, False), ({"chunk": 16}, False), ({"chunk": 16, "sharing": False}, True))]
+    finally:
+        torch.set_num_threads(threads)
+    page = open_widget("server")
+    _wait_for_picture(page, figures[0][0])
+    _press(page, "Tokens a chunk", "ArrowLeft")
+    _wait_for_picture(page, figures[1][0])
+    page.get_by_role("button", name="Prefix cache").click()
+    page.get_by_role("button", name="Fix the order").click()
+    _wait_for_picture(page, figures[2][0])
+    page.get_by_text("This figure in words").click()
+    page.get_by_text(figures[2][1]).wait_for()
+    _screenshot(page, tmp_path, "server_turned")
 
 
 def test_the_atlas_is_filtered_and_one_cell_is_measured_again(open_widget, tmp_path):

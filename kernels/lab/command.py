@@ -1,4 +1,4 @@
-"""How a command ends: what its reader can mend is one line on stderr and a status of 1, not a traceback.
+"""How a command ends: a mistake that its reader can mend gives one line on stderr and status 1, and no traceback.
 
 `python -X dev -m kernels ...` shows the traceback.
 """

@@ -1,6 +1,6 @@
 """What all charts share: the theme, how each contender and verdict is drawn, and the axes.
 
-Nothing here makes two runs differ in their bytes.
+Two runs give the same bytes.
 """
 from __future__ import annotations
 

@@ -5,8 +5,8 @@
 
 The text is the standard library's source of the Python that runs. The folder gets config.json and model.safetensors
 (bfloat16, as transformers reads them), loss.csv, training.json, model_card.md, held_out.txt and Python's licence.
-On one H200 a run takes about half a minute. A CPU carries out the specification: the same bits, for sizes
-such as the second command's alone. --twice trains a second time and compares the weights' digests.
+On one H200 a run takes about half a minute. A CPU runs the specification, which gives the same bits and is slow: take
+sizes like those of the second command. --twice trains a second time and compares the weights' digests.
 """
 from __future__ import annotations
 

@@ -56,7 +56,8 @@ def test_letters_are_legible_inside_and_apart(size, name):
     assert min(text.get_fontsize() for text in found) * page.scale >= least
 
 
-@pytest.mark.parametrize("size, name", [(size, name) for size, name in EVERY if name not in ("adder", "atlas")])
+@pytest.mark.parametrize("size, name", [
+    (size, name) for size, name in EVERY if name not in ("adder", "atlas", "answer_tree")])
 def test_no_legend_hides_a_line_or_leaves_its_place(size, name):
     figure = drawn(name, size)
     legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 LIST = Path(__file__).with_name("faults.tsv")
-_LEFT_OUT = (".git", ".venv", "__pycache__", ".hypothesis", ".*_cache", "*.egg-info")
+_LEFT_OUT = (".git", ".venv", "build", "__pycache__", ".hypothesis", ".*_cache", "*.egg-info")
 
 
 class Fault(NamedTuple):

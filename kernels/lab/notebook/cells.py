@@ -1,4 +1,4 @@
-"""What the notebooks' cells call: begin, check, observe, show and show_source."""
+"""What the notebooks' cells call: begin, check, observe, show, show_texts and show_source."""
 from __future__ import annotations
 
 import ast
@@ -77,6 +77,42 @@ def show(figure, alt: str) -> None:
             metadata={"image/png": {"alt": alt, "width": width}})
     words = f"<details><summary>This figure in words</summary>{html.escape(alt)}</details>"
     display({"text/html": words}, raw=True)
+
+
+def show_texts(texts: Mapping[str, str]) -> None:
+    """Display named texts below each other; the first letter in which one differs from the first text is marked.
+
+    A sentence says where each differs, so that the mark is not the only sign. Raises ValueError without a text.
+    """
+    from IPython.display import display
+
+    if not texts:
+        raise ValueError("texts must hold at least one text, got none")
+    (first, text), *_ = texts.items()
+    width, lines, plain, said = max(map(len, texts)), [], [], []
+    for name, other in texts.items():
+        at = _first_difference(text, other)
+        head, letter, rest = (other, "", "") if at is None else (other[:at], other[at : at + 1], other[at + 1 :])
+        lines.append(html.escape(f"{name:{width}}  {head}") + _marked(letter) + html.escape(rest))
+        plain += [f"{name:{width}}  {other}"] + ([" " * (width + 2 + at) + "^"] if at is not None else [])
+        if at is not None:
+            said.append(f"{name} differs from {first} first at letter {at + 1}.")
+    words = " ".join(said) or "All texts are the same."
+    display({"text/html": '<pre style="line-height:1.6">' + "\n".join(lines) + f"</pre><p>{html.escape(words)}</p>",
+             "text/plain": "\n".join([*plain, words])}, raw=True)
+
+
+def _first_difference(one: str, other: str) -> int | None:
+    if one == other:
+        return None
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _marked(letter: str) -> str:
+    """A letter on the colour of moved bits, which is readable on light and on dark pages, bold and underlined."""
+    _, fill, ink = style.MOVED
+    look = f"background:{fill};color:{ink};font-weight:bold;text-decoration:underline;padding:0 2px"
+    return f'<mark style="{look}">{html.escape(letter)}</mark>' if letter else ""
 
 
 def check(claim: str, condition, absent: str = "") -> None:

@@ -5,6 +5,7 @@
     python -m kernels notebooks clean 03      normalise what JupyterLab saved, without executing
     python -m kernels notebooks check all     say what is wrong with the files as they are
 
+Normal form has words linked to the glossary where prose first uses them, and the opening's minutes of reading.
 A notebook is named by its number, or by a path. One that fails, or breaks a rule of `faults`, is not written.
 """
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import records
+from . import glossary, reading
 
 NOTEBOOKS = records.ROOT / "notebooks"
 
@@ -31,7 +33,7 @@ class NotebookError(RuntimeError):
     """A notebook that cannot be read, fails, or breaks a rule; the message names it and the cell."""
 
 
-_NAME = re.compile(r"\d\d_\w+\.ipynb")  # not 00_start_here-Copy1.ipynb, which JupyterLab makes for a reader
+_NAME = re.compile(r"\d\d[a-z]?_\w+\.ipynb")  # not 00_start_here-Copy1.ipynb, which JupyterLab makes for a reader
 _KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 _CELL_METADATA = ("jupyter", "tags")
 _WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -105,9 +107,10 @@ def as_text(nb) -> str:
     return nbformat.writes(nb).rstrip("\n") + "\n"
 
 
-def execute(nb, cwd, timeout: float = 120, name: str = "notebook"):
+def execute(nb, cwd, timeout: float = 120, name: str = "notebook", timing: bool = False):
     """Run every cell in a fresh kernel that starts in `cwd`; `timeout` seconds in total. Returns the same notebook.
 
+    timing: whether each cell's metadata says when it began and ended, as `execution`.
     Raises NotebookError that names the cell and its error.
     """
     from nbclient import NotebookClient
@@ -116,7 +119,7 @@ def execute(nb, cwd, timeout: float = 120, name: str = "notebook"):
     at = [0]
     deadline = time.monotonic() + timeout
     client = NotebookClient(
-        nb, kernel_name="python3", resources={"metadata": {"path": str(cwd)}}, record_timing=False,
+        nb, kernel_name="python3", resources={"metadata": {"path": str(cwd)}}, record_timing=timing,
         store_widget_state=False, coalesce_streams=True, force_raise_errors=True,
         timeout_func=lambda cell: max(1, int(deadline - time.monotonic())),
         on_cell_start=lambda cell, cell_index: at.__setitem__(0, cell_index))
@@ -146,6 +149,10 @@ def normalise(nb):
         ids.add(cell.id)
         if cell.cell_type == "code":
             cell.outputs = [kept for output in cell.outputs if (kept := _normal_output(output)) is not None]
+    reading.state(nb)
+    prose = [cell for cell in nb.cells if cell.cell_type == "markdown"]
+    for cell, source in zip(prose, glossary.link([cell.source for cell in prose], glossary.terms()), strict=True):
+        cell.source = source
     return nbformat.from_dict(nb)
 
 

@@ -1,4 +1,4 @@
-"""One row's answer at every batch size, drawn: a strip an op, a colour an answer."""
+"""A picture of one row's answers over batch sizes: one strip for each op, one colour for each answer."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

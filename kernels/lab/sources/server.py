@@ -16,8 +16,8 @@ from ... import bits, runtime
 from ...arithmetic import sums
 from .device import group, ordered_product
 
-WIDTH, LENGTH, LARGEST_BATCH = 128, 80, 8
-GAIN = 5.0  # how much the matrix stretches; from 1 on, differences grow
+WIDTH, LENGTH, LARGEST_BATCH = 256, 40, 8
+GAIN = 64.0  # how much the matrix stretches; with this one a last bit becomes another letter within 20 steps
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -63,8 +63,8 @@ def serve(requests: Sequence[Request], product: Product, length: int = LENGTH, d
 
 
 def crowd(seed: int, prompt: int = 100, others: int = 12) -> list[Request]:
-    """`prompt` first, at tick 10, and then other prompts that arrive at ticks from 0 to 99 drawn by `seed`."""
-    ticks = ((bits.portable(1, others, seed=seed)[0] + 1) * 50).int().tolist()
+    """`prompt` first, at tick 10, and then other prompts that arrive at ticks from 0 to 31 drawn by `seed`."""
+    ticks = ((bits.portable(1, others, seed=seed)[0] + 1) * 16).int().tolist()
     return [Request(prompt, 10)] + [Request(prompt + 1 + i, tick) for i, tick in enumerate(ticks)]
 
 

@@ -19,6 +19,7 @@ from ..widgets import jobs, parts
 from ..widgets.base import Measuring
 from ..widgets.process import process_bytes
 from . import chart, estimate
+from . import context as contexts
 from . import measure as sweep
 
 LONGEST_SHAPE = 80  # characters
@@ -58,6 +59,7 @@ class TokenSweep(Measuring):
         self._recorded_rows, self._experiments, self._loading = NO_ROWS, {}, False
         self._build(machine)
         self._load()
+        self._offer_contexts()
         self._draw()
         w.VBox.__init__(self, self._laid_out(), layout=w.Layout(max_width="920px"))
         self._connect()
@@ -98,6 +100,7 @@ class TokenSweep(Measuring):
                                 value=_first_dtype(self._op))
         self.shape = w.Combobox(description="Shape", value=shape, options=sorted({shape, *self._op.shapes}),
                                 continuous_update=False, placeholder=self._op.shapes[0], **labelled)
+        self.context = w.SelectionSlider(description="Context", options=[0], continuous_update=False, **labelled)
         self.clock = w.Dropdown(description="Clock", options=clocks, **labelled)
         self.tokens = w.Text(description="Token counts", value=" ".join(map(str, counts)),
                              continuous_update=False, **labelled)
@@ -129,14 +132,32 @@ class TokenSweep(Measuring):
         self._check_on(*self.implementations.values())
         self.published.disabled = self._op.name != "rms_norm"
 
+    def _offer_contexts(self):
+        """The slider's places: the contexts of the op, of what is recorded, and of the shape as it is now."""
+        found = contexts.offered(self.shape.value, [*self._op.shapes, *(s for _, s, _ in self._experiments.values())])
+        self._loading = True
+        self.context.options = found or [0]
+        self.context.value = contexts.of(self.shape.value) or self.context.options[0]
+        self.context.layout.display = None if found else "none"
+        self._loading = False
+
+    def _change_context(self):
+        """Measure with this context, and show what is recorded of it."""
+        if self._loading or self.context.value == contexts.of(self.shape.value):
+            return
+        self.shape.value = contexts.replaced(self.shape.value, self.context.value)
+        self.recording.value = (contexts.recorded(self._experiments, self.recording.value, self.context.value)
+                                or self.recording.value)
+
     def _laid_out(self):
         parts.widths({self.op: "170px", self.dtype: "170px", self.shape: "260px", self.clock: "150px",
+                      self.context: "420px",
                       self.tokens: "auto", self.machine: "200px", self.recording: "370px", self.overlay: "auto",
                       self.published: "auto", self.log_axes: "auto"})
         self.tokens.layout.flex = "1 1 auto"
         notes = self.notes
         measure = parts.panel(parts.line(self.op, self.dtype, self.shape, notes["shape"], self.clock),
-                              parts.line(self.tokens, notes["tokens"]),
+                              parts.line(self.context), parts.line(self.tokens, notes["tokens"]),
                               parts.line(w.Label("Contenders"), self.contenders, notes["contenders"]), self._run_line)
         compare = parts.panel(parts.line(self.machine, self.recording),
                               parts.line(w.Label("Show"), self.overlay, self.published, self.log_axes))
@@ -146,6 +167,8 @@ class TokenSweep(Measuring):
         self.op.observe(lambda change: self._in_own_thread(self._change_op), "value")
         self.machine.observe(lambda change: self._in_own_thread(self._change_machine), "value")
         self.recording.observe(lambda change: self._in_own_thread(self._change_recording), "value")
+        self.context.observe(lambda change: self._in_own_thread(self._change_context), "value")
+        self.shape.observe(lambda change: self._in_own_thread(self._offer_contexts), "value")
         self._redraw_on(self.overlay, self.published, self.log_axes)
         self._check_on(self.dtype, self.shape, self.clock, self.tokens)
 
@@ -159,11 +182,13 @@ class TokenSweep(Measuring):
         self.published.value = False
         self._offer_contenders()
         self._load()
+        self._offer_contexts()
         self._draw()
         self._foresee()
 
     def _change_machine(self):
         self._load()
+        self._offer_contexts()
         self._change_recording()
 
     def _change_recording(self):

@@ -11,12 +11,13 @@ def two_exercises(monkeypatch):
     """Two made-up exercises in place of the notebooks' own."""
     exercises.checkers()  # the notebooks' own are registered first
     monkeypatch.setattr(exercises, "CHECKERS", {})
+    monkeypatch.setattr(exercises, "_graded", {})
 
-    @exercises.exercise("01.1")
+    @exercises.exercise("01.1", wants="a whole number")
     def _(answer):
         assert answer == 4, "two and two"
 
-    @exercises.exercise("01.2")
-    def _(answer):
-        if answer(2) != 4:
+    @exercises.exercise("01.2", "square(x)", wants="a number")
+    def _(square):
+        if square(2) != 4:
             raise AssertionError

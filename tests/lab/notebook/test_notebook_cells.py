@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import re
 
 import IPython.display
 import matplotlib.pyplot as plt
@@ -131,6 +132,45 @@ def displayed(monkeypatch):
     calls = []
     monkeypatch.setattr(IPython.display, "display", lambda data, **options: calls.append((data, options)))
     return calls
+
+
+def test_show_texts_marks_the_first_difference_and_says_it_in_words(displayed):
+    notebook.show_texts({"alone": "ab<c", "crowd": "abxc", "same": "ab<c", "short": "ab"})
+    (data, options), = displayed
+    assert options == {"raw": True}
+    marked = re.findall(r"<mark style=\"([^\"]*)\">(.*?)</mark>", data["text/html"])
+    assert [letter for _, letter in marked] == ["x"] and "ab&lt;c" in data["text/html"]
+    assert all(f"{name}:#" in marked[0][0] for name in ("background", "color")) and "underline" in marked[0][0]
+    said = "crowd differs from alone first at letter 3. short differs from alone first at letter 3."
+    assert said in data["text/html"]
+    assert data["text/plain"].splitlines() == ["alone  ab<c", "crowd  abxc", "         ^", "same   ab<c", "short  ab",
+                                               "         ^", said]
+
+
+def test_show_texts_of_one_text_and_of_none(displayed):
+    notebook.show_texts({"a": "x", "b": "x"})
+    assert "All texts are the same." in displayed[0][0]["text/plain"] and "<mark" not in displayed[0][0]["text/html"]
+    with pytest.raises(ValueError, match="texts must hold at least one text"):
+        notebook.show_texts({})
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG 2's contrast of two colours."""
+    from matplotlib.colors import to_rgb
+
+    def light(colour):
+        parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+    dark, bright = sorted((light(one), light(other)))
+    return (bright + 0.05) / (dark + 0.05)
+
+
+def test_the_mark_is_readable_and_carries_its_own_background(displayed):
+    """So the page's colour, dark or light, is nowhere behind the letter."""
+    notebook.show_texts({"a": "x", "b": "y"})
+    style, = re.findall(r"<mark style=\"([^\"]*)\"", displayed[0][0]["text/html"])
+    colours = dict(part.split(":") for part in style.split(";"))
+    assert contrast(colours["background"], colours["color"]) >= 7
 
 
 def test_show_displays_one_png_with_its_words_and_closes_the_figure(displayed):

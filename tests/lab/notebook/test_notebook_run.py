@@ -198,7 +198,8 @@ OPENING = """# 01 · Add
 
 Previous: [00](00_start_here.ipynb) · [Contents](../README.md#the-notebooks) · next: [02](02_next.ipynb)
 
-**What you will do.** Add. **What you will see.** Sums. **What you need.** 1 minute on a CPU, 1 minute on an H100."""
+**What you will do.** Add. **What you will see.** Sums. **What you will be able to do.** Add.
+**What you need.** **Level:** low. 5 minutes of reading, 1 minute on a CPU, 1 minute on an H100."""
 CLOSING = """## What you saw
 
 ## Exercises
@@ -246,6 +247,9 @@ def test_a_good_notebook_breaks_no_rule(walk):
     (0, "../README.md#the-notebooks", "../README.md", "'contents'"),
     (0, "What you need", "Needs", "What you need"),
     (0, "on an H100", "", "minutes"),
+    (0, "**What you will be able to do.**", "", "What you will be able to do"),
+    (0, "**Level:**", "", "Level:"),
+    (0, "5 minutes of reading", "", "minutes of reading"),
     (1, "begin()", "pass", "begin()"),
     (1, "x = 2", "x = 2\n\n\nx", "four lines"),
     (2, "check", "print", "checks no claim"),
@@ -276,8 +280,24 @@ def test_exercises_are_held_to_stub_solution_and_checker(walk, two_exercises):
     assert list(rules.solution_faults(nb)) == []
     found, = rules.exercise_faults(nb, path)
     assert found == "stubs ['01.1', '01.2'], folded solutions ['01.1'], checkers ['01.1', '01.2']"
-    nb.cells[-1].source += "\n<details>\n\n```python\n# solution 01.2\nanswer = len\n```\n\n</details>"
+    nb.cells[-1].source += "\n<details>\n\n```python\n# solution 01.2\nsquare = len\n```\n\n</details>"
     assert list(rules.exercise_faults(nb, path)) == []
     assert list(rules.solution_faults(nb)) == ["the solution of 01.2 does not pass"]
     nb.cells[4].source = ""
     assert any(found.startswith("1 exercises") for found in rules.exercise_faults(nb, path))
+
+
+@pytest.mark.parametrize(("stub", "fault"), [
+    ("def square(x):\n    ...\n\ngrade('01.2', square)", None),
+    ("def square(x, y):\n    ...\n\ngrade('01.2', square)", "defines square(x, y), and asks for square(x)"),
+    ("answer = ...\ngrade('01.2', answer)", "grades answer, and asks for square"),
+    ("grade('01.2', square)", "does not name square"),
+])
+def test_a_stub_carries_the_name_that_the_exercise_asks_for(walk, two_exercises, stub, fault):
+    nb, _, _ = walk
+    nb.cells[4].source = stub
+    found = list(rules.stub_faults(nb))
+    assert (found == []) if fault is None else any(fault in one for one in found)
+    assert list(rules.question_faults(nb)) == ["the question of 01.2 does not say `square(x)`"]
+    nb.cells[0].source += " Write `square(x)`."
+    assert list(rules.question_faults(nb)) == []

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels.lab.notebook import exercises
+from kernels.lab.notebook import exercises, glossary, reading
 from kernels.lab.notebook import run as notebook
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -59,19 +59,27 @@ def opening_faults(nb, path, every):
     for word, target in wanted.items():
         if links.get(word) != target:
             yield f"the opening's link '{word}' goes to {links.get(word)}, not {target}"
-    for phrase in ("What you will do", "What you will see", "What you need"):
+    for phrase in ("What you will do", "What you will see", "What you will be able to do", "What you need", "Level:"):
         if phrase.lower() not in text.lower():
             yield f"the opening lacks '{phrase}'"
     if not (re.search(r"\d\s*(min|s\b|sec)", text) and "CPU" in text and re.search(r"GPU|H100|H200", text)):
         yield "the opening lacks minutes on a CPU and on a GPU"
+    if reading.stated(nb) is None:
+        yield "the opening lacks 'About 5 minutes of reading'; `notebooks clean` writes the number"
     setup = code_cells(nb)[0].source if code_cells(nb) else ""
     if "begin()" not in setup or len(setup.splitlines()) > 4:
         yield "the first code cell must call begin() and have at most four lines"
 
 
+def walk_prose(nb) -> str:
+    """The prose between the cells: without the opening, tables, folded solutions and the targets of links."""
+    later = "\n\n".join(cell.source for cell in nb.cells[1:] if cell.cell_type == "markdown")
+    return re.sub(r"<details.*?</details>|^\|[^\n]*", "", reading.without_targets(later), flags=re.S | re.M)
+
+
 def size_faults(nb):
     lines = [len(cell.source.strip().splitlines()) for cell in code_cells(nb)] or [0]
-    words = len(" ".join(cell.source for cell in nb.cells if cell.cell_type == "markdown").split())
+    words = len(walk_prose(nb).split())
     if max(lines) > 25:
         yield f"a cell of {max(lines)} lines; 25 at most"
     if statistics.median(lines) > 8:
@@ -104,8 +112,12 @@ def link_faults(nb, path):
             yield f"a path that depends on where Jupyter was started: {cell.source.splitlines()[0]}"
 
 
+def glossary_faults(nb):
+    yield from glossary.faults([cell.source for cell in nb.cells if cell.cell_type == "markdown"], glossary.terms())
+
+
 def solutions(nb) -> dict[str, str]:
-    """Folded solutions by exercise: the code that sets `answer`."""
+    """Folded solutions by exercise: the code that sets the name that is asked for."""
     folded = re.findall(r"<details.*?</details>", prose(nb.cells), re.S)
     return {name: code for block in folded for name, code in SOLUTION.findall(block)}
 
@@ -117,12 +129,43 @@ def graded(nb) -> set[str]:
 
 
 def exercise_faults(nb, path):
-    number = path.name[:2]
+    number = path.name.partition("_")[0]
     registered = {name for name in exercises.checkers() if name.startswith(f"{number}.")}
-    if not 2 <= len(graded(nb)) <= 4:
-        yield f"{len(graded(nb))} exercises; two to four"
+    if not 2 <= len(graded(nb)) <= 6:
+        yield f"{len(graded(nb))} exercises; two to six"
     if not graded(nb) == set(solutions(nb)) == registered:
         yield f"stubs {sorted(graded(nb))}, folded solutions {sorted(solutions(nb))}, checkers {sorted(registered)}"
+
+
+def stub_faults(nb):
+    """A stub sets or defines the name that the exercise asks for, leaves it open, and hands it to grade."""
+    for cell in code_cells(nb):
+        body = ast.parse(cell.source).body
+        for call in (c for c in ast.walk(ast.Module(body, [])) if isinstance(c, ast.Call)):
+            if getattr(call.func, "id", "") == "grade" and call.args[0].value in exercises.checkers():
+                yield from _stub_faults(exercises.checkers()[call.args[0].value], call, body)
+
+
+def _stub_faults(asked, call, body):
+    """The faults of one call of grade, in a cell with this body."""
+    if getattr(call.args[1], "id", "") != asked.target:
+        yield f"the stub of {asked.name} grades {ast.unparse(call.args[1])}, and asks for {asked.target}"
+    made = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == asked.target
+            or isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == asked.target]
+    if not made:
+        yield f"the stub of {asked.name} does not name {asked.target}"
+    elif isinstance(made[-1], ast.FunctionDef):
+        defined = f"{asked.target}({ast.unparse(made[-1].args)})"
+        if defined != asked.asks:
+            yield f"the stub of {asked.name} defines {defined}, and asks for {asked.asks}"
+
+
+def question_faults(nb):
+    """The question names the function that it asks for."""
+    for name in graded(nb) & set(exercises.checkers()):
+        asked = exercises.checkers()[name]
+        if "(" in asked.asks and f"`{asked.asks}`" not in prose(nb.cells):
+            yield f"the question of {name} does not say `{asked.asks}`"
 
 
 def solution_faults(nb):
@@ -130,7 +173,8 @@ def solution_faults(nb):
         space: dict = {}
         exec(code_cells(nb)[0].source, space)
         exec(code, space)
-        if exercises.passes(name, space.get("answer", ...)) is not True:
+        target = exercises.checkers()[name].target if name in exercises.checkers() else "answer"
+        if exercises.passes(name, space.get(target, ...)) is not True:
             yield f"the solution of {name} does not pass"
 
 
@@ -138,7 +182,7 @@ def solution_faults(nb):
 
 def test_the_walk_starts_at_00_and_numbers_are_given_once():
     assert [path.name for path in EVERY[:1]] == ["00_start_here.ipynb"]
-    numbers = [path.name[:2] for path in EVERY]
+    numbers = [path.name.partition("_")[0] for path in EVERY]
     assert len(set(numbers)) == len(numbers)
 
 
@@ -156,8 +200,8 @@ def recorded_texts(nb):
 
 
 def test_notebooks_with_recorded_data_say_which_cells_show_nothing_else():
-    tagged = {path.name[:2]: len(recorded_texts(read(path))) for path in EVERY}
-    assert {"00": 4, "02": 7, "03": 9, "04": 5, "05": 5, "06": 1, "07": 5}.items() <= tagged.items()
+    tagged = {path.name.partition("_")[0]: len(recorded_texts(read(path))) for path in EVERY}
+    assert {"00": 4, "02": 7, "03": 9, "04": 5, "05": 6, "06": 3, "07": 5}.items() <= tagged.items()
 
 
 FROM_THE_ROOT = """
@@ -203,6 +247,68 @@ def test_links_resolve(path):
 
 
 @each
+def test_words_are_linked_to_the_glossary_where_they_are_first_used(path):
+    assert list(glossary_faults(read(path))) == []
+
+
+def test_the_glossarys_own_links_resolve():
+    text = glossary.PATH.read_text(encoding="utf-8")
+    targets = [target.partition("#")[0] for _, target in LINK.findall(text) if not re.match(r"[a-z]+:", target)]
+    assert targets and all((glossary.PATH.parent / target).exists() for target in targets)
+
+
+def test_each_word_of_the_glossary_is_used():
+    """In some notebook; a link to it stands there, by the test above."""
+    linked = {anchor for path in EVERY for cell in read(path).cells if cell.cell_type == "markdown"
+              for anchor, _, _ in glossary.links(cell.source)}
+    assert {term.anchor for term in glossary.terms().values()} - linked == set()
+
+
+@each
 def test_exercises_are_graded_and_their_solutions_pass(path):
     nb = read(path)
-    assert [*exercise_faults(nb, path), *solution_faults(nb)] == []
+    assert [*exercise_faults(nb, path), *stub_faults(nb), *question_faults(nb), *solution_faults(nb)] == []
+
+
+def heading_anchors(path) -> set[str]:
+    """The anchors of a notebook's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", prose(read(path).cells), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_states_the_minutes_of_reading():
+    rows = re.findall(r"^\| \[.*?\]\(notebooks/(\d\d[a-z]?_\w+\.ipynb)\) \|[^|]*\| *(\d+) *\|", README, re.M)
+    stated = {name: int(number) for name, number in rows}
+    assert stated == {path.name: reading.minutes(read(path)) for path in EVERY}
+    hours = float(re.search(r"all of them take about ([\d.]+) hours", README)[1])
+    assert abs(hours - sum(stated.values()) / 60) <= 0.5
+
+
+def test_each_question_leads_from_a_tracker_to_sections_that_show_cause_and_fix():
+    """Every link resolves, and a section that is named has a cell that checks or observes."""
+    table = README.partition("### Which notebook answers my question")[2].partition("\n#")[0]
+    rows = [line.strip("|").split("|") for line in re.findall(r"^\| .*\|$", table, re.M)][2:]
+    assert len(rows) >= 7
+    by_name = {path.name: path for path in EVERY}
+    for question, _, cause, fix in rows:
+        assert re.search(r"\]\(https://github\.com/[\w.-]+/[\w.-]+/issues/\d+\)", question), question
+        links = re.findall(r"\]\(notebooks/(\w+\.ipynb)#([^)]+)\)", cause + fix)
+        assert links and (fix.strip() == "the same section" or "](notebooks/" in fix), question
+        for name, anchor in links:
+            assert anchor in heading_anchors(by_name[name]), f"{name} has no section #{anchor}"
+            assert shows(read(by_name[name]), anchor), f"{name}#{anchor} has no cell that shows it"
+
+
+def shows(nb, anchor) -> bool:
+    """Whether a cell behind the heading with this anchor, before the next heading of its level, checks or draws."""
+    inside = False
+    for cell in nb.cells:
+        if cell.cell_type == "markdown":
+            for heading in re.findall(r"^##+ (.+)$", cell.source, re.M):
+                inside = re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") == anchor
+        elif inside and re.search(r"\b(check|observe|show|TokenSweep)\(", cell.source):
+            return True
+    return False

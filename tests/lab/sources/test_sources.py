@@ -288,6 +288,19 @@ def test_a_moving_product_changes_the_text_and_the_invariant_one_does_not():
     assert len({server.serve(crowd, server.invariant_product)[0].text for crowd in crowds}) == 1
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_one_bit_becomes_another_letter_within_20(seed):
+    """The notebook's three crowds, with a product that rounds otherwise beside a neighbour."""
+    def nudged(x, w):
+        y = server.invariant_product(x, w)
+        return torch.nextafter(y, y + (len(x) > 1)) if len(x) > 1 else y
+
+    for product in (server.split_by_batch, nudged):
+        alone, crowd = (server.serve(requests, product, length=20)[0].text
+                        for requests in (server.alone(), server.crowd(seed)))
+        assert alone != crowd and alone[0] == crowd[0]
+
+
 def test_the_same_crowd_gives_the_same_text():
     one, two = (server.serve(server.crowd(2, others=6), server.split_by_batch, length=30)[0] for _ in range(2))
     assert one == two and len(set(one.batches)) > 1

@@ -4,10 +4,14 @@ from __future__ import annotations
 import torch
 
 from ....model.sampling import Sampler
+from ...serving.measure import held_out
 from ..exercises import exercise
+from ..written import number
+
+GUESSES = 400  # of exercise 06.6
 
 
-@exercise("06.1")
+@exercise("06.1", wants="a set of names")
 def _(answer):
     steps = {"rms_norm", "linear", "rotary", "attention", "swiglu"}
     assert set(answer) <= steps, f"the steps are called {', '.join(sorted(steps))}."
@@ -16,7 +20,7 @@ def _(answer):
     assert set(answer) == {"rms_norm", "linear", "attention"}, "which steps add up many numbers for one result?"
 
 
-@exercise("06.2")
+@exercise("06.2", "answer(row)", wants="a whole number")
 def _(answer):
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [-1.0, -2.0, -1.0, -1.0], [5.0, 4.0, 4.0, 5.0]],
                           dtype=torch.float32, device="cpu")
@@ -26,7 +30,7 @@ def _(answer):
     assert got == right, f"for rows {logits.tolist()} greedy chooses {right}, not {got}."
 
 
-@exercise("06.3")
+@exercise("06.3", "answer(chunks)", wants="a list of pairs")
 def _(answer):
     for chunks in ([8], [3, 5], [1] * 8, [2, 2, 2, 1, 1]):
         got = list(answer(chunks))
@@ -34,3 +38,35 @@ def _(answer):
         assert len(got) == len(chunks), f"one pair a chunk: {len(chunks)} for {chunks}, not {len(got)}."
         assert got == right, (f"for {chunks}, {right}: a chunk begins where the one before it ended, "
                               f"and sees all keys up to its own end; got {got}.")
+
+
+@exercise("06.4", wants="a whole number")
+def _(answer):
+    answer = number(answer, "a whole number")
+    assert answer != 40, "that is without the prefix cache: four pages for each of ten requests."
+    assert answer != 13, "the third page of the prompt is not full: its request writes the answer into it."
+    assert answer != 12, "each request needs more than one page of its own: how many tokens lie behind the shared ones?"
+    assert answer == 22, "64 tokens lie in four pages; of the prompt's 40, how many full pages can be shared?"
+
+
+@exercise("06.5", "kept(chosen, drafts)", wants="a list of tokens")
+def _(kept):
+    for chosen, drafts in (([7], []), ([5, 6, 9, 1], [5, 6, 7]), ([5, 6, 7, 1], [5, 6, 7]), ([4, 6, 7, 1], [5, 6, 7])):
+        right = sum(chosen[: i + 1] == drafts[: i + 1] for i in range(len(drafts)))
+        got, wanted = list(kept(list(chosen), list(drafts))), chosen[: right + 1]
+        assert got != chosen[:right] or not right, (
+            f"for kept({chosen}, {drafts}) one token is missing: the choice behind the last right draft counts too.")
+        assert got == wanted, (f"kept({chosen}, {drafts}) is {wanted}, not {got}: a choice counts as long as all "
+                               "drafts before it were right.")
+
+
+@exercise("06.6", "draft(tokens)", wants="a byte, 0 to 255", kind="open")
+def _(draft):
+    text, right = held_out(), 0
+    for i in range(GUESSES):
+        end = len(text) // 16 * (i % 16) + 300 + 61 * (i // 16)
+        guess = draft(list(text[end - 256 : end]))
+        assert guess in range(256), f"a byte from 0 to 255 is asked for, and {guess!r} was guessed."
+        right += int(guess) == text[end]
+    assert 5 * right >= 2 * GUESSES, (f"{right} of {GUESSES} guesses were right, and two in five are asked for: what "
+                                      "followed when the last few bytes stood there before?")
