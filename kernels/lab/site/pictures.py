@@ -16,15 +16,17 @@ from ..sweep import chart as sweep_chart
 from ..window import chart as window_chart
 
 NOTE = "(a widget: run the notebook to use it)"  # what a committed notebook keeps of one
-# a widget that opens on a chart that is the same everywhere -> where it is, and its chart in words
+# a widget that opens on recorded data, or on the machine that builds the site -> where it is, its chart in words
 WIDGETS: Mapping[str, tuple[str, Callable[..., str]]] = {
     "TokenSweep": ("..sweep", lambda widget: sweep_chart.claim(widget.shown)),
     "WindowCost": ("..window", lambda widget: window_chart.claim(widget.shown)),
     "Atlas": ("..atlas", lambda widget: atlas_chart.words({widget.machine.value: widget.recorded})),
     "SumOrders": ("..orders", lambda widget: _plain(widget.words.value)),
-    "AdderSteps": ("..adder", lambda widget: _plain(widget.words.value))}
+    "AdderSteps": ("..adder", lambda widget: _plain(widget.words.value)),
+    "GpuChart": ("..parallel", lambda widget: _plain(widget.words.value)),
+    "MixExplorer": ("..verifying", lambda widget: _plain(widget.words.value))}
 # opens on what the reader's own machine computes: the notebook's last picture, of the same function, stands for it
-OF_THIS_MACHINE = ("BatchSlider",)
+OF_THIS_MACHINE = ("BatchSlider", "ServerSettings")
 
 
 def with_pictures(nb):

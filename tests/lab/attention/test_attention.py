@@ -259,10 +259,8 @@ def added(newer, older):
     ("05.1", lambda newer, older: newer[0], "three tensors"),
     ("05.2", ("ac", "bc"), "a's edges lie at absolute positions"), ("05.2", ("bc", "bc"), "when the batch grows"),
     ("05.2", ("c", "c"), "b's parts are a quarter"), ("05.2", ("c", "b"), "c's parts have equal lengths"),
-    ("05.3", lambda position, window: window // 128 + 1, "a query at 127 with a window of 128 sees 1 block, not 2"),
-    ("05.3", lambda position, window: position // 128 + 1 - (position - window + 1) // 128, "sees"),
     ("05.4", -0.052734375, "none apart"), ("05.4", 0.25, "between -1 and 0"), ("05.4", -0.5, "errs downward"),
-    ("05.4", -0.1, "your answer raised ValueError: x must be a finite float32 number"),
+    ("05.4", -0.1, "ValueError: x must be a finite float32 number"),
 ])
 def test_wrong_answers_get_a_hint(name, answer, hint, capsys):
     assert exercises.passes(name, answer) is False

@@ -202,6 +202,9 @@ Previous: [00](00_start_here.ipynb) · [Contents](../README.md#the-notebooks) ·
 **What you need.** **Level:** low. 5 minutes of reading, 1 minute on a CPU, 1 minute on an H100."""
 CLOSING = """## What you saw
 
+Two is two, on this machine and on every other one. A whole number is added without rounding, so it has one sum in every
+order. Floats have one only where the order is written down, and this notebook has written none.
+
 ## Exercises
 
 <details>

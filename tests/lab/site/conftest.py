@@ -35,7 +35,7 @@ def served(site):
         server.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not longer: one Playwright at a time can be open in a process
 def browser():
     with chromium("page") as launched:
         yield launched
