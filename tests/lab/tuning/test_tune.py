@@ -151,8 +151,8 @@ def test_several_shapes_are_proved_together_and_stored_one_by_one(gpus, section,
     """The command, with three candidates: one that would cost a bit, and one that the order of one shape forbids."""
     few = [GOOD, replace(GOOD, block_m=32), replace(GOOD, block_n=32)]
     real, here = Op.run_schedule, runtime.device()
-    monkeypatch.setattr(proofs, "ROWS", 19)
-    monkeypatch.setattr(proofs, "KINDS", ("portable", "residue"))
+    monkeypatch.setattr(proofs, "ROWS", 19 if gpus == 1 else 3)  # a tree walks eight leaves of 64 at least
+    monkeypatch.setattr(proofs, "KINDS", ("portable", "residue") if gpus == 1 else ("portable",))
     def off(op, schedule, *given):
         return real(op, schedule, *given) + (schedule == few[1])
     def in_this_process(jobs, workers, progress):
