@@ -56,7 +56,7 @@ def _check(q, k, v, dropout) -> bool:
 
 def attend(q, k, v, seen: Seen, scale: float | None, lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """q (B, H, Q, D), k and v (B, KV, K, D) -> y (B, H, Q, D), and with `lse` (B, H, Q) float32."""
-    usual = scale is None or scale == 1 / math.sqrt(q.shape[3])
+    usual = scale is None or math.isclose(scale, 1 / math.sqrt(q.shape[3]), rel_tol=1e-12)  # D ** -0.5 may differ
     if q.dtype != torch.float32 and q.shape[3] <= WIDEST and v.shape == k.shape and usual:
         return _by_op(q, k, v, seen, lse)
     found = [_one(q[b], k[b, :, start:], v[b, :, start:], seen.hidden(b), scale, lse)

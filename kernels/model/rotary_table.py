@@ -34,7 +34,7 @@ TURN = 2 * LIMB  # bits that are kept of an angle's fraction of a turn
 RADIANS = 2 * math.pi / 2.0**TURN
 COSINE = tuple((-1.0) ** k / math.factorial(2 * k) for k in range(8))
 SINE = tuple((-1.0) ** k / math.factorial(2 * k + 1) for k in range(7))
-POSITIONS = 1024  # worked out at a time, in a CPU's cache
+POSITIONS = 256  # worked out at a time: PyTorch keeps so few numbers on one core, whose cache holds them
 
 
 def rotary_table(config: Config, device="cpu") -> torch.Tensor:

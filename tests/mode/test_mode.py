@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import threading
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels import bits, runtime
 from kernels.bits import portable, same_bits
 from kernels.mode import MovesBits, Refused, active, batch_invariant
+from kernels.mode import attention as attention_rules
 from kernels.mode import switch as switch_module
 from kernels.mode.refused import KNOWN
 from kernels.mode.switch import KEY, RULES, op_of
@@ -245,6 +247,18 @@ def test_a_window_and_no_mask_are_what_pytorch_means(dtype):
         with batch_invariant(strict=True):
             y = F.scaled_dot_product_attention(q, k, v, **given)
         torch.testing.assert_close(y, F.scaled_dot_product_attention(q, k, v, **given), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("width", [32, 64, 128])
+def test_the_usual_scale_is_known_however_it_was_computed(width, monkeypatch):
+    """32 ** -0.5 and 1 / sqrt(32) are neighbours in float64; transformers gives the first."""
+    q = made(1, 2, 5, width, dtype=torch.bfloat16)
+    slow = []
+    monkeypatch.setattr(attention_rules, "_one", lambda *given: slow.append(given))
+    with batch_invariant(strict=True):
+        ys = [F.scaled_dot_product_attention(q, q, q, is_causal=True, scale=scale)
+              for scale in (None, width ** -0.5, 1 / math.sqrt(width))]
+    assert not slow and same_bits(ys[0], ys[1]) and same_bits(ys[0], ys[2])
 
 
 def test_a_long_cache_beside_a_row_moves_nothing():

@@ -253,7 +253,7 @@ from kernels.ops.matmul.shared import share, shared_part
 
 ranks = parallel.join("cuda", 60)
 found = all_reduce.schedules(ranks.device)
-assert {s.kind for s in found} == {"gather", "scatter", "one_shot", "two_shot"}, found
+assert {s.kind for s in found} == {"gather", "scatter", "one_shot", "two_shot", "push"}, found
 for tokens, n in ((1, 4096), (7, 4096), (64, 4096), (513, 4096), (5, 24)):
     given = all_reduce.inputs(tokens, f"N={n}", ranks.device, ranks.rank)[0]
     bias = torch.ones(n, dtype=torch.bfloat16, device=ranks.device)

@@ -87,7 +87,28 @@ def _two_shot(schedule, part, bias, dtype, group):
     return results[workspace.rank][: part.numel()].clone().view(part.shape)
 
 
-_WAYS = {"gather": _gather, "scatter": _scatter, "one_shot": _one_shot, "two_shot": _two_shot}
+def _push(schedule, part, bias, dtype, group):
+    """Slot i of a GPU's memory for parts holds rank i's numbers of the rows that this GPU adds."""
+    count, rank, width = ranks.size(group), ranks.number(group), part.shape[-1]
+    rows = part.numel() // width
+    each = -(-rows // count) * width
+    workspace = WORKSPACES.of(4 * count * each, part.device, group)
+    flat, slots = part.reshape(-1), [memory[: 4 * count * each].view(torch.float32).view(count, each)
+                                     for memory in workspace.parts]
+    for peer in range(count):
+        sent = flat[each * peer : each * (peer + 1)]
+        slots[peer][rank, : len(sent)].copy_(sent)
+    workspace.barrier()
+    start, end = (min(part.numel(), each * of) for of in (rank, rank + 1))
+    results = [memory.view(dtype) for memory in workspace.results]
+    if end > start:
+        moved = [result[start:] for result in results]
+        _add(schedule, list(slots[rank]), moved, 0, end - start, bias, width)
+    workspace.barrier()
+    return results[rank][: part.numel()].clone().view(part.shape)
+
+
+_WAYS = {"gather": _gather, "scatter": _scatter, "one_shot": _one_shot, "two_shot": _two_shot, "push": _push}
 
 
 def _brought(part, group):

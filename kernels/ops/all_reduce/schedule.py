@@ -4,6 +4,7 @@ gather    every rank gets all parts from the library's all-gather, and adds all 
 scatter   a rank gets its own rows of all parts (all-to-all), adds them, and the rounded rows are gathered. Any device
 one_shot  every GPU reads all parts where they lie, in symmetric memory, and adds all of them: two barriers, one kernel
 two_shot  every GPU reads its own rows of all parts there, and stores the rounded rows in every GPU's memory
+push      every GPU stores the rows of its part where they are added, and the rounded rows in every GPU's memory
 
 Few tokens are a matter of latency, and want one_shot; many are a matter of bytes, and want each sum made once.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-KINDS = ("gather", "scatter", "one_shot", "two_shot")
+KINDS = ("gather", "scatter", "one_shot", "two_shot", "push")
 SYMMETRIC = KINDS[2:]
 ONE_SHOT_BYTES = 2 << 20  # that a GPU may read of the others, at most, before it is better to add each row once
 
