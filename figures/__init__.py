@@ -66,8 +66,13 @@ def sweep_rows(data, machine: str | None, ops: Iterable[str]) -> tuple[pd.DataFr
 
 
 def of_older_code(rows: pd.DataFrame) -> str:
-    """A line for the caption that counts the rows of older code; '' if there are none."""
-    return f"\nof older code, drawn hollow: {rows.older.sum()} of {len(rows)} points" if rows.older.any() else ""
+    """A line for the caption that counts the rows of older code, and those whose code nobody can read without Triton;
+    '' if there are none.
+    """
+    older = f"\nof older code, drawn hollow: {rows.older.sum()} of {len(rows)} points" if rows.older.any() else ""
+    unsaid = rows.untold.sum() if "untold" in rows else 0
+    return older + (f"\nwithout Triton it cannot be told whether {unsaid} of {len(rows)} points are of older code"
+                    if unsaid else "")
 
 
 def ends(rows: pd.DataFrame, column: str = "us_p50", per: float = 1.0, names: Iterable[str] = (), cpu=False) -> str:

@@ -6,9 +6,9 @@ from matplotlib.figure import Figure
 
 from figures import described
 from figures.page import SCREEN, Page, around
-from kernels.lab import records
+from kernels.lab import records, style
 from kernels.lab.serving import tree
-from kernels.lab.serving.recorded import ANSWERS, EVERY, recorded
+from kernels.lab.serving.recorded import ANSWERS, EVERY, VERIFIED, recorded
 from kernels.lab.serving.served import Served
 
 MODEL = "byte"  # whose tokens are letters
@@ -24,10 +24,15 @@ def totals(data=records.DATA, machine: str | None = None) -> tuple[pd.DataFrame,
     return every, described(data, name) | {"folder": name}
 
 
+def named(ops: str) -> str:
+    """What answered, in words."""
+    return "a verifier" if ops == VERIFIED else f"{ops} ops"
+
+
 def _trees(data, machine) -> tuple[dict[str, Served], dict]:
     every, about = totals(data, machine)
     greedy = every[(every.model == MODEL) & (every.temperature == 0)]
-    found = {f"{ops} ops": recorded(records.Path(data) / about["folder"], MODEL, ops, 0.0) for ops in greedy.ops}
+    found = {named(ops): recorded(records.Path(data) / about["folder"], MODEL, ops, 0.0) for ops in greedy.ops}
     found = {name: served for name, served in found.items() if served.requests}
     if not found:
         raise ValueError(f"no answers of the byte model are recorded for {about['folder']}: python -m kernels answers")
@@ -45,7 +50,10 @@ def draw(data=records.DATA, machine: str | None = None, page: Page = SCREEN) -> 
     for axes, (name, served) in zip(blocks, trees.items(), strict=True):
         tree.draw_tree(axes, served, most, 8 if page.narrow else 10)
         axes.set_title(f"{name}: {tree.counted(served)}", fontsize=10, pad=3)
-    around(figure, page, tree.claim(trees), f"{tree.SAYS}{page.newline}{_caption(about, page.newline)}")
+    claim = tree.claim(trees)
+    if page.screen:
+        claim = style.wrapped(claim, figure.get_figwidth() - 0.2, page.heading, "bold")
+    around(figure, page, claim, f"{tree.SAYS}{page.newline}{_caption(about, page.newline)}")
     return figure
 
 

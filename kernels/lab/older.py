@@ -8,23 +8,45 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .. import OPS, tables
+from .. import OPS, runtime, tables
 from ..op import Shape
 from ..ops.all_reduce import call as all_reduce
 from . import closure, provenance, records
 
 
 def is_older(row) -> bool:
-    """Whether a row of a token sweep, of digests or of certificates was decided by other code than today's."""
+    """Whether a row of a token sweep, of digests or of certificates was decided by other code than today's.
+
+    Where that cannot be told, for `untold` says so, it counts as today's.
+    """
+    todays = _of(row)
+    return todays is not None and row.source not in todays
+
+
+def untold(row) -> bool:
+    """Whether this row's code cannot be read here: schedules in Gluon need Triton."""
+    return _of(row) is None
+
+
+def _of(row) -> frozenset | None:
     schedule = getattr(row, "schedule", "")
     given = (row.op, getattr(row, "implementation", "triton"), row.dtype, row.shape,
              int(row.tokens if hasattr(row, "tokens") else row.rows), getattr(row, "clock", ""))
-    return row.source not in _todays(*given, schedule if isinstance(schedule, str) else "")
+    return _todays(*given, schedule if isinstance(schedule, str) else "")
 
 
 @cache
-def _todays(op: str, implementation: str, dtype: str, shape: str, tokens: int, clock: str, schedule: str) -> frozenset:
-    """Every source that counts as today's for such a row."""
+def _todays(*row) -> frozenset | None:
+    """Every source that counts as today's for such a row; None where it cannot be told."""
+    try:
+        return _sources(*row)
+    except ImportError:
+        if runtime.HAS_TRITON:
+            raise
+        return None
+
+
+def _sources(op: str, implementation: str, dtype: str, shape: str, tokens: int, clock: str, schedule: str) -> frozenset:
     if op not in OPS:  # all_reduce, which needs ranks
         return provenance.known_as(provenance.source(all_reduce.__file__))
     known = OPS[op]
@@ -32,7 +54,7 @@ def _todays(op: str, implementation: str, dtype: str, shape: str, tokens: int, c
         now = {provenance.of_row(known, implementation, dtype, shape, tokens, clock, schedule)}
     except ValueError:  # a schedule or an implementation that is no more
         now = set()
-    launched = implementation == "triton" and clock != "call"
+    launched = implementation in provenance.BY_SCHEDULE and clock != "call"
     return frozenset().union(*map(provenance.known_as, now), known_as(op) if launched else ())
 
 
@@ -54,8 +76,10 @@ def of_stored(op: str) -> str:
 
 
 def mark(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows with a column `older`."""
-    return rows.assign(older=np.fromiter((is_older(row) for row in rows.itertuples()), bool, len(rows)))
+    """The rows with columns `older` and `untold`."""
+    found = [(is_older(row), untold(row)) for row in rows.itertuples()]
+    older, unsaid = np.array(found, bool).reshape(-1, 2).T
+    return rows.assign(older=older, untold=unsaid)
 
 
 def listed(table: records.Table, out=records.DATA) -> list[str]:

@@ -14,6 +14,7 @@ from . import closure
 
 ROOT = Path(__file__).resolve().parents[2]
 SAME_CODE = ROOT / "data" / "same_code.csv"
+BY_SCHEDULE = ("triton", "online")  # implementations whose row names the schedule that was launched
 
 
 @cache
@@ -37,9 +38,9 @@ def of_row(op: Op, implementation: str, dtype: str, shape: str, tokens: int, clo
     A schedule's time on a GPU, and its bits, are decided by what is launched; its time on the host by all the op's
     files; every other implementation by its function and what that calls.
     """
-    if implementation == "triton" and clock == "call":
+    if implementation in BY_SCHEDULE and clock == "call":
         return of_op(op)
-    if implementation == "triton":
+    if implementation in BY_SCHEDULE:
         return closure.of_launches(launches(op, schedule, dtype, shape, tokens))
     return closure.of_functions(op.implementation(implementation))
 

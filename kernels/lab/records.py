@@ -41,7 +41,10 @@ def now() -> str:
 
 
 def device_name() -> str:
-    return torch.cuda.get_device_name() if runtime.HAS_GPU else f"{cpu_model()}, {torch.get_num_threads()} threads"
+    if runtime.HAS_GPU:
+        return torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    return f"{cpu_model()}, {threads} thread{'s' * (threads != 1)}"
 
 
 def slug() -> str:
@@ -150,7 +153,8 @@ def _is_rate(value) -> bool:
 
 def is_cpu(name: str, machine: dict) -> bool:
     """Whether the machine in this folder, with this machine.json, is a CPU alone."""
-    return machine.get("device", "").endswith(" threads") or "device" not in machine and name.startswith("cpu")
+    threads = machine.get("device", "").endswith((" thread", " threads"))
+    return threads or "device" not in machine and name.startswith("cpu")
 
 
 def note_machine(folder, file: str, **ceilings) -> dict:

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from kernels import OPS, tables
+import figures
+from kernels import OPS, runtime, tables
 from kernels.lab import closure, older, provenance, records
 from kernels.lab.proofs.certificates import CERTIFICATES, KINDS, stand_in
 from kernels.lab.proofs.digests import DIGESTS
@@ -168,3 +169,28 @@ def test_a_calls_time_is_of_today_where_the_files_are_or_were_compared():
     rows = records.load(machine="h200").query("op == 'rms_norm' and implementation == 'triton' and clock == 'call'")
     assert len(rows) == 80 and not older.mark(rows).older.any()
     assert older.mark(rows.assign(source="0" * 12)).older.all()
+
+
+def test_without_triton_it_is_said_of_which_points_nothing_can_be_told(monkeypatch):
+    """Schedules in Gluon cannot be imported there; the other rows are told apart as ever."""
+    rows = records.load(machine="h200").query("op == 'attention_decode' and clock == 'cold' and dtype == 'bfloat16'")
+    rows = pd.concat(rows[rows.implementation == name].head(4) for name in ("triton", "cuda")).assign(source="0" * 12)
+    real = provenance.of_row
+
+    def refused(op, implementation, *rest):
+        if implementation == "triton":
+            raise ModuleNotFoundError("No module named 'triton'", name="triton")
+        return real(op, implementation, *rest)
+    monkeypatch.setattr(provenance, "of_row", refused)
+    older._todays.cache_clear()
+    monkeypatch.setattr(runtime, "HAS_TRITON", False)
+    marked, ours = older.mark(rows), rows.implementation == "triton"
+    assert 0 < ours.sum() < len(rows)
+    assert marked.untold.tolist() == ours.tolist() and marked.older.tolist() == (~ours).tolist()
+    assert f"without Triton it cannot be told whether {ours.sum()} of 8 points" in figures.of_older_code(marked)
+    assert "without" not in figures.of_older_code(marked[~marked.untold])
+    older._todays.cache_clear()
+    monkeypatch.setattr(runtime, "HAS_TRITON", True)
+    with pytest.raises(ModuleNotFoundError):
+        older.mark(rows)
+    older._todays.cache_clear()

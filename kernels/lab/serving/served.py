@@ -6,10 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
 from ...inference import Engine, Request, Sampler
+from ...inference.verify import VerifyingEngine
 from ...model.llama import Llama
 from .loads import Call, Load
 
 SEED = 7
+WINDOW, GROUP, FLIP_EVERY, KEYS = 8, 4, 16, 32  # of a verifying server; its passes read a multiple of so many keys
 
 
 @dataclass
@@ -44,7 +46,8 @@ class Served:
         return first_difference(self.answers)
 
     def __str__(self):
-        return f"{self.requests} requests, {len(self.answers)} answers, {len(self.digests)} digests of logits"
+        counts = {"request": self.requests, "answer": len(self.answers), "digest": len(self.digests)}
+        return ", ".join(f"{number} {what}{'s' * (number != 1)}" for what, number in counts.items()) + " of logits"
 
 
 def first_difference(answers: Iterable[Sequence[int]]) -> int | None:
@@ -55,17 +58,20 @@ def first_difference(answers: Iterable[Sequence[int]]) -> int | None:
     return next(differs, shortest if len({len(answer) for answer in answers}) > 1 else None)
 
 
-def serve(model: Llama, load: Load, sampler: Sampler = Sampler()) -> Served:  # noqa: B008 - frozen
+def serve(model: Llama, load: Load, sampler: Sampler = Sampler(), verify: bool = False) -> Served:  # noqa: B008
     """Serve a load, our requests with this sampler. Raises what a request of ours failed with.
+
+    verify  our requests are verified, whatever the server at one shape, and one in FLIP_EVERY drafts is changed
 
     The pages are counted in the end: RuntimeError if one is lost.
     """
-    engine, ours, waiting, step = Engine(model, **asdict(load.server), digests=True), [], list(load.calls), 0
+    engine, ours, waiting, step = _engine(model, load, verify), [], list(load.calls), 0
     to_cancel: list[tuple[int, Request]] = []
     while waiting or engine.scheduler.requests:
         while waiting and waiting[0].arrives <= step:
             call = waiting.pop(0)
-            request = engine.submit(call.prompt, call.count, _sampler(call, sampler))
+            sure = {"verify": True} if verify and call.seed is None else {}
+            request = engine.submit(call.prompt, call.count, _sampler(call, sampler), **sure)
             ours += [request] if call.seed is None else []
             to_cancel += [(call.cancelled, request)] if call.cancelled is not None else []
         for _, request in (pair for pair in to_cancel if pair[0] <= step):
@@ -80,6 +86,15 @@ def serve(model: Llama, load: Load, sampler: Sampler = Sampler()) -> Served:  # 
     cancelled = sum(call.cancelled is not None for call in load.calls)
     return Served(Counter((tuple(request.answer), request.logit_digest) for request in ours),
                   Counter(engine.counts() | {"to be cancelled": cancelled}))
+
+
+def _engine(model: Llama, load: Load, verify: bool) -> Engine:
+    settings = {**asdict(load.server), "digests": True}
+    if not verify:
+        return Engine(model, **settings)
+    longest = max((len(call.prompt) + call.count for call in load.calls if call.seed is None), default=1)
+    return VerifyingEngine(model, window=WINDOW, group=GROUP, flip_every=FLIP_EVERY,
+                           reach=-(-longest // KEYS) * KEYS, **settings)
 
 
 def _sampler(call: Call, ours: Sampler) -> Sampler:

@@ -22,6 +22,7 @@ PLAIN = ("LICENSE", "CITATION.cff", "requirements.txt")  # what a text links to,
 _SOURCE = re.compile(r"(?<!\[)`(kernels/[\w/]+\.py)`(?!\])")
 _TITLE = re.compile(r"^\*(kernels/[\w/]+\.py)\*\n", re.M)  # of a source that show_source printed
 _README_LINK = re.compile(r"\]\((?P<up>(?:\.\./)*)README\.md(?P<place>#[^)]*)?\)")
+_SECTION = re.compile(r"(?<=\.ipynb#)[^)\s]+(?=\))")  # of a notebook, by the name that JupyterLab gives it
 _CODE_LINK = re.compile(r"\]\((?P<path>(?:\.\./)*(?:[\w./-]+/)?[\w-]+\.py)\)")
 
 
@@ -71,11 +72,13 @@ def notebook(nb, path: Path, address: Address | None, sources: bool):
 
 
 def linked(text: str, up: str, sources: bool) -> str:
-    """A text whose links to README lead to the first page, and whose files of kernels/ are links to their pages.
+    """A text whose links to README lead to the first page, those to sections to Sphinx's names of them, and whose files
+    of kernels/ are links to their pages.
 
     up: the way from the text's folder to the root. Code in fences stays as it is.
     """
     def links(prose: str) -> str:
+        prose = _SECTION.sub(lambda m: re.sub(r"[^\w-]", "", m[0].lower()), prose)  # as Sphinx names it
         prose = _README_LINK.sub(lambda m: m[0] if up == "" and m["up"] else f"]({_first(m, up)})", prose)
         if not sources:
             return prose

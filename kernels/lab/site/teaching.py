@@ -23,7 +23,7 @@ PATHS = ("90 minutes", "Half a day")
 MINUTES = {"90 minutes": 90, "Half a day": 210}
 MOST_SECONDS = 600  # that the cells of the 90 minutes may run, on two cores
 _ROW = re.compile(r"^\|\s*(\d+) \| (.+?) \|\s*(.*?)\s*\|$", re.M)
-LINK = re.compile(r"\]\((\d\d[a-z]?_\w+\.ipynb)#([\w-]+)\)")
+LINK = re.compile(r"\]\((\d\d[a-z]?_\w+\.ipynb)#([^)\s]+)\)")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def notebooks(path: str) -> list[str]:
 
 
 def anchors(nb) -> list[tuple[int, str]]:
-    """(index of the cell, anchor) of each heading, as GitHub and the site name it."""
+    """(index of the cell, anchor) of each heading."""
     found = []
     for index, cell in enumerate(nb.cells):
         if cell.cell_type == "markdown":
@@ -60,9 +60,12 @@ def anchors(nb) -> list[tuple[int, str]]:
 
 
 def anchor(heading: str) -> str:
-    """`2 · Batch size` -> `2--batch-size`."""
+    """`2. Batch size` -> `2.-Batch-size`: where a link into a notebook leads, in JupyterLab and on GitHub.
+
+    Capitals count. The site's pages have another name for it, which staging.py writes.
+    """
     plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
-    return re.sub(r"[^\w\- ]", "", plain.lower()).strip().replace(" ", "-")
+    return re.sub(r"[`*]", "", plain).strip().replace(" ", "-")
 
 
 def seconds(nb, cwd, name: str, timeout: float = 600) -> dict[str, float]:

@@ -38,7 +38,8 @@ def sweep_chart(rows: pd.DataFrame, *, clock: str, title: str = "", log: bool = 
 
     The reader's rcParams stay as they are; to save an SVG with the same bytes each time, call style.theme() first.
     """
-    rows, labels = one_experiment(rows, clock), labels or style.ON_A_CPU if machine.endswith(" threads") else labels
+    rows = one_experiment(rows, clock)
+    labels = labels or style.ON_A_CPU if machine.endswith((" thread", " threads")) else labels
     overlays = [one_experiment(o, clock, or_other=True) for o in overlays]
     overlays = [o for o in overlays if len(o)]
     frames = [rows, *overlays, *([published] if published is not None else [])]

@@ -64,7 +64,7 @@ def sweep(wanted: Sweep, *, done: pd.DataFrame | None = None, stop: threading.Ev
     """
     samples: dict[tuple, bench.Timing] = {}
     watch = _Watch(on_error or _print_error, on_start or (lambda what: None), stop or threading.Event())
-    checker = _Checker(wanted, done, watch.on_start)
+    checker = Checker(wanted, done, watch.on_start)
     todo = to_measure(wanted, done)
     refuse_too_large(wanted, todo, largest_recorded(wanted, done))
     bar = tqdm(todo * wanted.passes, desc=f"{wanted.op.name} sweep", disable=not progress, file=sys.stderr)
@@ -153,7 +153,7 @@ def _row(wanted, key, timing, work, verdict) -> dict:
     }
 
 
-class _Checker:
+class Checker:
     """Verdicts by (implementation, point), each worked out once. Keeps the largest batch's results of one shape."""
 
     def __init__(self, wanted: Sweep, done: pd.DataFrame | None = None, on_start: Callable = lambda what: None):

@@ -84,6 +84,8 @@ def test_a_link_that_came_too_late_or_is_stale_or_leads_nowhere_is_found(known):
     late = ["An ulp.", 'Its [ulp](GLOSSARY.md#ulp "The step to the next number.").']
     assert any("'ulp' is first used" in fault for fault in glossary.faults(late, known))
     assert glossary.link(late, known)[1] == "Its ulp."
+    same_cell = ['An ulp, then its [ulp](GLOSSARY.md#ulp "The step to the next number.").']
+    assert any("'ulp' is first used" in fault for fault in glossary.faults(same_cell, known))
     assert any("does not carry" in fault for fault in glossary.faults(['[ulp](GLOSSARY.md#ulp "Old.")'], known))
     assert any("#gone" in fault for fault in glossary.faults(["[x](GLOSSARY.md#gone)"], known))
 

@@ -118,6 +118,14 @@ def test_observe_names_the_cpu_for_what_it_did_beside_a_gpu(capsys, monkeypatch)
     assert capsys.readouterr().out == "• how many: 3 on NVIDIA H200\n• how many: 3 on this CPU\n"
 
 
+@pytest.mark.parametrize(("count", "ending"), [(1, ", 1 thread"), (2, ", 2 threads")])
+def test_a_cpu_is_named_with_its_threads(count, ending, monkeypatch):
+    monkeypatch.setattr(runtime, "HAS_GPU", False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+    assert records.device_name().endswith(ending)
+    assert records.is_cpu("mine", {"device": records.device_name()})
+
+
 @pytest.mark.parametrize("recorded", [False, {"H200": False}])
 def test_observe_prints_the_recorded_value_beside_it(recorded, capsys, monkeypatch, an_h200_recorded):
     monkeypatch.setattr(runtime, "HAS_GPU", False)

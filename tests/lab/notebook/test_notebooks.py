@@ -7,12 +7,14 @@ import re
 import statistics
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from kernels.lab.notebook import exercises, glossary, reading
 from kernels.lab.notebook import run as notebook
+from kernels.lab.site import teaching
 
 ROOT = Path(__file__).resolve().parents[3]
 HELD = notebook.held()
@@ -71,15 +73,9 @@ def opening_faults(nb, path, every):
         yield "the first code cell must call begin() and have at most four lines"
 
 
-def walk_prose(nb) -> str:
-    """The prose between the cells: without the opening, tables, folded solutions and the targets of links."""
-    later = "\n\n".join(cell.source for cell in nb.cells[1:] if cell.cell_type == "markdown")
-    return re.sub(r"<details.*?</details>|^\|[^\n]*", "", reading.without_targets(later), flags=re.S | re.M)
-
-
 def size_faults(nb):
     lines = [len(cell.source.strip().splitlines()) for cell in code_cells(nb)] or [0]
-    words = len(walk_prose(nb).split())
+    words = len(reading.prose(nb).split())  # openings, tables and solutions too; a link counts as its text
     if max(lines) > 25:
         yield f"a cell of {max(lines)} lines; 25 at most"
     if statistics.median(lines) > 8:
@@ -102,11 +98,30 @@ def ending_faults(nb, path, every):
         yield "checks no claim"
 
 
-def link_faults(nb, path):
-    for target in (a or b for a, b in TARGET.findall(prose(nb.cells))):
-        file = target.partition("#")[0]
-        if file and not re.match(r"[a-z]+:", file) and not (path.parent / file).exists():
+@cache
+def places(path: Path) -> set[str]:
+    """Where a link into this file can lead: a notebook's headings as JupyterLab names them, a text's as GitHub does."""
+    if path.suffix == ".ipynb":
+        return {place for _, place in teaching.anchors(read(path) if path in HELD else notebook.read(path))}
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def target_faults(text: str, path: Path):
+    """Links of a text at this path whose file, or section by the letter, is not there."""
+    for target in (a or b for a, b in TARGET.findall(text)):
+        file, _, place = target.partition("#")
+        aim = (path.parent / file).resolve() if file else path
+        if re.match(r"[a-z]+:", file):
+            continue
+        if not aim.exists():
             yield f"a link to {target}, which does not exist"
+        elif place and place not in places(aim):
+            yield f"a link to {target}: there is no such section"
+
+
+def link_faults(nb, path):
+    yield from target_faults(prose(nb.cells), path)
     for cell in code_cells(nb):
         if re.search(r"[\"'](\.\./|notebooks/)", cell.source):
             yield f"a path that depends on where Jupyter was started: {cell.source.splitlines()[0]}"
@@ -131,8 +146,8 @@ def graded(nb) -> set[str]:
 def exercise_faults(nb, path):
     number = path.name.partition("_")[0]
     registered = {name for name in exercises.checkers() if name.startswith(f"{number}.")}
-    if not 2 <= len(graded(nb)) <= 6:
-        yield f"{len(graded(nb))} exercises; two to six"
+    if not 2 <= len(graded(nb)) <= 4:
+        yield f"{len(graded(nb))} exercises; two to four"
     if not graded(nb) == set(solutions(nb)) == registered:
         yield f"stubs {sorted(graded(nb))}, folded solutions {sorted(solutions(nb))}, checkers {sorted(registered)}"
 
@@ -251,10 +266,22 @@ def test_words_are_linked_to_the_glossary_where_they_are_first_used(path):
     assert list(glossary_faults(read(path))) == []
 
 
-def test_the_glossarys_own_links_resolve():
-    text = glossary.PATH.read_text(encoding="utf-8")
-    targets = [target.partition("#")[0] for _, target in LINK.findall(text) if not re.match(r"[a-z]+:", target)]
-    assert targets and all((glossary.PATH.parent / target).exists() for target in targets)
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "data/README.md", "notebooks/GLOSSARY.md",
+                                  "notebooks/TEACHING.md"])
+def test_links_of_the_texts_resolve(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert TARGET.search(text) and list(target_faults(text, ROOT / name)) == []
+
+
+def test_a_section_is_named_by_the_letter(tmp_path):
+    """JupyterLab compares capitals and commas; the sections of a text have neither, as GitHub names them."""
+    (tmp_path / "a.md").write_text("# One\n\n## The end, of it\n", encoding="utf-8")
+    start = "00_start_here.ipynb"
+    for good, bad in ((f"{start}#The-fix", f"{start}#the-fix"), ("GLOSSARY.md#tensor-core", "GLOSSARY.md#Tensor-core")):
+        assert list(target_faults(f"[x]({good})", glossary.PATH)) == []
+        assert len(list(target_faults(f"[x]({bad})", glossary.PATH))) == 1
+    assert list(target_faults("[x](#the-end-of-it)", tmp_path / "a.md")) == []
+    assert len(list(target_faults("[x](#The-end,-of-it) [y](b.md)", tmp_path / "a.md"))) == 2
 
 
 def test_each_word_of_the_glossary_is_used():
@@ -270,12 +297,6 @@ def test_exercises_are_graded_and_their_solutions_pass(path):
     assert [*exercise_faults(nb, path), *stub_faults(nb), *question_faults(nb), *solution_faults(nb)] == []
 
 
-def heading_anchors(path) -> set[str]:
-    """The anchors of a notebook's headings, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.+)$", prose(read(path).cells), re.M)
-    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -285,6 +306,21 @@ def test_readme_states_the_minutes_of_reading():
     assert stated == {path.name: reading.minutes(read(path)) for path in EVERY}
     hours = float(re.search(r"all of them take about ([\d.]+) hours", README)[1])
     assert abs(hours - sum(stated.values()) / 60) <= 0.5
+
+
+def minutes(number: str) -> str:
+    return f"{number} minute{'s' * (number != '1')}"
+
+
+def test_readme_and_the_openings_state_the_same_minutes_of_running():
+    """An empty field is for a notebook whose opening says that nothing was timed there."""
+    fields = dict(re.findall(r"^\| \[.*?\]\(notebooks/(\w+\.ipynb)\) \|[^|]*\|[^|]*\|(.*)\|$", README, re.M))
+    assert set(fields) == {path.name for path in EVERY}
+    for path in EVERY:
+        cpu, gpu = (field.strip() for field in fields[path.name].split("|"))
+        there = f", {minutes(gpu)} on an H100-class GPU." if gpu else "; on a GPU it is not timed yet."
+        stated = f"About {minutes(cpu)} of running on two CPU cores{there}"
+        assert stated in opening(read(path)), f"{path.name}: {stated}"
 
 
 def test_each_question_leads_from_a_tracker_to_sections_that_show_cause_and_fix():
@@ -298,7 +334,7 @@ def test_each_question_leads_from_a_tracker_to_sections_that_show_cause_and_fix(
         links = re.findall(r"\]\(notebooks/(\w+\.ipynb)#([^)]+)\)", cause + fix)
         assert links and (fix.strip() == "the same section" or "](notebooks/" in fix), question
         for name, anchor in links:
-            assert anchor in heading_anchors(by_name[name]), f"{name} has no section #{anchor}"
+            assert anchor in places(by_name[name]), f"{name} has no section #{anchor}"
             assert shows(read(by_name[name]), anchor), f"{name}#{anchor} has no cell that shows it"
 
 
@@ -308,7 +344,7 @@ def shows(nb, anchor) -> bool:
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             for heading in re.findall(r"^##+ (.+)$", cell.source, re.M):
-                inside = re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") == anchor
+                inside = teaching.anchor(heading) == anchor
         elif inside and re.search(r"\b(check|observe|show|TokenSweep)\(", cell.source):
             return True
     return False

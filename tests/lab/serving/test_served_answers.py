@@ -102,6 +102,7 @@ def test_answers_are_those_of_all_digests_the_most_frequent_first():
     assert some.answers == {tuple(b"ab"): 5, tuple(b"ac"): 4} and list(some.answers)[0] == tuple(b"ab")
     assert some.digests == {"1", "2", "3"} and some.requests == 9 and some.first_difference == 1
     assert str(some) == "9 requests, 2 answers, 3 digests of logits"
+    assert str(Served(Counter({((1,), "a"): 1}))) == "1 request, 1 answer, 1 digest of logits"
 
 
 # the record
@@ -241,12 +242,12 @@ def test_numbers_that_cannot_be_are_named(given, said):
 # the exercises
 
 @pytest.mark.parametrize(("name", "wrong", "hint"), [
-    ("06.4", 40, "without the prefix cache"), ("06.4", 13, "is not full"), ("06.4", 12, "more than one page"),
-    ("06.4", 21, "can be shared"), ("06.4", "many", "a whole number is asked for"),
-    ("06.5", lambda chosen, drafts: chosen, "before it were right"),
-    ("06.5", lambda chosen, drafts: chosen[: sum(a == b for a, b in zip(chosen, drafts, strict=False))] or chosen[:1],
+    ("06.2", 40, "without the prefix cache"), ("06.2", 13, "is not full"), ("06.2", 12, "more than one page"),
+    ("06.2", 21, "can be shared"), ("06.2", "many", "a whole number is asked for"),
+    ("06.3", lambda chosen, drafts: chosen, "before it were right"),
+    ("06.3", lambda chosen, drafts: chosen[: sum(a == b for a, b in zip(chosen, drafts, strict=False))] or chosen[:1],
      "one token is missing"),
-    ("06.6", lambda tokens: 32, "two in five"), ("06.6", lambda tokens: "x", "from 0 to 255"),
+    ("06.4", lambda tokens: 32, "two in five"), ("06.4", lambda tokens: "x", "from 0 to 255"),
 ])
 def test_a_wrong_answer_gets_its_hint(name, wrong, hint, capsys):
     exercises.grade(name, wrong)

@@ -54,10 +54,10 @@ def test_an_unknown_path_is_named():
 
 def test_the_time_of_cells_is_that_of_their_section(tmp_path):
     nb = new_notebook(cells=[
-        new_markdown_cell("# T\n\ntext\n\n## One · 1"), new_code_cell("import time; time.sleep(0.3)"),
+        new_markdown_cell("# T\n\ntext\n\n## One's 1"), new_code_cell("import time; time.sleep(0.3)"),
         new_markdown_cell("## Two"), new_code_cell("1 + 1"), new_code_cell("2")])
     found = teaching.seconds(nb, tmp_path, "t.ipynb")
-    assert set(found) == {"one--1", "two"} and found["one--1"] >= 0.3 > 0 < found["two"]
+    assert set(found) == {"One's-1", "Two"} and found["One's-1"] >= 0.3 > 0 < found["Two"]
 
 
 # Copies without solutions.
@@ -137,7 +137,10 @@ def test_every_widget_of_the_notebooks_is_known():
     ("```\n`kernels/op.py`\n```", "", "```\n`kernels/op.py`\n```"),
     ("[c](../README.md#the-notebooks)", "../", "[c](../index.md#the-notebooks)"),
     ("[d](README.md)", "../", "[d](README.md)"), ("[d](data/README.md)", "", "[d](data/README.md)"),
-    ("[r](README.md#limits)", "", "[r](index.md#limits)")])
+    ("[r](README.md#limits)", "", "[r](index.md#limits)"),
+    ("[s](02_a.ipynb#13.-Dynamic-batching)", "../", "[s](02_a.ipynb#13-dynamic-batching)"),
+    ("[s](03_a.ipynb#A-GPU's-bits,-here) [t](GLOSSARY.md#L2)", "../",
+     "[s](03_a.ipynb#a-gpus-bits-here) [t](GLOSSARY.md#L2)")])
 def test_links_lead_to_pages_of_the_site(text, up, wanted):
     assert staging.linked(text, up, sources=True) == wanted
 
@@ -178,6 +181,13 @@ def test_a_deck_opens_without_a_network_and_leads_on_by_keyboard(page, tmp_path)
     assert page.evaluate("Reveal.getSlidePastCount()") == 3
     assert page.locator("section.present section.present").first.bounding_box()["width"] > 900
     assert page.evaluate("document.querySelectorAll('details[open]').length") == 0, "solutions are folded"
+
+
+def test_a_script_stays_as_it_is_but_for_an_end_tag(tmp_path, monkeypatch):
+    (tmp_path / "_static" / "revealjs").mkdir(parents=True)
+    (tmp_path / "_static" / "revealjs" / "a.js").write_text('describe("<script>1</script>"); // a script')
+    monkeypatch.setattr(slides, "files", lambda package: tmp_path)
+    assert slides._reveal("a.js") == 'describe("<script>1<\\/script>"); // a script'
 
 
 def test_a_template_of_another_form_is_refused():

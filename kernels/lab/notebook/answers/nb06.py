@@ -1,14 +1,11 @@
 """Checkers of notebook 06, Serve a model."""
 from __future__ import annotations
 
-import torch
-
-from ....model.sampling import Sampler
 from ...serving.measure import held_out
 from ..exercises import exercise
 from ..written import number
 
-GUESSES = 400  # of exercise 06.6
+GUESSES = 400  # of exercise 06.4
 
 
 @exercise("06.1", wants="a set of names")
@@ -20,27 +17,7 @@ def _(answer):
     assert set(answer) == {"rms_norm", "linear", "attention"}, "which steps add up many numbers for one result?"
 
 
-@exercise("06.2", "answer(row)", wants="a whole number")
-def _(answer):
-    logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [-1.0, -2.0, -1.0, -1.0], [5.0, 4.0, 4.0, 5.0]],
-                          dtype=torch.float32, device="cpu")
-    got = [int(answer(row)) for row in logits]
-    right = Sampler()(logits).tolist()
-    assert got[1:] != [2, 3] and got[1:] != [3, 3], "of equal logits the first is taken, not the last."
-    assert got == right, f"for rows {logits.tolist()} greedy chooses {right}, not {got}."
-
-
-@exercise("06.3", "answer(chunks)", wants="a list of pairs")
-def _(answer):
-    for chunks in ([8], [3, 5], [1] * 8, [2, 2, 2, 1, 1]):
-        got = list(answer(chunks))
-        right = [(sum(chunks[:i]), sum(chunks[: i + 1])) for i in range(len(chunks))]
-        assert len(got) == len(chunks), f"one pair a chunk: {len(chunks)} for {chunks}, not {len(got)}."
-        assert got == right, (f"for {chunks}, {right}: a chunk begins where the one before it ended, "
-                              f"and sees all keys up to its own end; got {got}.")
-
-
-@exercise("06.4", wants="a whole number")
+@exercise("06.2", wants="a whole number")
 def _(answer):
     answer = number(answer, "a whole number")
     assert answer != 40, "that is without the prefix cache: four pages for each of ten requests."
@@ -49,7 +26,7 @@ def _(answer):
     assert answer == 22, "64 tokens lie in four pages; of the prompt's 40, how many full pages can be shared?"
 
 
-@exercise("06.5", "kept(chosen, drafts)", wants="a list of tokens")
+@exercise("06.3", "kept(chosen, drafts)", wants="a list of tokens")
 def _(kept):
     for chosen, drafts in (([7], []), ([5, 6, 9, 1], [5, 6, 7]), ([5, 6, 7, 1], [5, 6, 7]), ([4, 6, 7, 1], [5, 6, 7])):
         right = sum(chosen[: i + 1] == drafts[: i + 1] for i in range(len(drafts)))
@@ -60,7 +37,7 @@ def _(kept):
                                "drafts before it were right.")
 
 
-@exercise("06.6", "draft(tokens)", wants="a byte, 0 to 255", kind="open")
+@exercise("06.4", "draft(tokens)", wants="a byte, 0 to 255", kind="open")
 def _(draft):
     text, right = held_out(), 0
     for i in range(GUESSES):
