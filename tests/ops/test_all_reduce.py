@@ -98,8 +98,8 @@ def test_a_schedule_that_is_none_is_refused(text):
 
 def test_a_schedule_prints_as_it_is_parsed_and_is_chosen_by_size():
     assert all(Schedule.parse(str(s)) == s for s in every(True)) and {s.kind for s in every(True)} == set(KINDS)
-    assert [choose(n, 2, symmetric).kind for symmetric in (True, False) for n in (4096, 1 << 24)] == [
-        "one_shot", "two_shot", "gather", "scatter"]
+    assert [choose(n, 2, symmetric).kind for symmetric in (True, False) for n in (4096, 1 << 22, 1 << 24)] == [
+        "one_shot", "two_shot", "push", "gather", "scatter", "scatter"]
 
 
 # A rank that ends, or does not come.
