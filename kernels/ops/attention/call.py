@@ -15,14 +15,14 @@ from ...call import Call
 from ...launch import Launch, Step
 from ...op import dtype_name
 from ...runtime import contiguous_strides, current_stream, require_triton
-from . import order, spread, walk
+from . import blocks, order, spread, walk
 from .choice import choose, shares
 from .form import Form
 from .schedule import ON_HOPPER, Schedule, is_hopper, suits_hopper
 from .sequences import Sequences
 from .work import Work, work_of
 
-KINDS = {"walk": walk, "spread": spread}
+KINDS = {"walk": walk, "spread": spread, "blocks": blocks}
 
 
 class Attention(Call):
@@ -117,8 +117,8 @@ def _hopper_spread():
 
 
 def launches(schedule: Schedule, form: Form, sequences: Sequences, leaf: int) -> tuple[list[Step], Work]:
-    """The launches of a schedule of kind walk or spread, and the tables that they read."""
-    work = work_of(sequences, schedule.rows, form.group, form.window, schedule.kind == "spread", leaf)
+    """The launches of a schedule of kind walk, spread or blocks, and the tables that they read."""
+    work = work_of(sequences, schedule.rows, form.group, form.window, schedule.kind != "walk", leaf)
     return KINDS[schedule.kind].steps(schedule, form, work), work
 
 
@@ -178,7 +178,7 @@ class Plan:
 
     def _ready_to_launch(self, schedule, form, sequences):
         steps, work = launches(schedule, form, sequences, self.call.leaf)
-        made = (schedule, form.table, *(step.programs for step in steps), work.slots, work.most)
+        made = (schedule, form.table, *(step.programs for step in steps), work.slots, work.most, len(work.tiles))
         if made not in self.made:
             self.made[made] = tuple((Launch(step, self.index), _pointers(step)) for step in steps)
         return Ready(self.made[made], sequences, work, steps[0].leaves)
@@ -195,8 +195,8 @@ class Plan:
             form = Form.of(*read, sequences, window, lse, adder=dtype)
             schedule = self.schedule or choose(form, sequences)
             if schedule.kind in ON_HOPPER:
-                raise ValueError(f"schedules of kind {schedule.kind} need a GPU of sm_90: the interpreter runs walk "
-                                 "and spread")
+                raise ValueError(f"schedules of kind {schedule.kind} need a GPU of sm_90: the interpreter runs walk, "
+                                 "spread and blocks")
             steps, work = launches(schedule, form, sequences, self.call.leaf)
             memory |= dict(zip(("q_ptr", "k_ptr", "v_ptr"), read, strict=True))
             pages = work.tiles if sequences.table is None else sequences.put(sequences.table)

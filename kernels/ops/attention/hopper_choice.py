@@ -5,7 +5,7 @@ import numpy as np
 
 from .form import Form
 from .order import BLOCK, LEAF
-from .schedule import HOPPER, HOPPER_FEW, HOPPER_MANY, Schedule
+from .schedule import BLOCKS, HOPPER, HOPPER_FEW, HOPPER_MANY, Schedule
 from .sequences import Sequences
 
 PROGRAMS = 132
@@ -14,6 +14,7 @@ BLOCK_US = {64: 1.0, 128: 1.5}  # a block of 128 keys for so many rows
 JOB_US = {64: 3.5, 128: 3.5}  # what a tile, or a leaf of one, costs besides
 SECOND_US = 3.0  # another launch
 ROW_US = 2 * 128 * 4 / 3e6  # a row of partial results, written and read again
+BLOCKS_MOST = 16  # leaves x heads of k, of few rows each, up to which three short launches take less time
 LONG_WALK = Schedule("walk", 16, 4, 2)  # for memory that is busy anyway, without partial results
 
 
@@ -22,6 +23,8 @@ def hopper_shares(form: Form, sequences: Sequences) -> list[tuple[Schedule, np.n
     queries, keys = sequences.queries, sequences.keys
     if _is_long_decode(form, queries, keys):
         return [(LONG_WALK, None)]
+    if (queries * form.group).max(initial=0) <= 16 and _leaves(queries, keys) * form.kv_heads <= BLOCKS_MOST:
+        return [(BLOCKS, None)]
     ways = [(_walk_us(queries, keys, form, queries >= least) + _spread_us(queries, keys, form, queries < least, rows),
              least, rows) for least in (*WALKS, 1 << 31) for rows in (64, 128)]
     _, least, rows = min(ways)
@@ -30,6 +33,10 @@ def hopper_shares(form: Form, sequences: Sequences) -> list[tuple[Schedule, np.n
                                                                          (spread, queries < least))]
     found = [(schedule, chosen) for schedule, chosen in found if chosen.any()]
     return sorted(found, key=lambda share: -queries[share[1]].sum()) or [(spread, queries > 0)]
+
+
+def _leaves(queries, keys) -> int:
+    return int((-(-keys // LEAF))[queries > 0].sum())
 
 
 def _is_long_decode(form, queries, keys) -> bool:

@@ -48,17 +48,34 @@ def newest_block(row, rows, first, leaf, HEIGHT: gl.constexpr, GROUP: gl.constex
 
 
 @gluon.jit
+def _fetch_queries(q_desc, q_tiles, q_full, q_empty, token, row, head, lap, GROUP: gl.constexpr,
+                   QUERIES: gl.constexpr):
+    """A tile of queries, of which there are QUERIES in turn: a part for each group of warps."""
+    GROUPS: gl.constexpr = q_tiles.shape[0] // QUERIES
+    HIGH: gl.constexpr = q_tiles.shape[1]
+    WIDE: gl.constexpr = q_tiles.shape[2]
+    for group in gl.static_range(GROUPS):
+        at = lap % QUERIES * GROUPS + group
+        mbarrier.wait(q_empty.index(at), (lap // QUERIES + 1) & 1)
+        mbarrier.expect(q_full.index(at), 2 * HIGH * WIDE)
+        parts = q_tiles.index(at)._reinterpret(q_desc.dtype, [WIDE // HALF] + q_desc.block_shape, q_desc.layout)
+        for half in gl.static_range(WIDE // HALF):
+            tma.async_copy_global_to_shared(q_desc, [token + (row + group * HIGH) // GROUP, head, 0, half * HALF],
+                                            q_full.index(at), parts.index(half))
+
+
+@gluon.jit
 def produce(q_desc, k_desc, v_desc, pages_ptr, work_ptr, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, v_full,
             v_raw, waves, table_width, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, PAGE: gl.constexpr,
-            PDL: gl.constexpr):
+            QUERIES: gl.constexpr, PDL: gl.constexpr):
     """Fill tiles as they become free, leaf after leaf, each from its newest block to its oldest."""
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    GROUPS: gl.constexpr = q_tiles.shape[0]
+    GROUPS: gl.constexpr = q_tiles.shape[0] // QUERIES
     HIGH: gl.constexpr = q_tiles.shape[1]
-    WIDE: gl.constexpr = q_tiles.shape[2]
     STAGES: gl.constexpr = k_tiles.shape[0]
+    WIDE: gl.constexpr = k_tiles.shape[2]
     ALL: gl.constexpr = "288" if GROUPS == 2 else "160"
     step = 0
     lap = 0
@@ -71,15 +88,7 @@ def produce(q_desc, k_desc, v_desc, pages_ptr, work_ptr, q_tiles, k_tiles, v_til
             for j in range(last - leaf * LEAF + 1):
                 stage = step % STAGES
                 if j == 0:
-                    for group in gl.static_range(GROUPS):
-                        mbarrier.wait(q_empty.index(group), (lap + 1) & 1)
-                        mbarrier.expect(q_full.index(group), 2 * HIGH * WIDE)
-                        parts = q_tiles.index(group)._reinterpret(q_desc.dtype, [WIDE // HALF] + q_desc.block_shape,
-                                                                  q_desc.layout)
-                        for half in gl.static_range(WIDE // HALF):
-                            tma.async_copy_global_to_shared(
-                                q_desc, [token + (row + group * HIGH) // GROUP, head, 0, half * HALF],
-                                q_full.index(group), parts.index(half))
+                    _fetch_queries(q_desc, q_tiles, q_full, q_empty, token, row, head, lap, GROUP, QUERIES)
                 bar("sync", KEYS_READ + stage, ALL, 1)
                 mbarrier.expect(k_full.index(stage), 2 * BLOCK * WIDE)
                 fetch(k_desc, pages_ptr, place, last - j, head, k_full.index(stage), k_tiles.index(stage), table_width,
@@ -97,17 +106,16 @@ def produce(q_desc, k_desc, v_desc, pages_ptr, work_ptr, q_tiles, k_tiles, v_til
 @gluon.jit
 def consume(o_ptr, lse_ptr, part_ptr, work_ptr, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, v_full, waves,
             count, height, scale, NUMBER: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr,
-            WIDTH: gl.constexpr, PDL: gl.constexpr):
+            WIDTH: gl.constexpr, QUERIES: gl.constexpr, PDL: gl.constexpr):
     """Group NUMBER's rows of each leaf."""
     if PDL:
         gdc_wait()
-    GROUPS: gl.constexpr = q_tiles.shape[0]
+    GROUPS: gl.constexpr = q_tiles.shape[0] // QUERIES
     WIDE: gl.constexpr = q_tiles.shape[2]
     STAGES: gl.constexpr = k_tiles.shape[0]
     BF16: gl.constexpr = q_tiles.dtype == gl.bfloat16
     ALL: gl.constexpr = "288" if GROUPS == 2 else "160"
     inner = NUMBER * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, tile_layout(BLOCK)))  # rows of the tile
-    q = q_tiles.index(NUMBER)
     step = 0
     lap = 0
     if NUMBER == 1:
@@ -121,7 +129,9 @@ def consume(o_ptr, lse_ptr, part_ptr, work_ptr, q_tiles, k_tiles, v_tiles, q_ful
             last = newest_block(row, rows, first, leaf, GROUPS * ROWS, GROUP)
             blocks = last - leaf * LEAF + 1
             position = first + (row + inner) // GROUP
-            mbarrier.wait(q_full.index(NUMBER), lap & 1)
+            turn = lap % QUERIES * GROUPS + NUMBER
+            q = q_tiles.index(turn)
+            mbarrier.wait(q_full.index(turn), lap // QUERIES & 1)
             mbarrier.wait(k_full.index(step % STAGES), step // STAGES & 1)
             s = warpgroup_mma_wait(0, (scores(q, k_tiles.index(step % STAGES)),))
             bar("arrive", KEYS_READ + step % STAGES, ALL, 4)
@@ -137,7 +147,7 @@ def consume(o_ptr, lse_ptr, part_ptr, work_ptr, q_tiles, k_tiles, v_tiles, q_ful
                 p, acc, m, sums = advance(q, k_tiles, v_tiles, k_full, v_full, True, step, scale, p, acc, m, sums,
                                           position, 0, NUMBER, GROUPS, False)
                 step += 1
-            mbarrier.arrive(q_empty.index(NUMBER))
+            mbarrier.arrive(q_empty.index(turn))
             next_line = line_of(work_ptr, wave + 1, waves)
             before = (step + STAGES - 1) % STAGES
             mbarrier.wait(v_full.index(before), (step - 1) // STAGES & 1)

@@ -2,7 +2,7 @@
 
 A tile is 64 or 128 rows, queries x the heads that share a head of k, so that few queries read their keys once. One warp
 copies, and groups of four warps own 64 rows each. A program does leaf after leaf without a pause in its copies: what
-leaves give is joined by the second launch of spread.py, or is the result where every tile has one leaf.
+leaves give is joined by the launch of join.py, or is the result where every tile has one leaf.
 call.py imports this file on sm_90 alone.
 """
 from __future__ import annotations
@@ -22,10 +22,14 @@ from .hopper import Described, cache_tiles, with_layout
 from .hopper_jobs import deal
 from .hopper_leaf import consume, produce
 from .hopper_parts import BLOCK, ROWS
+from .join import join_step, partial_rows
 from .schedule import Schedule
 from .sequences import Sequences
-from .spread import join_step, partial_rows
 from .work import Work, work_of
+
+# rows of a tile -> tiles of queries in shared memory: with two, copies need not wait. 128 rows leave no room for it
+QUERIES = {64: 2, 128: 1}
+OPTIONS = {64: {"num_warps": 4, "maxnreg": 168}, 128: {"num_warps": 4}}
 
 
 def steps(schedule: Schedule, form: Form, work: Work, waves: int, tokens: int, rows: int, capacity: int,
@@ -45,9 +49,9 @@ def steps(schedule: Schedule, form: Form, work: Work, waves: int, tokens: int, r
                  {"waves": waves, "count": count, "height": height, "table_width": form.table,
                   "scale": form.scalars["scale"]},
                  {"KV_HEADS": form.kv_heads, "GROUP": form.group, "WIDTH": form.width, "WIDE": form.columns,
-                  "PAGE": form.page, "GROUPS": schedule.rows // ROWS.value, "STAGES": schedule.stages},
-                 {"num_warps": 4},
-                 {"work_ptr": "leaves_ptr"}, leaves=0 if direct else count * (form.columns + 2))
+                  "PAGE": form.page, "GROUPS": schedule.rows // ROWS.value, "STAGES": schedule.stages,
+                  "QUERIES": QUERIES[schedule.rows]},
+                 OPTIONS[schedule.rows], {"work_ptr": "leaves_ptr"}, leaves=0 if direct else count * (form.columns + 2))
     return [first] if direct else [first, join_step(form, work, height)]
 
 
@@ -121,21 +125,21 @@ def _joining(key: _Key, index: int) -> Launch:
 @gluon.jit(do_not_specialize=["waves", "count", "height"])
 def kernel(q_desc, k_desc, v_desc, o_ptr, lse_ptr, part_ptr, pages_ptr, work_ptr, waves, count, height, table_width,
            scale, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, WIDTH: gl.constexpr, WIDE: gl.constexpr,
-           PAGE: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr):
+           PAGE: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, QUERIES: gl.constexpr, PDL: gl.constexpr):
     """Programs do their columns of the table of work. scale: of the scores, times log2(e). Launched with 4 warps, which
     are the first group. part_ptr: as in spread.py, or None where the result goes to o_ptr and lse_ptr at once."""
     dtype: gl.constexpr = q_desc.dtype
     shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, WIDE], dtype)
-    q_tiles = gl.allocate_shared_memory(dtype, [GROUPS, ROWS, WIDE], shared)
+    q_tiles = gl.allocate_shared_memory(dtype, [QUERIES * GROUPS, ROWS, WIDE], shared)
     k_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, WIDE], shared)
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, WIDE], shared)
-    q_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [QUERIES * GROUPS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [QUERIES * GROUPS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_raw = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(v_raw, count=1)
-    for i in gl.static_range(GROUPS):
+    for i in gl.static_range(QUERIES * GROUPS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
     for i in gl.static_range(STAGES):
@@ -145,16 +149,16 @@ def kernel(q_desc, k_desc, v_desc, o_ptr, lse_ptr, part_ptr, pages_ptr, work_ptr
     if GROUPS == 1:
         gl.warp_specialize([
             (consume, (o_ptr, lse_ptr, part_ptr, work_ptr, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, v_full,
-                        waves, count, height, scale, 0, KV_HEADS, GROUP, WIDTH, PDL)),
+                        waves, count, height, scale, 0, KV_HEADS, GROUP, WIDTH, QUERIES, PDL)),
             (produce, (q_desc, k_desc, v_desc, pages_ptr, work_ptr, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full,
-                        v_full, v_raw, waves, table_width, KV_HEADS, GROUP, PAGE, PDL)),
+                        v_full, v_raw, waves, table_width, KV_HEADS, GROUP, PAGE, QUERIES, PDL)),
         ], [1], [24])
     else:
         gl.warp_specialize([
             (consume, (o_ptr, lse_ptr, part_ptr, work_ptr, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, v_full,
-                        waves, count, height, scale, 0, KV_HEADS, GROUP, WIDTH, PDL)),
+                        waves, count, height, scale, 0, KV_HEADS, GROUP, WIDTH, QUERIES, PDL)),
             (consume, (o_ptr, lse_ptr, part_ptr, work_ptr, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, v_full,
-                        waves, count, height, scale, 1, KV_HEADS, GROUP, WIDTH, PDL)),
+                        waves, count, height, scale, 1, KV_HEADS, GROUP, WIDTH, QUERIES, PDL)),
             (produce, (q_desc, k_desc, v_desc, pages_ptr, work_ptr, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full,
-                        v_full, v_raw, waves, table_width, KV_HEADS, GROUP, PAGE, PDL)),
+                        v_full, v_raw, waves, table_width, KV_HEADS, GROUP, PAGE, QUERIES, PDL)),
         ], [4, 1], [240, 24])

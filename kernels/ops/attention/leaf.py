@@ -70,10 +70,13 @@ def keys_at(pages_ptr, key, inside, batch_stride, row_stride, PAGE: tl.constexpr
 
 
 @device_function
-def rows_of(base_ptr, at, inside, column, D: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr):
-    """[128, columns] of a cache: 0 where no key is, and where D has no column."""
+def rows_of(base_ptr, at, inside, column, D: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr,
+            FRESH: tl.constexpr):
+    """[128, columns] of a cache: 0 where no key is, and where D has no column. FRESH (then MASKED): not through L1."""
     place = base_ptr + at[:, None] + column[None, :]
-    if MASKED and EVEN:
+    if FRESH:
+        x = tl.load(place, mask=inside[:, None] & (column < D)[None, :], other=0.0, cache_modifier=".cg")
+    elif MASKED and EVEN:
         x = tl.load(place, mask=inside[:, None], other=0.0)
     elif MASKED:
         x = tl.load(place, mask=inside[:, None] & (column < D)[None, :], other=0.0)
@@ -86,8 +89,8 @@ def rows_of(base_ptr, at, inside, column, D: tl.constexpr, EVEN: tl.constexpr, M
 
 @device_function
 def scores_of(q, k, key, position, window, WINDOW: tl.constexpr, MASKED: tl.constexpr, ADDER: tl.constexpr):
-    """[ROWS, 128]: a block's scores, -inf for keys that a row does not see."""
-    s = dot(q, k, tl.zeros([q.shape[0], _BLOCK], tl.float32), False, ADDER)
+    """[ROWS, keys]: the scores of a block or of a part of one, -inf for keys that a row does not see."""
+    s = dot(q, k, tl.zeros([q.shape[0], k.shape[0]], tl.float32), False, ADDER)
     if MASKED:
         seen = key[None, :] <= position[:, None]
         if WINDOW:
@@ -130,9 +133,9 @@ def one_leaf(q, k_ptr, v_ptr, pages_ptr, k_batch, k_row, v_batch, v_row, leaf, n
         key = (last - i) * _BLOCK + tl.arange(0, _BLOCK)
         inside = key < length
         k = rows_of(k_ptr, keys_at(pages_ptr, key, inside, k_batch, k_row, PAGE, MASKED), inside, column, D,
-                    WIDTH == D, MASKED)
+                    WIDTH == D, MASKED, False)
         v = rows_of(v_ptr, keys_at(pages_ptr, key, inside, v_batch, v_row, PAGE, MASKED), inside, value, D,
-                    WIDTH == D, MASKED)
+                    WIDTH == D, MASKED, False)
         s = scores_of(q, k, key, position, window, WINDOW, MASKED, ADDER)
         m, sums, acc = add_block(s, tl.maximum(m, tl.max(s, axis=1) * scale), v, m, sums, acc, scale, ADDER)
     return m, add_lanes(sums), acc

@@ -9,7 +9,8 @@ import torch
 
 from .form import Form
 
-KINDS = ("walk", "spread", "hopper", "hopper_spread")
+KINDS = ("walk", "spread", "blocks", "hopper", "hopper_spread")
+PARTS = {"spread": (1, 2), "blocks": (1, 2, 4, 8)}
 ON_HOPPER = {"hopper": ((128, 8, 2),), "hopper_spread": ((64, 4, 3), (128, 8, 3))}  # rows, warps, stages
 
 
@@ -18,10 +19,11 @@ class Schedule:
     """One way to carry out the order of attention.
 
     kind    walk: a program takes its rows through all their leaves; spread: a leaf a program, a second launch joins;
-            hopper, hopper_spread: the same two on sm_90, with copies in a warp of their own
+            blocks: a launch for scores, one for leaves, one that joins;
+            hopper, hopper_spread: walk and spread on sm_90, with copies in a warp of their own
     rows    of a tile: queries x heads that share a head of k
-    warps, stages  warps a program, blocks of keys in flight
-    parts   spread: so many programs a leaf, each with its share of v's columns, and all the scores
+    warps, stages  warps a program, blocks of keys in flight; blocks: programs that make a block's scores
+    parts   spread, blocks: so many programs a leaf, each with its share of v's columns, and all the scores
     """
 
     kind: str = "walk"
@@ -34,7 +36,7 @@ class Schedule:
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         for name, allowed in (("rows", (16, 32, 64, 128)), ("warps", (1, 2, 4, 8)), ("stages", (1, 2, 3, 4)),
-                              ("parts", (1, 2) if self.kind == "spread" else (1,))):
+                              ("parts", PARTS.get(self.kind, (1,)))):
             value = getattr(self, name)
             if type(value) is not int or value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
@@ -56,6 +58,7 @@ class Schedule:
         return cls(kind, *(int(n) for n in numbers if n is not None))
 
 
+BLOCKS = Schedule("blocks", 16, 4, 1, parts=8)
 SMALL_SPREAD = Schedule("spread", 16, 4, 1)
 HOPPER, HOPPER_FEW, HOPPER_MANY = (Schedule(kind, *sizes) for kind, known in ON_HOPPER.items() for sizes in known)
 
@@ -86,5 +89,5 @@ def tested(index: int = -1) -> list[Schedule]:
     """Every schedule that tests hold to the specification's bits; all that `choose` can give are among them."""
     found = [*(Schedule(kind, rows, 4, stages) for kind in ("walk", "spread") for rows, stages in ((16, 3), (64, 2))),
              Schedule("walk", 16, 4, 2), Schedule("walk", 128, 8, 2), Schedule("walk", 64, 4, 1), SMALL_SPREAD,
-             Schedule("spread", 16, 2, 2, parts=2)]
+             Schedule("spread", 16, 2, 2, parts=2), BLOCKS]
     return [*found, HOPPER, HOPPER_FEW, HOPPER_MANY] if is_hopper(index) else found

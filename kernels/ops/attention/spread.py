@@ -7,12 +7,13 @@ from ...arithmetic.elementary import for_kernels
 from ...launch import Step
 from ...runtime import tl, triton
 from .form import Form
-from .leaf import finish, join, one_leaf, spans, wholly_seen
+from .join import join_step, partial_rows
+from .leaf import one_leaf, spans, wholly_seen
 from .schedule import Schedule
 from .walk import tile_of
 from .work import FIELDS, Work
 
-_FIELDS, _NONE = map(for_kernels, (FIELDS, float("-inf")))
+_FIELDS = for_kernels(FIELDS)
 
 
 def steps(schedule: Schedule, form: Form, work: Work) -> list[Step]:
@@ -25,21 +26,6 @@ def steps(schedule: Schedule, form: Form, work: Work) -> list[Step]:
                   "STAGES": schedule.stages}, {"num_warps": schedule.warps},
                  named={"work_ptr": "leaves_ptr"}, leaves=count * (form.columns + 2))
     return [first, join_step(form, work, schedule.rows)]
-
-
-def partial_rows(form: Form, work: Work, height: int) -> int:
-    """How many rows of partial results the first launch leaves, `height` a leaf of a tile."""
-    return work.slots * form.kv_heads * height
-
-
-def join_step(form: Form, work: Work, height: int) -> Step:
-    """The launch that joins a row's leaves, of which the first launch left `height` rows a tile."""
-    heads = {name: form.constants[name] for name in ("HEADS", "GROUP", "D", "WIDTH", "WINDOW")}
-    return Step(join_kernel, len(work.tiles) * form.kv_heads * work.most,
-                {"part_ptr": torch.float32, "work_ptr": torch.int32, **form.outputs},
-                {"count": partial_rows(form, work, height), "most": work.most, "window": form.window},
-                {**heads, "LSE": form.lse, "ROWS": height, "LEAF": work.leaf,
-                 "AHEAD": 8}, {"num_warps": 1})
 
 
 @triton.jit
@@ -83,41 +69,3 @@ def spread_kernel(q_ptr, k_ptr, v_ptr, pages_ptr, work_ptr, part_ptr, q_token, q
         m_ptr = part_ptr + tl.cast(count, tl.int64) * WIDTH
         tl.store(m_ptr + row, m, mask=real)
         tl.store(m_ptr + count + row, part, mask=real)
-
-
-@triton.jit
-def join_kernel(part_ptr, work_ptr, o_ptr, lse_ptr, count, most, window, HEADS: tl.constexpr, GROUP: tl.constexpr,
-                D: tl.constexpr, WIDTH: tl.constexpr, WINDOW: tl.constexpr, LSE: tl.constexpr, ROWS: tl.constexpr,
-                LEAF: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):
-    """One row of o a program: the leaves that it sees, the newest first. `most` programs a tile and kv head."""
-    KV_HEADS: tl.constexpr = HEADS // GROUP
-    inner = tl.program_id(0) % most
-    head = tl.program_id(0) // most % KV_HEADS
-    line_ptr = work_ptr + tl.program_id(0) // most // KV_HEADS * _FIELDS
-    row = tl.load(line_ptr + 1) + inner
-    rows = tl.load(line_ptr + 2)
-    position = tl.load(line_ptr + 3) + row // GROUP
-    query = tl.load(line_ptr).to(tl.int64) + row // GROUP
-    first_slot = tl.load(line_ptr + 7) + tl.load(line_ptr + 6)
-    if PDL:  # no launch writes the table of work, so it is read already
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    if row < rows:
-        newest = position // LEAF
-        oldest = 0
-        if WINDOW:
-            oldest = tl.maximum(position - window + 1, 0) // LEAF
-        slot = first_slot - newest
-        step = KV_HEADS * ROWS
-        at = (slot.to(tl.int64) * KV_HEADS + head) * ROWS + inner + tl.arange(0, 1)
-        column = tl.arange(0, WIDTH)
-        m_ptr = part_ptr + tl.cast(count, tl.int64) * WIDTH
-        M = tl.full([1], _NONE, tl.float32)
-        L = tl.zeros([1], tl.float32)
-        A = tl.zeros([1, WIDTH], tl.float32)
-        for _ in tl.range(newest - oldest + 1, num_stages=AHEAD):  # else each leaf would wait for memory
-            acc = tl.load(part_ptr + at[:, None] * WIDTH + column[None, :])
-            M, L, A = join(M, L, A, tl.load(m_ptr + at), tl.load(m_ptr + count + at), acc)
-            at += step
-        number = query * HEADS + head * GROUP + row % GROUP + tl.arange(0, 1)
-        finish(M, L, A, o_ptr, lse_ptr, number, number >= 0, column, D, LSE)

@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from made import batch, one
 
 from kernels.bits import check_invariance, digest, same_bits
-from kernels.ops.attention import Sequences, attention_chunk, attention_decode, attention_prefill, choice
+from kernels.ops.attention import Sequences, attention_chunk, attention_decode, attention_prefill, choice, join
 from kernels.ops.attention import schedule as schedules
-from kernels.ops.attention.call import Attention
+from kernels.ops.attention.call import Attention, Plan, launches
 from kernels.ops.attention.form import Form
-from kernels.ops.attention.order import specified
+from kernels.ops.attention.order import LEAF, specified
 from kernels.ops.attention.schedule import Schedule
+from kernels.ops.attention.work import work_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # NumPy's, of a row of NaN
 SMALL = 256  # keys a leaf, which the interpreter can wait for
@@ -36,6 +37,54 @@ def test_every_schedule_is_the_specification(schedule):
     """Two heads on one, on both sides of a leaf's edge; NaN and Inf wherever no key lies."""
     given_ = batch([one(260, width=16)], [(250, 260)], capacity=300)
     assert same_bits(CALL.run_schedule(schedule, *given_, 0, True), small(*given_, 0, True))
+
+
+@needs_triton
+@pytest.mark.parametrize(("stages", "parts"), [(1, 1), (2, 4), (4, 8)])
+def test_scores_made_by_a_launch_of_their_own_keep_the_bits(stages, parts):
+    """One leaf, whose result is the second launch's, and two; pages, a window, columns that are not there."""
+    schedule = Schedule("blocks", 16, 4, stages, parts)
+    for given_, window in ((batch([one(200, width=16)], [(197, 200)], capacity=300), 0),
+                           (batch([one(300, 4, 2, 5), one(257, 4, 2, 5)], [(299, 300), (254, 257)], 100), 150)):
+        assert same_bits(CALL.run_schedule(schedule, *given_, window, True), small(*given_, window, True))
+
+
+@needs_triton
+@pytest.mark.parametrize(("leaves", "joined"), [(1, 1), (2, 4), (8, 2)])
+def test_leaves_loaded_together_are_joined_in_their_order(leaves, joined, monkeypatch):
+    """Rows of one program that see one leaf more than others, and fewer leaves than are loaded at once."""
+    monkeypatch.setattr(join, "batch_and_rows", lambda work, kv_heads: (leaves, joined))
+    call = Attention(f"attention_joined_{leaves}_{joined}", 128)
+    given_ = batch([one(300, 4, 2, 5), one(515, 4, 2, 5)], [(299, 300), (510, 515)])
+    for window in (0, 150):
+        wanted = specified(*given_, window, True, leaf=128)
+        assert same_bits(call.run_schedule(SPREAD, *given_, window, True), wanted)
+
+
+@pytest.mark.parametrize(("queries", "keys", "rows", "wanted"), [
+    ([1], [9000], 64, (8, 1)), ([1, 1], [300, 65536], 64, (16, 1)), ([64], [4160], 64, (8, 1)),
+    ([128], [4224], 128, (8, 4)), ([256], [65536], 128, (16, 4)), ([1] * 100, [2000] * 100, 16, (8, 1)),
+    ([1] * 128, [2000] * 128, 16, (8, 4))])
+def test_how_many_leaves_and_rows_are_joined_together(queries, keys, rows, wanted):
+    """32 heads on 8: four rows a program where there are many, sixteen leaves at once if one sequence has many."""
+    assert join.batch_and_rows(work_of(Sequences(queries, keys), rows, 4, 0, True, LEAF), 8) == wanted
+
+
+def test_a_program_joins_no_more_rows_than_a_tile_has():
+    work = work_of(Sequences([1] * 600, [2000] * 600), 16, 1, 0, True, LEAF)
+    assert join.batch_and_rows(work, 8) == (8, 1)
+
+
+@needs_triton
+def test_launches_are_kept_under_all_that_shapes_them():
+    """64 sequences of four leaves and 256 of one have as many leaves, and are joined by as many programs."""
+    plan = Plan(CALL, *good().values(), SPREAD)
+    for count, keys in ((64, 4 * SMALL), (256, SMALL)):
+        q, k = (torch.empty(count, *size, 64, dtype=torch.bfloat16, device="meta") for size in ((32,), (keys, 8)))
+        sequences = Sequences([1] * count, [keys] * count)
+        form = Form.of(q, k, k, sequences, 0, False)
+        ready = plan._ready_to_launch(SPREAD, form, sequences)
+        assert [launch.step for launch, _ in ready.launches] == launches(SPREAD, form, sequences, SMALL)[0]
 
 
 @needs_triton
@@ -203,7 +252,7 @@ def test_on_hopper_many_queries_walk_and_few_spread(monkeypatch):
         return [kind for kind, _ in shares_on_hopper(monkeypatch, *given, **named)]
     assert kinds([4000], [4000]) == kinds([2000, 0, 3000], [2000, 50, 5000]) == kinds([4000], [4000], page=64) \
         == ["hopper"]
-    assert kinds([1], [200]) == kinds([64], [9000]) == kinds([4] * 8, [8192] * 8) == kinds([1], [900], page=16) \
+    assert kinds([5], [200]) == kinds([64], [9000]) == kinds([4] * 8, [8192] * 8) == kinds([5], [900], page=16) \
         == ["hopper_spread"]
     assert kinds([1] * 40, [5000] * 40) == ["walk"]  # memory is busy anyway
     assert kinds([1] * 40, [5000] * 39 + [50000]) == ["hopper_spread"]
@@ -211,6 +260,16 @@ def test_on_hopper_many_queries_walk_and_few_spread(monkeypatch):
                   kinds([200], [200], page=24), kinds([1], [9000], heads=24), kinds([1] * 20, [3000] * 20, heads=24)):
         assert len(plain) == 1 and "hopper" not in plain[0]
     assert kinds([4000], [4000], heads=24) == ["hopper"]  # groups of three cannot be packed, heads alone can
+
+
+def test_on_hopper_few_rows_on_few_leaves_have_scores_made_first(monkeypatch):
+    """8 heads of keys and two leaves are 16 programs, where an H200 has 132."""
+    def kinds(*given, **named):
+        return [kind for kind, _ in shares_on_hopper(monkeypatch, *given, **named)]
+    assert kinds([1], [200]) == kinds([1], [2048]) == kinds([4], [900], page=16) == kinds([1, 2], [1024, 1000]) \
+        == kinds([0, 1], [9000, 2000]) == ["blocks"]
+    assert kinds([1], [2049]) == kinds([1, 1], [1025, 9]) == kinds([1] * 4, [1024] * 4) == kinds([5], [900]) \
+        == ["hopper_spread"]
 
 
 def test_on_hopper_a_mixed_batch_is_two_launches(monkeypatch):
