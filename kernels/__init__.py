@@ -5,6 +5,7 @@ from .mode import batch_invariant
 from .op import Op
 from .ops.attention.op import attention_chunk, attention_decode, attention_prefill
 from .ops.matmul.op import matmul
+from .ops.matmul.tuning import tuning, warm
 from .ops.mean import mean, sum
 from .ops.rms_norm import rms_norm
 from .ops.rotary import rotary
@@ -17,4 +18,4 @@ OPS: dict[str, Op] = {op.name: op for op in (rms_norm, softmax, log_softmax, sum
 # without `sum`: import * must not hide Python's own
 __all__ = ["OPS", "Op", "attention_chunk", "attention_decode", "attention_prefill", "batch_invariant", "bits",
            "elementary", "log_softmax", "matmul", "mean", "rms_norm", "rotary", "runtime", "softmax", "sums", "swiglu",
-           "tensor_core"]
+           "tensor_core", "tuning", "warm"]

@@ -18,6 +18,7 @@ VERBS = {
     "record": ("recorder", "measure this machine: every op, at sizes that it can do"),
     "sweep": ("sweep.measure", "time and bits of an op over token counts"),
     "tune": ("tuning.tune", "find this GPU's fastest schedules of the matrix product"),
+    "unseen": ("tuning.unseen", "time products of weights that no table holds, as their schedules are chosen"),
     "digests": ("proofs.digests", "record what bits ops have, or redo what is recorded (--check)"),
     "verify": ("proofs.model", "redo a GPU's digests of a whole model, layer by layer, or record them (--record)"),
     "certificates": ("proofs.certificates", "prove this GPU's stored schedules of the matrix product again"),

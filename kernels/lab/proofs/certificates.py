@@ -4,7 +4,8 @@ The trusted schedule is held to the specification on a few elements, every other
 results, over adversarial inputs. Schedules are compared in processes of their own, because a kernel that hangs or
 reads outside its arguments breaks the process it runs in. Rows go to certificates.csv.
 
-    python -m kernels certificates    prove again what this GPU's table chooses; `tune` proves what it stores
+    python -m kernels certificates            prove again what this GPU's table chooses; `tune` proves what it stores
+    python -m kernels certificates --model    and all that its model of time may choose, at two weights
 """
 from __future__ import annotations
 
@@ -24,11 +25,13 @@ import torch
 from ... import bits, runtime, tables
 from ...launch import Step
 from ...op import DTYPES, Shape, dtype_name
+from ...ops.matmul import cost
 from ...ops.matmul.op import matmul as op
 from ...ops.matmul.order import LEAVES, shared_order, specified
 from ...ops.matmul.schedule import Schedule
 from ...ops.matmul.shared_schedule import SECTION
 from .. import closure, provenance, records
+from .expected import expected
 from .generated_code import bare_ptx
 
 TRUSTED = Schedule("pointer", 32, 32, 32, warps=4, stages=2)
@@ -220,11 +223,14 @@ def stored(table: dict) -> list[dict]:
     return [dict(zip(("schedule", "n", "k", "dtype", "gpus"), choice, strict=True)) for choice in sorted(chosen)]
 
 
-def record(folder, workers: int | None = None) -> tuple[int, list[str]]:
+def record(folder, workers: int | None = None, of_the_model: bool = False) -> tuple[int, list[str]]:
     """Prove the schedules that this GPU's table chooses, into folder/certificates.csv: how many, and what went wrong.
+
+    With `of_the_model`, also those that its model of time may choose.
     """
     device, wrong, count = runtime.device(), [], 0
     jobs = stored(tables.of_gpu(device.index, Schedule.parse))
+    jobs += expected(cost.quantities(device.index), ROWS) if of_the_model else []
     for n, k, dtype, gpus in {(*stand_in(j["n"], j["k"], j["gpus"]), j["dtype"], j["gpus"]) for j in jobs}:
         check_trusted(n, k, DTYPES[dtype], device, gpus=gpus)
     for job, answer in zip(jobs, prove_all(jobs, workers or max(1, min(16, (os.cpu_count() or 2) - 1))), strict=True):
@@ -240,6 +246,7 @@ def record(folder, workers: int | None = None) -> tuple[int, list[str]]:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels certificates", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", action="store_true", help="prove all that the model of time may choose, too")
     parser.add_argument("--workers", type=int)
     parser.add_argument("--out", default=records.DATA, help="the data folder")
     parser.add_argument("--machine", help="the folder's name under it (default: from the device)")
@@ -253,7 +260,7 @@ def main(argv=None) -> int:
         return 1
     try:
         folder = records.open_machine(a.out, a.machine)
-        count, wrong = record(folder, a.workers)
+        count, wrong = record(folder, a.workers, a.model)
         records.note_machine(folder, CERTIFICATES.file)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -9,6 +9,7 @@ from .pointer import pointer_kernel
 from .product import product_of
 from .schedule import Schedule
 from .steps import steps
+from .tuning import watched
 
 
 class _Matmul(Call):
@@ -34,7 +35,8 @@ class _Matmul(Call):
         return steps(schedule, product_of(x, weight, bias, order))
 
     def make_plan(self, arguments, schedule):
-        return Plan(*arguments, schedule)
+        plan = Plan(*arguments, schedule)
+        return plan if plan.forced else watched(plan)
 
 
 CALL = _Matmul()

@@ -42,8 +42,8 @@ def suits(schedule: Schedule, product: Product) -> None:
                          f"each four, and up to 256 columns, a sum of two powers of 2, got {s}")
     if s.pingpong and (s.warps != 8 or rows * (wide + more) > 128 * 128 or product.cut or s.stream):
         raise Unsuitable(f"two groups of four warps that take turns walk one chain of a tile up to 128x128, got {s}")
-    if s.split and (not s.reduce or product.k % product.order.length):
-        raise Unsuitable(f"kind hopper splits into segments of one length, which a second kernel adds, got {s}")
+    if s.split and not s.reduce:  # where the last segment ends early, bulk copies bring zeros
+        raise Unsuitable(f"kind hopper splits into segments, which a second kernel adds, got {s}")
     if s.stream and product.cut and not s.split:
         raise Unsuitable(f"a chain is carried over where segments have programs of their own, got {s}")
     held = _waiting(s, product)

@@ -1,9 +1,12 @@
 """The matrix product y = x @ weight.T + bias, in F.linear's layout, in one order at every token count.
 
 Its order is in order.py beside this file. A kind of schedule is one file: pointer.py, tma.py and hopper.py;
-for an order that is a tree, tree.py and hopper_tree.py.
+for an order that is a tree, tree.py and hopper_tree.py. Rows and sizes that suit no GPU have copies.py and units.py;
+choice.py chooses a schedule, and tuning.py while products run.
 """
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +14,13 @@ import torch.nn.functional as F
 from ... import bits
 from ...op import Op, Shape, Work
 from ...runtime import HAS_GPU, current_device, has_pdl
-from . import gradients
+from . import copies, gradients
 from . import order as orders
 from .call import CALL
+from .choice import choose, tested
 from .contenders import cublas_no_split_k, frozen, tiled
-from .schedule import Schedule, choose, tested
+from .product import product_of
+from .schedule import Schedule
 from .shared_schedule import choose_shared, tested_shared
 
 
@@ -70,14 +75,18 @@ def _schedules(shape, dtype) -> list[Schedule]:
     shape = Shape.parse(shape, "N", "K")
     n, k = shape["N"], shape["K"]
     every = tested_shared if _of_tree(shape) else tested
-    bulk = HAS_GPU and has_pdl(_index()) and k * dtype.itemsize % 16 == 0
-    return [s for s in every(n, k, dtype, {-1, _index()}) if s.kind == "pointer" or bulk]
+    bulk, copied = HAS_GPU and has_pdl(_index()), k * dtype.itemsize % 16 != 0
+    return [s if s.kind == "pointer" else replace(s, copy=copied) for s in every(n, k, dtype, {-1, _index()})
+            if s.kind == "pointer" or bulk]
 
 
 def _schedule(tokens, shape, dtype) -> str:
     shape = Shape.parse(shape, "N", "K")
     found = (choose_shared(shape, dtype, tokens, _index()) if _of_tree(shape) else
              choose("matmul", shape, dtype, tokens, _index()))
+    if shape["K"] * dtype.itemsize % 16:  # rows that bulk copies cannot follow
+        x, weight, _, *named = _inputs(tokens, Shape(**{**shape, "bias": False}), dtype, "meta")
+        found = iter(copies.offered(product_of(x, weight, None, named[0] if named else None), found))
     return str(next(found))
 
 

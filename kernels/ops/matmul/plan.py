@@ -13,11 +13,13 @@ import torch
 from ...launch import Launch
 from ...op import Shape, dtype_name
 from ...runtime import contiguous_strides, current_device, current_stream, has_pdl, require_triton
+from . import copies
 from . import order as orders
+from .choice import choose
 from .counters import COUNTERS, Counters
 from .descriptors import leading, made_at
 from .product import Product, product_of
-from .schedule import Unsuitable, choose
+from .schedule import Unsuitable
 from .shared_schedule import choose_shared
 from .steps import memory, steps
 
@@ -44,8 +46,8 @@ class Plan:
             return
         if not self.forced:
             shape, of_tree = Shape(N=p.n, K=p.k), orders.is_tree(p.order)
-            self.wanted = list(choose_shared(shape, p.dtype, p.m, self.index) if of_tree else
-                               choose("matmul", shape, p.dtype, p.m, self.index))
+            self.wanted = copies.offered(p, choose_shared(shape, p.dtype, p.m, self.index) if of_tree else
+                                         choose("matmul", shape, p.dtype, p.m, self.index))
         self.launch = Plan.on_gpu if on_gpu else Plan.interpret
 
     def nothing(self, x, weight, bias, order):
@@ -102,7 +104,9 @@ class Plan:
         needs, y = memory(schedule, p), torch.empty(self.shape, dtype=torch.float32, device="cpu")
         held = {"x_ptr": x, "weight_ptr": weight, "bias_ptr": x if bias is None else bias, "y_ptr": y,
                 "partial_ptr": torch.empty(max(needs.floats, 1), dtype=torch.float32, device="cpu"),
-                "counter_ptr": torch.zeros(max(needs.counters, 1), dtype=torch.int32, device="cpu")}
+                "counter_ptr": torch.zeros(max(needs.counters, 1), dtype=torch.int32, device="cpu"),
+                **{name: torch.empty(max(size, 1), dtype=torch.float32, device="cpu") for name, size in
+                   zip(("x_copy_ptr", "weight_copy_ptr"), copies.sizes(p), strict=True)}}
         for step in steps(schedule, p):
             step.interpret(held)
         return y.to(self.product.dtype)
@@ -130,16 +134,21 @@ class Chosen:
         if self.counters > Counters.SLICE:
             raise Unsuitable(f"{product.tiles(s)} tiles are too many to split, got {s}")
         self.steps = steps(s, product)
+        self.copies = copies.Copies(product, index) if s.copy else None
+        self.first = self.steps[s.copy]
         if self.bulk:
             self._describe()
         else:
-            self.launch = Launch(self.steps[0], index)
+            self.launch = Launch(self.first, index)
         if s.reduce:
-            self.reduce = Launch(self.steps[1], index)
+            self.reduce = Launch(self.steps[-1], index)
             self.partial = 4 * (self.work - product.order.segments * product.m * product.n)  # bytes before them
 
     def __call__(self, low, px, pw, pb, py, device):
         index, at, count = self.index, py, py
+        if self.copies:
+            held, px, pw = self.copies(px, pw, device)  # noqa: F841 - held until all is launched
+            low = (px | pw | pb) & 15
         if self.counters:
             count = COUNTERS.take(index, current_stream(index), self.counters)
             if not count:  # captured, and none left: zeros of the graph's own, set again at each replay
@@ -179,9 +188,9 @@ class Chosen:
         s = self.schedule
         if not has_pdl(self.index) or s.kind == "hopper" and torch.cuda.get_device_capability(self.index) != (9, 0):
             raise Unsuitable(f"this GPU cannot run schedules of kind {s.kind}")
-        self.leading = leading(self.steps[0])
+        self.leading = leading(self.first)
         self.described: dict[tuple[int, int, int], tuple] = {}
-        self.launch = self.steps[0].compiled(self.index)
+        self.launch = self.first.compiled(self.index)
 
 
 @cache

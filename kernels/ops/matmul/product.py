@@ -10,6 +10,8 @@ from . import order as orders
 from .order import Order
 from .schedule import Schedule, Unsuitable
 
+LINE = 128  # bytes
+
 
 @dataclass(frozen=True)
 class Product:
@@ -45,7 +47,7 @@ class Product:
         return self.order.segments > 1
 
     def carried_out(self, schedule: Schedule) -> Schedule:
-        """The schedule without switches that say nothing where there is one segment.
+        """The schedule without switches that say nothing here: of one segment, of rows in line.
 
         Raises Unsuitable if it cannot carry out the order.
         """
@@ -54,7 +56,23 @@ class Product:
             raise Unsuitable(f"block_k must divide the order's segments of {length}, at least twice in sequence, got "
                              f"{schedule}")
         split = schedule.split and self.cut
-        return replace(schedule, split=split, reduce=schedule.reduce and split)
+        return replace(schedule, split=split, reduce=schedule.reduce and split, copy=schedule.copy and any(self.apart))
+
+    @property
+    def apart(self) -> tuple[bool, bool]:
+        """Whether the rows of x, and those of the weight, do not begin at whole lines of memory."""
+        return self._begin_elsewhere(LINE)
+
+    @property
+    def followed(self) -> bool:
+        """Whether bulk copies can follow the rows."""
+        return not any(self._begin_elsewhere(16))
+
+    def _begin_elsewhere(self, size: int) -> tuple[bool, bool]:
+        """Whether rows are not contiguous, overlap, or begin elsewhere than at multiples of so many bytes."""
+        x, weight = (step != 1 or stride * self.dtype.itemsize % size != 0 or stride < self.k
+                     for stride, step in (self.x_strides, self.weight_strides))
+        return x, weight
 
     def tiles(self, schedule: Schedule) -> int:
         """How many tiles of y there are."""

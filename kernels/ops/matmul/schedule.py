@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from functools import cache
 
 import torch
 
 from ... import tables
-from ...op import Shape, dtype_name
-from .order import order
+from ...op import dtype_name
 
-_SWITCHES = {"pointer": ("swap", "split", "reduce"),
-             "tma": ("swap", "split", "reduce", "persistent", "flatten", "store", "specialize"),
-             "hopper": ("swap", "split", "reduce", "persistent", "store", "pingpong", "stream")}
+_SWITCHES = {"pointer": ("swap", "split", "reduce", "copy"),
+             "tma": ("swap", "split", "reduce", "persistent", "flatten", "store", "specialize", "copy"),
+             "hopper": ("swap", "split", "reduce", "persistent", "store", "pingpong", "stream", "copy")}
 KINDS = tuple(_SWITCHES)
 SHARED = 227 * 1024  # bytes of shared memory that a block of sm_90 may use
 _SHARED = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}  # KiB a block may use
+NARROW = 512  # weight rows, of a router or a head of few classes
 _NEAR = 1.0  # how many doublings of N and K together a table's shape may be away
 
 
@@ -42,6 +42,7 @@ class Schedule:
     specialize  the compiler gives loads and products to different warps
     pingpong    hopper: each group of four warps has tiles of its own, and stores one while the other multiplies
     stream      hopper: the last tiles are shared out evenly; a chain that a program began is carried over to the next
+    copy        x and the weight are first copied into rows for bulk copies, where theirs are none (copies.py)
     """
 
     kind: str = "pointer"
@@ -60,6 +61,7 @@ class Schedule:
     pingpong: bool = False
     reduce: bool = False
     stream: bool = False
+    copy: bool = False
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -106,29 +108,16 @@ class Unsuitable(ValueError):
     """This schedule cannot carry out this product."""
 
 
-def choose(op: str, shape, dtype: torch.dtype, tokens: int, index: int = -1) -> Iterator[Schedule]:
-    """Schedules for `tokens` rows on GPU `index` (-1: none), best first. Every one gives the same bits.
-
-    The table's own shape, then the nearest within a doubling, then the rule, from fast to modest. A caller takes
-    the first that runs.
-    """
-    n, k = Shape.parse(shape)["N"], Shape.parse(shape)["K"]
-    seen = set()
-    for schedule in (*measured(op, n, k, dtype, tokens, index), *rule(n, k, dtype, tokens, index)):
-        if schedule not in seen:
-            seen.add(schedule)
-            yield schedule
-
-
-def measured(section: str, n: int, k: int, dtype: torch.dtype, tokens: int, index: int) -> Iterator[Schedule]:
-    """Schedules that a section of the GPU's table has for (n, k), or for the nearest shapes within a doubling."""
+def measured(section: str, n: int, k: int, dtype: torch.dtype, tokens: int, index: int, near: float = _NEAR
+             ) -> Iterator[Schedule]:
+    """Schedules that a section of the GPU's table has for (n, k), or for the nearest shapes within `near` doublings."""
     shapes = tables.of_gpu(index, Schedule.parse).get(section, {})
     shapes = shapes.get(dtype_name(dtype)) or (shapes.get("bfloat16", {}) if dtype == torch.float16 else {})
 
     def distance(sizes):
         return abs(math.log2(sizes[0] / n)) + abs(math.log2(sizes[1] / k))
 
-    for sizes in sorted((s for s in shapes if distance(s) <= _NEAR), key=distance)[:2]:
+    for sizes in sorted((s for s in shapes if distance(s) <= near), key=distance)[:2]:
         column = shapes[sizes]
         yield column[next((bound for bound in column if tokens <= bound), max(column))]
 
@@ -168,6 +157,8 @@ def _guesses(n, dtype, tokens, tma, sms):
         yield Schedule("pointer", width, rows, 256, warps=4, stages=4, group=1, swap=True, split=True)
         yield Schedule("pointer", width, rows, 128, warps=4, stages=4, group=1, swap=True, split=True)
         return
+    if tma and n <= NARROW and tokens > 512:
+        yield _narrow(n, tokens, sms)
     tiles = -(-tokens // 128) * -(-n // 128)
     if tma and tiles >= 4 * sms:
         yield Schedule("tma", 128, 256, 64, warps=8, stages=4, persistent=True, flatten=True)
@@ -176,26 +167,8 @@ def _guesses(n, dtype, tokens, tma, sms):
     yield Schedule("pointer", 64, 64, 64, warps=4, stages=4, split=tiles < sms, reduce=tiles < sms)
 
 
-def tested(n: int, k: int, dtype: torch.dtype, gpus: Iterable[int] = (-1,)) -> list[Schedule]:
-    """Schedules of every kind that can carry out the order of (n, k), those that are chosen on `gpus` among them."""
-    chosen = [s for tokens in (1 << i for i in range(18)) for index in gpus
-              for s in choose("matmul", Shape(N=n, K=k), dtype, tokens, index)]
-    if dtype == torch.float32:
-        tiles = [Schedule("pointer", *tile, warps=4, stages=2) for tile in ((16, 16, 16), (32, 64, 32), (64, 16, 32))]
-    else:
-        tiles = [Schedule("pointer", m, n, k, warps=w, stages=s) for m, n, k, w, s in (
-            (16, 16, 16, 1, 2), (16, 128, 64, 4, 3), (64, 32, 128, 4, 2), (128, 128, 64, 8, 3), (128, 64, 32, 4, 4))]
-        tiles += [Schedule("hopper", m, n, k, warps=w, stages=s, swap=swap, persistent=True, stream=stream)
-                  for m, n, k, w, s, swap, stream in (
-                      (128, 256, 64, 8, 3, False, False), (256, 128, 64, 8, 3, True, False),
-                      (16, 64, 64, 4, 8, True, True), (32, 128, 64, 8, 6, True, True), (64, 16, 64, 4, 8, False, True),
-                      (64, 160, 64, 4, 6, False, False), (64, 80, 64, 4, 8, False, True))]
-        tiles.append(Schedule("hopper", 128, 256, 64, warps=8, stages=3, persistent=True, store=True))
-    every = list(dict.fromkeys(chosen + tiles + [replace(s, swap=not s.swap) for s in tiles if s.kind == "pointer"]))
-    segments, length = order(n, k)
-    if segments > 1:
-        every += [replace(s, split=not s.split, reduce=False) for s in every
-                  if not (s.persistent or s.store or s.kind == "hopper")]
-        every += [replace(s, split=True, reduce=True) for s in every if s.kind == "hopper" or not s.persistent]
-        every = [s for s in every if not length % s.block_k and (s.split or length >= 2 * s.block_k and not s.stream)]
-    return list(dict.fromkeys(every))
+def _narrow(n: int, tokens: int, sms: int) -> Schedule:
+    """For few weight rows: low tiles as wide as they are, segments in sequence as soon as the tiles fill the GPU."""
+    wide = max(16, min(1 << (n - 1).bit_length(), 128))
+    few = -(-tokens // 64) * -(-n // wide) < 0.9 * sms
+    return Schedule("tma", 64, wide, 64 if wide > 32 else 128, warps=4, stages=4, split=few, reduce=few)

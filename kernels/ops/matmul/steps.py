@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ...launch import Step
-from . import pointer, tma
+from . import copies, pointer, tma, units
 from . import tree as trees
 from .leaves import join_kernel
 from .order import is_tree
@@ -30,7 +30,7 @@ def kind_of(schedule: Schedule, product: Product) -> ModuleType:
 
     A tree has files of its own; where a second kernel adds, the first one leaves segments and knows no tree.
     """
-    joins = is_tree(product.order) and not schedule.reduce
+    joins = _joins(schedule, product)
     if schedule.kind == "hopper":  # written in Gluon, which is there if Triton is
         from . import hopper, hopper_tree
 
@@ -38,14 +38,24 @@ def kind_of(schedule: Schedule, product: Product) -> ModuleType:
     return trees if joins else {"pointer": pointer, "tma": tma}[schedule.kind]
 
 
+def _joins(schedule: Schedule, product: Product) -> bool:
+    """Whether the kernel itself joins the leaves of a tree."""
+    return is_tree(product.order) and not schedule.reduce
+
+
 def steps(schedule: Schedule, product: Product) -> list[Step]:
-    """One launch, or a second one that adds segments. Raises Unsuitable if the schedule does not suit the product."""
+    """One launch, or one that copies before it, or one that adds segments behind it.
+
+    Raises Unsuitable if the schedule does not suit the product.
+    """
     s = product.carried_out(schedule)
-    kind = kind_of(s, product)
-    kind.suits(s, product)
-    if not s.reduce:
-        return [kind.step(s, product)]
-    return [kind.step(s, product), _reduce(product)]
+    kind, read = kind_of(s, product), copies.copied(product) if s.copy else product
+    kind.suits(s, read)
+    found = kind.step(s, read)
+    if not _joins(s, read):
+        found = units.told(found, read)
+    first = [copies.step(product), copies.reading(found, product)] if s.copy else [found]
+    return [*first, _reduce(product)] if s.reduce else first
 
 
 def memory(schedule: Schedule, product: Product) -> Memory:

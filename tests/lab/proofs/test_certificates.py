@@ -8,7 +8,9 @@ import torch
 from kernels import runtime, tables
 from kernels.lab.proofs import certificates as proofs
 from kernels.lab.proofs.certificates import TRUSTED, certificates, prove_all
+from kernels.lab.proofs.expected import WEIGHTS, expected
 from kernels.op import Op
+from kernels.ops.matmul import cost
 from kernels.ops.matmul.order import order
 from kernels.ops.matmul.schedule import Schedule
 
@@ -51,6 +53,18 @@ def test_both_sections_of_a_table_are_proved():
     job = {"schedule": str(GOOD), "n": 64, "k": 64, "dtype": "bfloat16"}
     assert proofs.stored(table) == [{**job, "gpus": 1}, {**job, "gpus": 8}]
     assert len([j for j in proofs.stored(tables.load("h200", Schedule.parse)) if j["gpus"] == 8]) > 5
+
+
+@needs_triton
+def test_all_that_the_model_of_time_may_choose_is_proved():
+    """In an order of one chain and in one of segments, each wherever it can be carried out."""
+    known = cost.load("h200")
+    jobs, every = expected(known, 259), {str(s) for ways in known.ways.values() for s in ways.schedules}
+    assert [order(*weight).segments > 1 for weight in WEIGHTS] == [False, True]
+    proved = {weight: {job["schedule"] for job in jobs if (job["n"], job["k"]) == weight} for weight in WEIGHTS}
+    assert set().union(*proved.values()) == every and min(map(len, proved.values())) > 60
+    assert all(" split" not in schedule for schedule in proved[WEIGHTS[0]])
+    assert expected(None, 259) == []
 
 
 @needs_triton

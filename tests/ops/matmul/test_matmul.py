@@ -26,7 +26,7 @@ from kernels.bits import check_invariance, digest, elements_differ, portable, sa
 from kernels.lab.proofs.generated_code import Job, compile_ahead
 from kernels.lab.sweep.widget import TokenSweep
 from kernels.op import DTYPES, Shape
-from kernels.ops.matmul import contenders
+from kernels.ops.matmul import choice, contenders
 from kernels.ops.matmul import plan as matmul_plan
 from kernels.ops.matmul import schedule as schedules
 from kernels.ops.matmul.counters import Counters
@@ -844,4 +844,4 @@ def test_a_compiled_model_changes_its_schedule_with_its_tokens():
     wanted = OP.triton(x, weight)
     for tokens in (1, 7, 16, 100, 600):
         assert same_bits(compiled(x[:tokens], weight), wanted[:tokens])
-    assert len({str(next(schedules.choose("matmul", "N=1024,K=4096", x.dtype, t, HERE.index))) for t in (1, 600)}) == 2
+    assert len({str(next(choice.choose("matmul", "N=1024,K=4096", x.dtype, t, HERE.index))) for t in (1, 600)}) == 2

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from kernels import runtime, tables
 from kernels.op import DTYPES
+from kernels.ops.matmul import choice, cost, shared_schedule
 from kernels.ops.matmul import schedule as schedules
-from kernels.ops.matmul import shared_schedule
+from kernels.ops.matmul.choice import choose
 from kernels.ops.matmul.order import order, shared_order
 from kernels.ops.matmul.product import Product
-from kernels.ops.matmul.schedule import KINDS, SHARED, Schedule, choose, rule
+from kernels.ops.matmul.schedule import KINDS, SHARED, Schedule, rule
 from kernels.ops.matmul.shared_schedule import SECTION, choose_shared, suits_leaves
 from kernels.ops.matmul.steps import steps
 
@@ -39,11 +40,16 @@ def on_an_h200(monkeypatch, tmp_path):
     """GPU 0 is an H200 whose tables are in tmp_path."""
     monkeypatch.setattr(tables, "FOLDER", tmp_path)
     monkeypatch.setattr(tables, "slug", lambda index: "h200")
-    for module in (schedules, shared_schedule):
+    for module in (schedules, shared_schedule, choice):
         monkeypatch.setattr(module, "gpu", lambda index: ((9, 0), 132))
-    tables.forget()
+    forget()
     yield tmp_path
+    forget()
+
+
+def forget():
     tables.forget()
+    cost.quantities.cache_clear()
 
 
 @given(many)
@@ -130,7 +136,7 @@ def test_a_relative_of_the_gpu_serves(on_an_h200, monkeypatch):
     written(on_an_h200, matmul=shapes(N_4096x4096={"16": str(SLOW)}))
     for name, serves in (("h100", True), ("gh200", True), ("a100", False)):
         monkeypatch.setattr(tables, "slug", lambda index, name=name: name)
-        tables.forget()
+        forget()
         assert (next(choose("matmul", "N=4096,K=4096", torch.bfloat16, 4, 0)) == SLOW) == serves
 
 
@@ -210,7 +216,8 @@ def test_shipped_tables_are_sound():
     """Every stored schedule suits its shape: its block of k divides the order's segments, and it fits in memory."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        shipped = [tables.load(path.stem, Schedule.parse) for path in sorted(tables.FOLDER.glob("*.json"))]
+        shipped = [tables.load(path.stem, Schedule.parse) for path in sorted(tables.FOLDER.glob("*.json"))
+                   if not path.stem.endswith("_cost")]
     assert shipped
     for table in shipped:
         assert {"matmul"} <= set(table) <= {"matmul", SECTION}
