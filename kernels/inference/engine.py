@@ -126,6 +126,11 @@ class Engine:
             self._commit(part, chosen[begin:end], bits[begin:end])
             begin = end
 
+    def warm_up(self) -> None:
+        """Capture every graph of decode now, so that no request waits for one. Without graphs nothing happens."""
+        if self.graphs is not None:
+            self.graphs.capture()
+
     def run(self) -> None:
         """Steps until every request has ended, or waits for a client that does not read."""
         while self.step() or any(request.paused and request.patience for request in self.scheduler.requests):

@@ -32,10 +32,18 @@ class DecodeGraphs:
                  tables: Sequence[Sequence[int]]) -> torch.Tensor:
         """The logits (R, vocab_size) behind one token of each of R requests; overwritten by the next call."""
         size = next(size for size in self.sizes if size >= len(tokens))
+        self.replays += 1
+        return self._of(size)(tokens, self.cache.batch(counts, prefixes, tables))
+
+    def capture(self) -> None:
+        """Capture every size that is not captured yet."""
+        for size in self.sizes:
+            self._of(size)
+
+    def _of(self, size: int) -> _Graph:
         if size not in self.graphs:
             self.graphs[size] = _Graph(self.model, self.cache, size, self.pool)
-        self.replays += 1
-        return self.graphs[size](tokens, self.cache.batch(counts, prefixes, tables))
+        return self.graphs[size]
 
 
 class _Graph:

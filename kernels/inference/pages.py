@@ -128,6 +128,13 @@ class PagedCache:
             else:
                 self.free.append(page)
 
+    def forget(self) -> None:
+        """Idle pages are free: the next request that begins as an earlier one did finds nothing of it."""
+        for page in self.idle:
+            self._forget(page)
+            self.free.append(page)
+        self.idle.clear()
+
     def _forget(self, page: int) -> None:
         if page in self.named:
             del self.known[self.named.pop(page)[1]]

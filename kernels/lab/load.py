@@ -11,7 +11,7 @@ slow        a client that reads now and then, from a buffer of a few tokens
 gone        a client that stops reading; the engine gives it up
 raised      a client's on_token that raises
 refused     an empty prompt, one longer than the context or than all pages, tokens that the vocabulary has not
-poisoned    a prompt with a token whose embedding is NaN: it has no next token
+poisoned    a token whose embedding is NaN, in the prompt or chosen by the model: there is no token behind it
 stopped     still there when its engine was stopped
 
 Pages are counted after every step. An answer that was cut short has to be the beginning of the one alone.
@@ -179,6 +179,8 @@ class Clients:
             request.read(self.draw.randint(1, 2))
         if not request.finished:
             return False
+        if isinstance(request.error, RuntimeError) and request.answer[-1:] == [POISON]:
+            kind = POISONED  # the model chose that token, and a request alone fails behind it too
         expected = {POISONED: RuntimeError, GONE: TimeoutError, RAISED: ConnectionResetError}.get(kind)
         if request.error is not None and not isinstance(request.error, expected or ()):
             self.tally.lost.append(f"{request} failed with {request.error!r}")
@@ -187,7 +189,7 @@ class Clients:
 
     def _compare(self, request: Request, job: Job, how: str) -> None:
         self.tally.ended[how] += 1
-        if how == POISONED or POISON in job.prompt:
+        if POISON in job.prompt:
             self.tally.changed += bool(request.answer)
             return
         wanted = self.alone(job)

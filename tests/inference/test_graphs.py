@@ -96,6 +96,20 @@ def test_pieces_between_attention_are_the_forward(ops, recorded):
     assert len(graph.pieces) == model.config.layers + 1 == len(graph.between) + 1
 
 
+def test_a_warm_engine_captures_nothing_more(recorded):
+    model = small_model()
+    serving = engine(model, max_batch=5, budget=40, chunk=40)
+    serving.graphs = made = graphs.DecodeGraphs(model, serving.cache, 5)
+    serving.warm_up()
+    captured = dict(made.graphs)
+    assert list(captured) == made.sizes == [1, 2, 4, 5] and made.replays == 0
+    requests = [serving.submit(prompt(i, 3 + 2 * i), 3 + 2 * i) for i in range(5)]
+    serving.run()
+    assert made.graphs == captured and made.replays > 5
+    assert digests(requests) == digests(served(model)[1][:5])
+    engine().warm_up()  # without graphs there is nothing to capture
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("ops", ["invariant", "default"])
 def test_graphs_on_a_gpu_are_the_forward(ops):

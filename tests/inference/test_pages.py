@@ -70,6 +70,17 @@ def test_nothing_is_shared_without_sharing():
     assert made.find(prompt(0, 9)) == [] and not made.idle and len(made.free) == 6
 
 
+def test_a_cache_that_forgets_finds_what_is_held_alone():
+    made = cache()
+    filled(made, prompt(1, 8))
+    held = made.take(1)
+    made.keep(ROOT, prompt(2, 4), held[0])
+    made.forget()
+    assert made.find([*prompt(1, 8), 0]) == [] and made.find([*prompt(2, 4), 0]) == held
+    assert not made.idle and made.spare == len(made.free) == 5 and made.evictions == 0
+    made.check([held])
+
+
 def test_more_pages_than_there_are_cannot_be_taken():
     made = cache()
     made.take(4)
@@ -124,7 +135,8 @@ def test_slots_and_positions_follow_the_pages():
     assert batch.sequences.keys.tolist() == [6, 1]
 
 
-@pytest.mark.parametrize("wanted, rows", [([1, 1], [1, 3]), ([0, 2], [2, 3]), ([2, 0], [0, 1]), ([0, 0], [])])
+@pytest.mark.parametrize("wanted, rows", [([1, 1], [1, 3]), ([0, 2], [2, 3]), ([2, 0], [0, 1]), ([0, 0], []),
+                                          ([2, 1], [0, 1, 3]), ([1, 2], [1, 2, 3])])
 def test_logits_are_those_of_the_last_tokens_that_are_wanted(wanted, rows):
     made = cache()
     batch = made.batch([2, 2], [0, 0], [[0], [1]], wanted)

@@ -79,6 +79,17 @@ def test_pages_that_run_out_and_drafts_by_lookup_move_no_answer(alone, seed, set
     assert busy.scheduler.preemptions or "pages" not in settings
 
 
+def test_pages_that_run_out_take_what_is_sure_with_them(alone):
+    busy = engine(digests=True)
+    request = busy.submit(PROMPTS[2], 9, verify=True)
+    while request.sure <= len(PROMPTS[2]):
+        busy.step()
+    busy.scheduler.preempt(request)
+    assert (request.state, request.pages, request.held, request.sure) == ("waiting", [], 0, 0)
+    busy.run()
+    assert (request.answer, request.logit_digest) == alone[PROMPTS[2]] and request.preemptions == 1
+
+
 def test_the_order_fixed_in_every_op_needs_no_shape():
     """Windows as long as they are: the bits are those of the whole text as one window."""
     model, whole = MODEL, MODEL.using("tiled")

@@ -1,6 +1,7 @@
 """The load test: some hundred random requests with faults, and that it finds what it looks for."""
 import pytest
 
+from kernels.inference import Sampler
 from kernels.inference.pages import PagedCache
 from kernels.lab import load
 from kernels.lab.load import main
@@ -13,6 +14,25 @@ def test_no_page_is_lost_and_no_answer_changes():
     assert {"cancelled", "gone", "raised", "refused", "poisoned", "stopped"} <= set(tally.ended)
     happened = ("preemptions", "tokens found in the cache", "pages taken again", "drafts")
     assert min(tally.engine[what] for what in happened) > 0
+
+
+def test_a_model_that_chooses_the_poisoned_token_is_served_as_it_is_alone():
+    clients = load.Clients(load.small_model(), seed=1)
+    clients.jobs = [load.Job((1, 2, 3), 3, Sampler(temperature=1.5, seed=59))]
+    alone = clients.alone(clients.jobs[0])
+    assert alone.answer[-1] == load.POISON and isinstance(alone.error, RuntimeError) and len(alone.answer) == 2
+    clients.serve(30)
+    assert clients.tally and not clients.tally.ended["done"], str(clients.tally)
+    assert clients.tally.ended["poisoned"] > 10
+
+
+def test_an_error_that_nobody_caused_is_counted():
+    clients = load.Clients(load.small_model(), seed=1)
+    spoiled = clients.model.using("tiled")
+    spoiled.head = spoiled.head * float("nan")
+    clients.model, clients._compare = spoiled, lambda *_: None
+    clients.serve(20)
+    assert not clients.tally and "has no next token" in clients.tally.lost[0]
 
 
 def test_an_answer_that_changes_is_counted():

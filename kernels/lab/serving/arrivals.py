@@ -3,7 +3,8 @@
 Requests arrive as a Poisson process does: the gaps between them are drawn from one exponential distribution, by a seed.
 Their prompts and counts are a crowd's (loads.py), in the order of its calls, and none is cancelled. Times are by the
 wall clock, from the moment at which a request arrives, even if a step is under way then. Each contender is served three
-times, in turns.
+times, in turns, by an engine that has served the same requests before, all at once: its kernels are compiled and its
+graphs captured. Its prefix cache is emptied before each pass.
 """
 from __future__ import annotations
 
@@ -37,25 +38,41 @@ def gaps(rate: float, number: int, seed: int = 0) -> list[float]:
     return [-math.log(1.0 - draw.random()) / rate for _ in range(number)]
 
 
-def serve(model: Llama, rate: float, requests: int = REQUESTS) -> tuple[list[float], list[float], float]:
-    """Milliseconds to each request's first token, those between tokens, and tokens a second over all."""
+def crowd(model: Llama, requests: int = REQUESTS) -> loads.Load:
+    """Who asks: a half our prompt, a half strangers."""
     copies = max(requests // 2, 1)
-    load = loads.crowd(model.config, copies, requests - copies)
+    return loads.crowd(model.config, copies, requests - copies)
+
+
+def ready(model: Llama, load: loads.Load) -> Engine:
+    """An engine that has served the load once, all of it at once, and waits for nothing any more."""
     engine = Engine(model, pages=load.server.pages, budget=256, chunk=128)
-    engine.submit(load.calls[0].prompt, 2)
-    engine.run()  # whatever compiles or loads does so before
-    times = np.cumsum(gaps(rate, requests)).tolist()
+    engine.warm_up()
+    for call in load.calls:
+        _asked(engine, call)
+    engine.run()
+    return engine
+
+
+def serve(engine: Engine, load: loads.Load, rate: float) -> tuple[list[float], list[float], float]:
+    """Milliseconds to each request's first token, those between tokens, and tokens a second over all."""
+    engine.cache.forget()
+    times = np.cumsum(gaps(rate, len(load.calls))).tolist()
     waiting = list(zip(times, load.calls, strict=True))
     begin, served = time.perf_counter(), []
     while waiting or engine.scheduler.requests:
         now = time.perf_counter() - begin
         while waiting and waiting[0][0] <= now:
             arrived, call = waiting.pop(0)
-            sampler = Sampler(temperature=1.0, seed=call.seed) if call.seed else Sampler()
-            served.append((begin + arrived, engine.submit(call.prompt, call.count, sampler)))
+            served.append((begin + arrived, _asked(engine, call)))
         if not engine.step():
             time.sleep(1e-4)
     return _times(served)
+
+
+def _asked(engine: Engine, call: loads.Call) -> Request:
+    sampler = Sampler(temperature=1.0, seed=call.seed) if call.seed else Sampler()
+    return engine.submit(call.prompt, call.count, sampler)
 
 
 def _times(served: Sequence[tuple[float, Request]]) -> tuple[list[float], list[float], float]:
@@ -73,18 +90,19 @@ def source() -> str:
 def record(name: str, folder, ops: Sequence[str], rates: Sequence[float] = RATES, requests: int = REQUESTS, *,
            again: bool = False, said: Callable[[str], None] = print) -> pd.DataFrame:
     """Serve each rate with each of these ops in turns; returns latency.csv whole. Recorded rates are skipped."""
-    first = model_of(name, ops[0], runtime.device())
-    models = {each: first.using(each) for each in ops}
+    first, engines = model_of(name, ops[0], runtime.device()), {}
+    load = crowd(first, requests)
     records.note_machine(folder, LATENCY.file)
     for rate in rates:
         rows = LATENCY.read(folder)
         rows = rows[(rows.model == name) & (rows.rate == rate) & rows.source.isin(provenance.known_as(source()))]
         if not again and set(rows.ops) >= set(ops):
             continue
+        engines = engines or {each: ready(first.using(each), load) for each in ops}
         found: dict[str, list] = {each: [] for each in ops}
         for _ in range(PASSES):
-            for each, model in models.items():
-                found[each].append(serve(model, rate, requests))
+            for each, engine in engines.items():
+                found[each].append(serve(engine, load, rate))
         LATENCY.merge(folder, [_row(name, each, rate, requests, passes) for each, passes in found.items()])
         waits = {each: np.median([ms for one in passes for ms in one[0]]) for each, passes in found.items()}
         said(f"{rate:g} arrivals a second, first token: "

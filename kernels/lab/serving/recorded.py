@@ -2,6 +2,7 @@
 
     python -m kernels answers                        the byte model, 20 random loads, default and invariant ops
     python -m kernels answers --model llama-3.1-8b   a model of that size with random weights
+    python -m kernels answers --ops verified         default ops, and a verifier for the requests of the one prompt
 
 bfloat16. Each load is a server with settings of its own (loads.py) and 50 requests for one prompt among 25 others; some
 of these share its beginning, some are cancelled. A request's answer and the digest of the logits that it was chosen
@@ -29,6 +30,7 @@ from .measure import byte_model
 from .served import Served, sampler_of, serve
 
 LOADS, TEMPERATURES = 20, (0.0, 0.8)
+VERIFIED = "verified"  # in place of ops: default ones, and our requests are verified
 EVERY = "all"  # loads that are recorded, counted together
 OPS = {"cuda": ("default", "invariant"), "cpu": ("default", "tiled")}
 ANSWERS = records.Table(
@@ -92,7 +94,8 @@ def record(plan: Plan, folder, again: bool = False, said: Callable[[str], None] 
     Loads that this very code has recorded are skipped, unless `again`. Contenders take turns load by load. Raises what
     `model_of` and `serve` raise.
     """
-    models = {ops: model_of(plan.model, ops, runtime.device()) for ops in plan.ops}
+    made = model_of(plan.model, "default", runtime.device())
+    models = {ops: made if ops == VERIFIED else made.using(ops) for ops in plan.ops}
     records.note_machine(folder, ANSWERS.file)
     for temperature in plan.temperatures:
         for seed in range(plan.number):
@@ -100,7 +103,7 @@ def record(plan: Plan, folder, again: bool = False, said: Callable[[str], None] 
                 load = loads.random_load(model.config, seed, plan.copies, plan.copies // 2, plan.count)
                 key = (plan.model, ops, load.name, temperature)
                 if again or not _is_done(folder, key):
-                    found = serve(model, load, sampler_of(temperature))
+                    found = serve(model, load, sampler_of(temperature), ops == VERIFIED)
                     _write(folder, key, found)
                     said(f"{ops}, {load.name}, temperature {temperature:g}: {found}; {_told(found.counts)}")
                 total = recorded(folder, plan.model, ops, temperature, seed + 1)
@@ -112,7 +115,7 @@ def record(plan: Plan, folder, again: bool = False, said: Callable[[str], None] 
 
 
 def _told(counts: Counter) -> str:
-    return ", ".join(f"{number} {what}" for what, number in counts.items() if number)
+    return ", ".join(f"{number} {what}" for what, number in counts.items() if number and type(number) is int)
 
 
 def _is_done(folder, key) -> bool:
@@ -153,7 +156,8 @@ def _arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m kernels answers", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(dict.fromkeys(["byte", *PRESETS])), default="byte")
-    parser.add_argument("--ops", nargs="+", choices=NAMES, help=f"here: {' '.join(ops_on(runtime.device()))}")
+    parser.add_argument("--ops", nargs="+", choices=(*NAMES, VERIFIED),
+                        help=f"here: {' '.join(ops_on(runtime.device()))}")
     parser.add_argument("--loads", type=int, default=LOADS, help=f"random loads (default: {LOADS})")
     parser.add_argument("--requests", type=int, default=loads.COPIES, help=f"a load (default: {loads.COPIES})")
     parser.add_argument("--count", type=int, default=loads.COUNT, help=f"tokens an answer (default: {loads.COUNT})")

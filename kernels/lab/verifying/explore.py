@@ -22,22 +22,23 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 import pandas as pd
 import torch
 
+from ... import runtime
 from ...inference import Engine
 from ...inference.verify import VerifyingEngine
 from ...model.config import PRESETS
 from ...model.llama import Llama
-from ...model.ops import NAMES
+from ...model.ops import FROZEN
 from .. import provenance, records
 from ..serving.measure import byte_model, fixed_ops, requests
 
-PAGE, WARM = 16, 2
+PAGE, WARM, PASSES = 16, 2, 3
 WAYS = ("loose", "verified", "invariant")
 MIX = records.Table(
     "mix.csv",
@@ -109,19 +110,29 @@ def costs(batch: int, window: int, group: int, model: str = "byte") -> Costs:
 
 @cache
 def measured(mix: Mix, way: str, ops: str | None = None) -> Served:
-    """The mix served to its end on this machine, prompts read before the clock starts; kept.
+    """The mix served once to its end on this machine, prompts read before the clock starts; kept.
 
     ops  of way `invariant`; by default those whose order is fixed and that are quick here
     """
+    return _served(_ready(mix, way, ops), mix, way)
+
+
+def _ready(mix: Mix, way: str, ops: str | None) -> Engine:
+    """An engine for a way, any share, whose graphs are captured."""
     if way not in WAYS:
         raise ValueError(f"way must be one of {', '.join(WAYS)}, got {way!r}")
     engine = _engine(mix, "default" if way != "invariant" else ops or fixed_ops(), way == "verified")
+    engine.warm_up()
+    return engine
+
+
+def _served(engine: Engine, mix: Mix, way: str) -> Served:
     asked = _submitted(engine, mix, mix.deterministic if way == "verified" else 0)
     while not all(request.answer for request in asked):
         engine.step()
-    before, start = sum(len(request.answer) for request in asked), time.perf_counter()
+    before, start = sum(len(request.answer) for request in asked), _now()
     engine.run()
-    seconds = time.perf_counter() - start
+    seconds = _now() - start
     held = [wait for request in asked for wait in getattr(request, "held_back", ())]
     return Served((sum(len(request.answer) for request in asked) - before) / seconds,
                   1e3 * sum(held) / len(held) if held else 0.0)
@@ -170,32 +181,50 @@ def _pass_ms(mix: Mix, passes: int = 4) -> float:
 
 
 def _timed(call) -> float:
-    start = time.perf_counter()
+    start = _now()
     call()
-    return 1e3 * (time.perf_counter() - start)
+    return 1e3 * (_now() - start)
+
+
+def _now() -> float:
+    """Seconds of the wall clock; of one thread on a CPU those that it ran, so that others on the machine count not."""
+    return time.perf_counter() if runtime.HAS_GPU or torch.get_num_threads() > 1 else time.thread_time()
 
 
 def _median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def rows(mix: Mix, ways: Sequence[str] = WAYS, ops: Sequence[str] | None = None) -> pd.DataFrame:
-    """MIX's columns: a row for each way, and one more of way `invariant` for each further ops, such as frozen."""
+def record(mix: Mix, shares: Sequence[float], ops: Sequence[str] = (), passes: int = PASSES) -> Iterator[pd.DataFrame]:
+    """MIX's columns after each pass, medians of those so far: a row for each share and way, and each further ops.
+
+    Shares and ways take turns, so that a slow minute slows all of them alike. `mix` has the rest.
+    """
+    mixes = [replace(mix, share=share) for share in shares]
     known = costs(mix.batch, mix.window, mix.group, mix.model)
-    guess, found = predicted(mix, known), []
-    for way, name in _asked(ways, ops):
-        got, said = measured(mix, way, name), guess[way] if name in (None, fixed_ops()) else Served(float("nan"))
-        found.append({"model": mix.model, "way": name if name == "frozen" else way,
-                      "ops": name or (fixed_ops() if way == "invariant" else "default"), "batch": mix.batch,
-                      "share": mix.share, "window": mix.window, "group": mix.group, "tokens": mix.count,
-                      "tokens_per_s": got.tokens_per_s, "held_back_ms": got.held_back_ms,
-                      "predicted_tokens_per_s": said.tokens_per_s, "predicted_held_back_ms": said.held_back_ms,
-                      "recorded_at": records.now(), "source": provenance.source(__file__)})
-    return pd.DataFrame(found, columns=list(MIX.columns))
+    engines = {each: _ready(mix, *each) for each in _asked(ops)}
+    found: dict[tuple, list[Served]] = {}
+    for _ in range(passes):
+        for each in mixes:
+            for (way, name), engine in engines.items():
+                found.setdefault((each, way, name), []).append(_served(engine, each, way))
+        yield pd.DataFrame([_row(*key, predicted(key[0], known), got) for key, got in found.items()],
+                           columns=list(MIX.columns))
 
 
-def _asked(ways, ops) -> list[tuple[str, str | None]]:
-    return [(way, None) for way in ways] + [("invariant", name) for name in ops or () if name != fixed_ops()]
+def _asked(ops: Sequence[str]) -> list[tuple[str, str | None]]:
+    return [(way, None) for way in WAYS] + [("invariant", name) for name in ops if name != fixed_ops()]
+
+
+def _row(mix: Mix, way: str, name: str | None, guess: dict[str, Served], passes: list[Served]) -> dict:
+    got = sorted(passes, key=lambda served: served.tokens_per_s)[len(passes) // 2]
+    said = guess[way] if name is None else Served(float("nan"), float("nan"))
+    return {"model": mix.model, "way": name if name == FROZEN else way,
+            "ops": name or (fixed_ops() if way == "invariant" else "default"), "batch": mix.batch,
+            "share": mix.share, "window": mix.window, "group": mix.group, "tokens": mix.count,
+            "tokens_per_s": got.tokens_per_s, "held_back_ms": got.held_back_ms,
+            "predicted_tokens_per_s": said.tokens_per_s, "predicted_held_back_ms": said.held_back_ms,
+            "recorded_at": records.now(), "source": provenance.source(__file__)}
 
 
 def _arguments(argv=None) -> argparse.Namespace:
@@ -207,7 +236,7 @@ def _arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.02, 0.1, 0.25, 0.5, 0.75, 1.0])
     parser.add_argument("--windows", type=int, nargs="+", default=[64])
     parser.add_argument("--groups", type=int, nargs="+", default=[8])
-    parser.add_argument("--ops", nargs="+", choices=[name for name in NAMES if name not in ("default", "fused")],
+    parser.add_argument("--ops", nargs="+", choices=("invariant", "tiled", FROZEN),
                         help="more ops to serve all requests with, such as frozen where there are such")
     parser.add_argument("--out", default=records.DATA, help="the data folder")
     parser.add_argument("--machine", help="the folder's name under it (default: from the device)")
@@ -216,14 +245,17 @@ def _arguments(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> int:
     a = _arguments(argv)
-    mixes = [Mix(a.batch, share, window, group, a.tokens, a.model)
-             for window in a.windows for group in a.groups for share in a.shares]
+    mixes = [Mix(a.batch, a.shares[0], window, group, a.tokens, a.model) for window in a.windows for group in a.groups]
+    if not runtime.HAS_GPU:
+        torch.set_num_threads(1)  # the steps of a small model are slower with more
     folder = records.open_machine(a.out, a.machine)
-    for mix in mixes:
-        MIX.merge(folder, found := rows(mix, ops=a.ops))
-        print(f"{mix}: " + ", ".join(f"{row.way} {row.tokens_per_s:,.0f} tokens/s" for row in found.itertuples()),
-              file=sys.stderr, flush=True)
     records.note_machine(folder, MIX.file)
+    for mix in mixes:
+        for number, rows in enumerate(record(mix, a.shares, a.ops or ()), 1):
+            MIX.merge(folder, rows)
+            print(f"pass {number} of {PASSES}, W = {mix.window}, G = {mix.group}, tokens a second: " + "; ".join(
+                f"{row.way} at {row.share:g} {row.tokens_per_s:,.0f}" for row in rows.itertuples()), file=sys.stderr,
+                flush=True)
     return 0
 
 

@@ -2,9 +2,9 @@
 
     python -m kernels rollbacks --windows 4 8 16 32 64 128
 
-Requests of real text, each drawn with its own seed, are served together by a VerifyingEngine whose verifier is the
-paper's: default ops at one shape. Nothing is perturbed: a flip is a draft of decode that the verifier's pass, in
-another shape, does not choose.
+Requests of real text, of lengths that differ, each drawn with its own seed, are served together by a VerifyingEngine
+whose verifier is the paper's: default ops at one shape. Nothing is perturbed: a flip is a draft of decode that the
+verifier's pass, in another shape, does not choose.
 """
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ def served(window: int, *, group: int = GROUP, size: int = REQUESTS, count: int 
            flip_every: int | None = None) -> tuple[VerifyingEngine, list]:
     """`size` verified requests of held-out text, served together to their end: the engine, and the requests.
 
-    Raises ValueError that names the argument.
+    Their lengths differ, or all would attend to as many keys at each step, which no server's do. Raises ValueError
+    that names the argument.
     """
-    prompts = requests(size + 1)[1:]
+    prompts = [prompt[: len(prompt) - 7 * i % 31] for i, prompt in enumerate(requests(size + 1)[1:])]
     reach = len(prompts[0]) + count
     pages = size * -(-reach // PAGE)
     engine = VerifyingEngine(byte_model("default", dtype), window=window, group=group, verifier=verifier, pages=pages,
@@ -104,9 +105,9 @@ def main(argv=None) -> int:
     of = {"group": a.group, "size": a.requests, "count": a.tokens, "temperature": a.temperature,
           "dtype": DTYPES[a.dtype] if a.dtype else None}
     folder = records.open_machine(a.out, a.machine)
+    records.note_machine(folder, ROLLBACKS.file)
     for window in a.windows:
         ROLLBACKS.merge(folder, rollbacks([window], progress=True, **of))
-    records.note_machine(folder, ROLLBACKS.file)
     print(f"{folder / ROLLBACKS.file} is written, on {runtime.where()}")
     return 0
 

@@ -128,19 +128,34 @@ def test_times_count_from_the_arrival_and_between_the_tokens_of_one_request():
 
 
 def test_a_rate_is_served_three_times_by_each_in_turns(folder, monkeypatch):
-    turns = []
-    monkeypatch.setattr(arrivals, "serve", lambda model, rate, requests: turns.append(model.ops_name)
+    turns, warm = [], []
+    monkeypatch.setattr(arrivals, "ready", lambda model, load: warm.append(model.ops_name) or model.ops_name)
+    monkeypatch.setattr(arrivals, "serve", lambda engine, load, rate: turns.append((engine, rate))
                         or ([1.0, 3.0], [2.0], 7.0))
-    rows = arrivals.record("byte", folder, NAMES, (5.0,), 2, said=lambda line: None)
-    assert turns == [*NAMES] * 3 and tuple(rows) == arrivals.LATENCY.columns
-    assert rows.first_ms_p50.tolist() == [2.0, 2.0] and rows.tokens_per_s.tolist() == [7.0, 7.0]
+    rows = arrivals.record("byte", folder, NAMES, (5.0, 6.0), 2, said=lambda line: None)
+    assert turns == [(name, rate) for rate in (5.0, 6.0) for name in [*NAMES] * 3] and warm == [*NAMES]
+    assert tuple(rows) == arrivals.LATENCY.columns and rows.first_ms_p50.tolist() == [2.0] * 4
+    assert rows.tokens_per_s.tolist() == [7.0] * 4
     arrivals.record("byte", folder, NAMES, (5.0,), 2, said=lambda line: None)
-    assert len(turns) == 6, "what this code has recorded is not served again"
+    assert len(turns) == 12, "what this code has recorded is not served again"
 
 
-def test_every_request_of_a_load_is_answered():
-    first, between, rate = arrivals.serve(TINY, 1000.0, 4)
+def test_every_request_of_a_load_is_answered_by_an_engine_that_is_ready(monkeypatch):
+    monkeypatch.setattr(arrivals.Engine, "warm_up", lambda engine: setattr(engine, "warm", True))
+    load = arrivals.crowd(TINY, 4)
+    engine = arrivals.ready(TINY, load)
+    assert engine.warm and engine.number == 4 and not engine.scheduler.requests, "it has served all of them once"
+    first, between, rate = arrivals.serve(engine, load, 1000.0)
     assert len(first) == 4 and min(first) > 0 and len(between) > 0 and rate > 0
+
+
+def test_no_pass_finds_what_an_earlier_one_left():
+    load = arrivals.crowd(TINY, 1)
+    ours = arrivals.loads.Load("one", load.server, tuple(call for call in load.calls if call.seed is None)[:1])
+    engine = arrivals.ready(TINY, ours)
+    arrivals.serve(engine, ours, 1000.0)
+    assert engine.cache.known and engine.scheduler.hits == 0
+    engine.check()
 
 
 def test_the_model_is_the_trained_one_or_of_a_named_shape():

@@ -50,6 +50,13 @@ def test_a_row_counts_what_the_engine_did():
     assert (row.model, row.verifier, row["dtype"], row.window, row.group) == ("tiny", "default", "float32", 4, 2)
 
 
+def test_requests_are_held_out_text_of_lengths_that_differ():
+    _, answers = measure.served(4, group=2, size=4, count=2)
+    lengths = [len(request.prompt) for request in answers]
+    assert lengths == [lengths[0] - less for less in (0, 7, 14, 21)] and lengths[-1] > 10
+    assert all(bytes(request.prompt) in serving.held_out() for request in answers)
+
+
 def test_without_flips_the_first_span_is_the_whole_answer(monkeypatch):
     row = measure.rollbacks([4], temperature=0.0, **FEW).iloc[0]
     assert row.flips == row.recomputed == row.later_tokens == 0 and row.first_tokens == 24
@@ -125,6 +132,33 @@ def test_what_is_measured_is_served_as_it_says(monkeypatch):
     assert all(served.tokens_per_s > 0 for served in found.values()) and found["loose"].held_back_ms == 0
     with pytest.raises(ValueError, match="way must be one of loose, verified, invariant, got 'fast'"):
         explore.measured(mix, "fast")
+
+
+def test_shares_and_ways_take_turns_and_the_median_pass_counts(monkeypatch):
+    turns, rates = [], iter(range(1, 100))
+    monkeypatch.setattr(explore, "costs", lambda *_: COSTS)
+    monkeypatch.setattr(explore, "_ready", lambda mix, way, ops: (way, ops))
+    monkeypatch.setattr(explore, "_served", lambda engine, mix, way: turns.append((mix.share, *engine))
+                        or Served(next(rates), 5.0))
+    one, two, three = explore.record(Mix(8, 0.5, 16, 4), (0.5, 1.0), ["frozen", "tiled"])
+    asked = [("loose", None), ("verified", None), ("invariant", None), ("invariant", "frozen")]
+    assert turns == [(share, *each) for share in (0.5, 1.0) for each in asked] * 3
+    assert three.tokens_per_s.tolist() == [9, 10, 11, 12, 13, 14, 15, 16], "of 1 9 17, 2 10 18 and so on"
+    assert one.tokens_per_s.tolist() == list(range(1, 9)) and set(three.held_back_ms) == {5.0}
+    assert list(zip(three.share, three.way, three.ops, strict=True)) == [
+        (share, *row) for share in (0.5, 1.0) for row in (("loose", "default"), ("verified", "default"),
+                                                          ("invariant", "tiled"), ("frozen", "frozen"))]
+    assert three.predicted_tokens_per_s.isna().tolist() == [False, False, False, True] * 2
+    assert three.predicted_tokens_per_s[5] == pytest.approx(explore.predicted(
+        Mix(8, 1.0, 16, 4), COSTS)["verified"].tokens_per_s)
+    assert explore._arguments(["--ops", "frozen"]).ops == ["frozen"]
+
+
+def test_an_engine_is_warm_before_it_serves(monkeypatch):
+    warm = []
+    monkeypatch.setattr(explore.Engine, "warm_up", lambda engine: warm.append(engine.tokens))
+    explore.measured(Mix(2, 0.5, 4, 2, count=3), "verified")
+    assert warm == [0]
 
 
 def test_the_command_records_predicted_beside_measured(tmp_path):
