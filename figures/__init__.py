@@ -25,7 +25,7 @@ CLOCKS = {"cold": "device time with inputs out of cache", "graph": "CUDA-graph r
 
 def names() -> list[str]:
     found = {module.name for module in pkgutil.iter_modules([str(FOLDER)]) if not module.name.startswith("_")}
-    return sorted(found - {"handout", "page", "readme"})
+    return sorted(found - {"handout", "page", "readme", "readme_model"})
 
 
 def render(name: str, size: str = "screen", **of) -> dict[str, bytes]:

@@ -8,35 +8,45 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from figures import described, named_once
-from figures.answer_tree import totals
+from figures.answer_tree import named, totals
 from figures.page import SCREEN, Page, around
 from kernels.lab import records, style
+from kernels.lab.serving.recorded import VERIFIED
 from kernels.lab.serving.speed import SERVING
 
 LOOKS = {"default": (style.GREEN, "o"), "invariant": (style.BLUE, "^"), "tiled": (style.BROWN, "*"),
-         "frozen": (style.ORANGE, "D"), "fused": (style.PURPLE, "v")}
+         "frozen": (style.ORANGE, "D"), "fused": (style.PURPLE, "v"), "verified": (style.VERMILION, "s")}
+PANELS = {"decode": ("batch", "Requests in the batch", "Decode"),
+          "prefill": ("context", "Tokens of the prompt", "Prefill")}
 
 
 def _speed(data) -> tuple[pd.DataFrame, dict]:
-    """The first GPU's rows of serving.csv, and that machine; no rows where no GPU has recorded any."""
+    """The first GPU's rows of serving.csv, of a model of real size if it has one, and that machine; no rows where no
+    GPU has recorded any. Of a phase without the default's speed there is nothing to show.
+    """
     for name in records.machines(SERVING.file, data):
         about = described(data, name)
         rows = SERVING.read(Path(data) / name)
-        if not about["is_cpu"] and len(rows) and "default" in set(rows.ops):
-            return rows[rows.model == rows.model.iloc[0]], about
+        if about["is_cpu"] or not len(rows):
+            continue
+        model = max(rows.model.unique(), key=lambda model: (model != "byte", (rows.model == model).sum()))
+        rows = rows[rows.model == model]
+        known = set(rows[rows.ops == "default"].phase) & set(PANELS)
+        if known:
+            return rows[rows.phase.isin(known)], about
     return pd.DataFrame(columns=list(SERVING.columns)), {}
 
 
 def draw(data=records.DATA, machine: str | None = None, page: Page = SCREEN) -> Figure:
     (every, about), (speed, gpu) = totals(data, machine), _speed(data)
-    panels = 1 + 2 * bool(len(speed))
+    phases = [phase for phase in PANELS if (speed.phase == phase).any()]
+    panels = 1 + len(phases)
     figure = page.figure(4.6 * panels if panels > 1 else 9, 4.2 if not page.narrow else 2.8 * panels)
     axes = np.ravel(figure.subplots(*((panels, 1) if page.narrow else (1, panels)), squeeze=False))
     _answers(axes[0], every)
-    if len(speed):
-        _ratios(axes[1], speed[speed.phase == "decode"], "batch", "Requests in the batch", "Decode")
-        _ratios(axes[2], speed[speed.phase == "prefill"], "context", "Tokens of the prompt", "Prefill")
-    around(figure, page, _claim(every, speed), _caption(about, speed, gpu, page), named_once(axes))
+    for place, phase in zip(axes[1:], phases, strict=True):
+        _ratios(place, speed[speed.phase == phase], *PANELS[phase])
+    around(figure, page, _claim(every, speed), _caption(every, about, speed, gpu, page), named_once(axes))
     return figure
 
 
@@ -94,11 +104,17 @@ def _requests(every) -> str:
 
 
 def _claim(every, speed) -> str:
+    """Greedy answers of a model of real size, if it has some, else of the byte model; and what a fixed order costs."""
     greedy = every[every.temperature == every.temperature.min()]
-    greedy = greedy[greedy.model == greedy.model.iloc[0]]
-    said = [f"{row.answers:,.0f} answer{'s' * (row.answers != 1)} with {row.ops} ops" for row in greedy.itertuples()]
+    model = max(greedy.model.unique(), key=lambda model: (model != "byte", (greedy.model == model).sum()))
+    greedy = greedy[greedy.model == model]
+    said = [f"{_counted(row.answers, 'answer')} with {named(row.ops)}" for row in greedy.itertuples()]
     cost = _cost(speed)
-    return f"One prompt, {_requests(greedy)} requests: {', '.join(said)}{cost and f', at {cost}'}"
+    return f"One prompt, {_requests(greedy)} requests: {', '.join(said)}{cost and f'; invariant ops run at {cost}'}"
+
+
+def _counted(number: float, what: str) -> str:
+    return f"{number:,.0f} {what}{'s' * (number != 1)}"
 
 
 def _cost(speed) -> str:
@@ -112,9 +128,11 @@ def _cost(speed) -> str:
     return f"{mean:.2f} of the default's speed ({ratio.min():.2f} to {ratio.max():.2f})"
 
 
-def _caption(about, speed, gpu, page) -> str:
+def _caption(every, about, speed, gpu, page) -> str:
     said = (f"Answers: the {about['device'].removeprefix('NVIDIA ')}, bfloat16, random loads that mix lengths, chunks, "
             "cache hits, preemptions and cancellations; every request asks the same, with the same seed.")
+    if (every.ops == VERIFIED).any():
+        said += f"{page.newline}Verified: default ops, checked by default ops at one shape; one draft in 16 is wrong."
     if not len(speed):
         return f"{said}{page.newline}Speed: no GPU has recorded it yet."
     return (f"{said}{page.newline}Speed: {speed.model.iloc[0]}, random weights, on the "
@@ -123,8 +141,9 @@ def _caption(about, speed, gpu, page) -> str:
 
 def words(data=records.DATA, machine: str | None = None) -> str:
     (every, about), (speed, _) = totals(data, machine), _speed(data)
-    said = [f"{row.model} with {row.ops} ops, {_chosen(row.temperature)}: {row.answers:,.0f} answers and "
-            f"{row.logit_digests:,.0f} digests of logits of {row.requests:,.0f} requests" for row in every.itertuples()]
+    said = [f"{row.model} with {named(row.ops)}, {_chosen(row.temperature)}: {_counted(row.answers, 'answer')} and "
+            f"{_counted(row.logit_digests, 'digest')} of logits of {row.requests:,.0f} requests"
+            for row in every.itertuples()]
     cost = _cost(speed)
     shown = (f"Beside it the speed of decoding and prefill against the default's: {cost}." if cost else
              "Its speed is not shown, for no GPU has recorded it yet.")

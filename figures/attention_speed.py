@@ -111,7 +111,7 @@ def _decode(axes, rows, ours):
     axes.axhline(1, color=style.GREY, linewidth=1.3, zorder=1)
     table = rows.pivot(index=["shape", "tokens"], columns="implementation", values=["us_p50", "older"])
     for shape, mark in _contexts(rows):
-        for name, look in zip(BESIDE, ((1.8, 7), (0.9, 4.5)), strict=True):
+        for name, look in zip(BESIDE, ((1.2, 6.5), (0.7, 4)), strict=True):
             mine = table.loc[shape].reindex(columns=[(c, n) for c in ("us_p50", "older") for n in (name, ours)])
             mine = mine[mine.us_p50.notna().all(axis=1)]
             ratio, older = (mine["us_p50", name] / mine["us_p50", ours]).astype(float), mine.older.any(axis=1)

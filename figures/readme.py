@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from figures import attention_speed
+from figures import attention_speed, matmul_unseen, readme_model
 from figures.atlas import machines_shown
+from figures.readme_model import table as _table
 from kernels import tables
 from kernels.lab import older, records
 from kernels.lab.atlas import chart as atlas_chart
 from kernels.lab.atlas import measure as atlas
 from kernels.lab.proofs.certificates import CERTIFICATES
 from kernels.lab.proofs.tensor_core import TENSOR_CORE
-from kernels.lab.window.measure import VERIFY_COST
+from kernels.lab.tuning.unseen import speeds
 from kernels.op import Shape
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -54,8 +55,8 @@ def measured(data=records.DATA, machine: str = "h200") -> str:
     """The section's text, from one GPU's record."""
     rows = older.mark(records.load(machine=machine, out=data))
     parts = (_intro(rows, data, machine), _rows(rows), _softmax(rows), _behind(rows), _products(rows),
-             _attention(data, machine), _certificates(data), _tensor_core(data, machine), _atlas(data),
-             _window(data, machine))
+             _unseen(data, machine), _attention(data, machine), _certificates(data), _tensor_core(data, machine),
+             _atlas(data), readme_model.model(data, machine))
     return "\n" + "\n\n".join(parts) + "\n\n"
 
 
@@ -75,13 +76,6 @@ def _us(rows, **where) -> float:
         rows = rows[rows[column] == value]
     (us,) = rows.us_p50
     return us
-
-
-def _table(head: list, align: str, lines: list[list]) -> str:
-    """Cells as a table; numbers to one decimal."""
-    cells = [head, [align] + ["---:"] * (len(head) - 1), *lines]
-    return "\n".join("| " + " | ".join(f"{c:.1f}" if isinstance(c, float) else str(c) for c in line) + " |"
-                     for line in cells)
 
 
 def _cold(rows, op):
@@ -191,6 +185,17 @@ def _products(rows) -> str:
             f"{slow.max():.1f} times as long as the default.")
 
 
+def _unseen(data, machine) -> str:
+    speed = speeds(matmul_unseen.recorded(data, machine)[0]).droplevel("dtype")
+    said = {name: f"{_mean(of):.2f} times the default's speed in the geometric mean, {of.median():.2f} in the median "
+                  f"and {of.min():.2f} at worst, below 0.90 at {(of < 0.9).sum()} of the {len(of)} points"
+            for name, of in ((name, speed[name].dropna()) for name in speed)}
+    tuned = f" With the schedules that `kernels.tuning` keeps: {said['online']}." if "online" in said else ""
+    return (f"Of {speed.index.unique('shape').size} weights of other models no table holds a schedule. Where it is "
+            f"chosen by a model of time, without having been timed, `matmul.triton` has {said['triton']}.{tuned}\n\n"
+            "![](figures/matmul_unseen.png)")
+
+
 def _attention(data, machine) -> str:
     rows, _ = attention_speed.recorded(data, machine)
     ratio, moved = attention_speed.relative(rows), rows[~rows.same_bits.astype(bool)].implementation.value_counts()
@@ -253,15 +258,3 @@ def _atlas(data) -> str:
     return (f"[The atlas](figures/atlas.png) tests {len(atlas.names())} of PyTorch's own ops for what moves their bits "
             f"(`atlas.csv`). Another batch gave a row other bits in {' and '.join(said)}, leaving out those that race "
             "from run to run or draw random numbers.")
-
-
-def _window(data, machine) -> str:
-    rows = records.load(VERIFY_COST, machine, data)
-    rows, tokens = rows[rows.curve == "graph"].set_index(["ops", "tokens"]), (16, 128, 512)
-    lines = [[f"{label} ops", *(float(rows.ms_p50[ops, t]) for t in tokens)]
-             for label, ops in (("default", "default"), ("`invariant`", "invariant"))]
-    lines.append(["floor, computed from measured ceilings", *(float(rows.floor_ms["invariant", t]) for t in tokens)])
-    return ("One forward of a Llama-3.1-8B shape over a window of tokens, milliseconds a pass, curve `graph` (a CUDA "
-            f"graph), medians (`verify_cost.csv`):\n\n{_table(['tokens in the window', *tokens], '---', lines)}\n\n"
-            "When this was recorded `invariant` had this suite's RMSNorm, rotary and SwiGLU, and PyTorch's products "
-            "and attention. Today it uses this suite's ops at every step.")

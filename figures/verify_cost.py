@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import textwrap
 
+import pandas as pd
 from matplotlib.figure import Figure
 
 from figures import described, named_once, not_recorded
@@ -13,9 +14,9 @@ from kernels.lab.window.measure import VERIFY_COST
 from kernels.lab.window.replay import CURVE
 
 TOKENS = (16, 32, 64, 128, 256, 512)
-
-
 CEILINGS = ("copy_gbytes_per_s", "matmul_tflops")
+WORK = (" At work: W x G tokens, each window behind 1024 or 4096 tokens of its own, a token chosen behind every one, "
+        "one CUDA graph.")
 
 
 def draw(data=records.DATA, machine: str | None = None, page: Page = SCREEN) -> Figure:
@@ -39,12 +40,13 @@ def draw(data=records.DATA, machine: str | None = None, page: Page = SCREEN) -> 
     left.set(ylim=(0, top), title="The published chart, measured again")
     window_chart.whole_pass(right, rows, sorted(rows.tokens.unique()), points=points)
     right.set_title("The same passes, not divided by their tokens")
-    caption = _caption(machine, *(("above", "below") if page.narrow else ("left", "right")))
+    places = ("left", "right") if panels == 2 else ("left", "middle")
+    caption = _caption(machine, rows, replays, *(("above", "below") if page.narrow else places))
     if not page.screen:
         for axes in (left, right):
             axes.get_legend().remove()
         right.set_ylim(top=1.15 * max(max(line.get_ydata()) for line in right.lines))  # no legend needs room
-    around(figure, page, _claim(rows), (textwrap.fill(caption, 190) if page.screen else caption)
+    around(figure, page, _claim(rows), (textwrap.fill(caption, 92 * panels) if page.screen else caption)
            + not_recorded(["paper", "graph"], rows.curve) + not_recorded(["default", "invariant"], rows.ops)
            + not_recorded(CEILINGS, machine), None if page.screen else named_once([right, left]))
     return figure
@@ -60,9 +62,9 @@ def words(data=records.DATA, machine: str | None = None) -> str:
     paper = rows[(rows.curve == "paper") & (rows.ops == "default") & rows.tokens.isin(TOKENS)].sort_values("tokens")
     per = [f"{row.ms_p50 / row.tokens:.3f} at {row.tokens}" for row in (*paper.iloc[:1].itertuples(),
                                                                       *paper.iloc[-1:].itertuples())]
-    return (f"{_claim(rows)}. Two panels over the tokens in a window. Left, the published chart's axes: latency per "
+    return (f"{_claim(rows)}. Panels over the tokens in a window. Left, the published chart's axes: latency per "
             f"token in milliseconds of our eager passes, {' and '.join(per)}; hollow marks are the published points, "
-            "with the area beneath them in green. Right, the whole pass in milliseconds on log "
+            "with the area beneath them in green. Beside it, the whole pass in milliseconds on log "
             f"axes: {'; '.join(said)}; dotted, the matrix products' least time by measured ceilings."
             + _replays_in_words(replays))
 
@@ -90,13 +92,22 @@ def _claim(rows) -> str:
     return f"128 tokens take {times} times as long as 16{which}{means}"
 
 
-def _caption(machine, first, second) -> str:
+def _caption(machine, rows, replays, first, second) -> str:
     return (
         f"{machine.get('verify_cost_model', 'a model')}, random weights, one request, empty prefix. Lines: "
-        f"{machine['device']}, medians with their 5-95 % band (hatched: invariant ops). Clock: host wall time of one "
-        "pass. paper: preparing the batch, an eager forward, the chosen token back on the host. graph: the same, "
-        "forward and argmax replayed as one CUDA graph. floor: for each matrix product the longer of its bytes at a "
-        "copy's bandwidth and its operations at a large product's rate, both measured in that run. Invariant ops: this "
-        "suite's RMSNorm, rotary and SwiGLU; products and attention were PyTorch's. Hollow marks: published by LLM-42, "
-        f"an H100 PCIe; read off the chart ({first}, over the green area it has there), the authors' log ({second}). "
+        f"{machine['device']}, medians with their 5-95 % band (hatched: other ops than the default's). Clock: host "
+        "wall time of one pass. paper: preparing the batch, an eager forward, the chosen token back on the host. "
+        "graph: the same, forward and argmax replayed as one CUDA graph. floor: for each matrix product the longer of "
+        "its bytes at a copy's bandwidth and its operations at a large product's rate, both measured in that run. "
+        f"{_ops(pd.concat([rows, replays]))}{WORK if len(replays) else ''} Hollow marks: published by LLM-42, an H100 "
+        f"PCIe; read off the chart ({first}, over the green area it has there), the authors' log ({second}). "
         f"Axes: {first}, evenly spaced windows and time from zero; {second}, both logarithmic.")
+
+
+def _ops(rows) -> str:
+    """What the lines' ops are. Until 2026-11-29 the model had this suite's ops at three steps alone."""
+    early = (rows[rows.ops == "invariant"].recorded_at.astype(str) < "2026-11-29").any()
+    said = "this suite's RMSNorm, rotary and SwiGLU; products and attention were PyTorch's." if early else \
+        "this suite's, every step."
+    fused = " Fused ops: PyTorch's products and attention under this suite's fusions, not invariant."
+    return f"Invariant ops: {said}{fused if (rows.ops == 'fused').any() else ''}"

@@ -14,6 +14,7 @@ from kernels import OPS, launch, runtime
 from kernels.bits import portable, same_bits
 from kernels.launch import Step, Tiles
 from kernels.op import DTYPES
+from kernels.ops.matmul import choice
 from kernels.ops.matmul import plan as matmul_plan
 from kernels.ops.matmul import schedule as products
 from kernels.ops.rotary import into, rotary_into
@@ -87,7 +88,7 @@ def test_every_schedule_names_its_kernels_arguments(op, dtype):
     kinds = set()
     for shape in shapes:
         arguments = op.inputs(300, shape, dtype, "meta")
-        schedules = products.tested(*arguments[1].shape, dtype) if op is MATMUL else op.schedules(shape, dtype)
+        schedules = choice.tested(*arguments[1].shape, dtype) if op is MATMUL else op.schedules(shape, dtype)
         for schedule in schedules:
             try:
                 steps = op.call.launches(schedule, *arguments)

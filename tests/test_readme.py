@@ -11,8 +11,12 @@ import pytest
 import figures
 from figures import readme
 from kernels.lab import records
+from kernels.lab.moving.cost import MODE_COST
+from kernels.lab.parallel.measure import TENSOR_PARALLEL
 from kernels.lab.proofs.certificates import CERTIFICATES
 from kernels.lab.proofs.tensor_core import TENSOR_CORE
+from kernels.lab.serving.recorded import ANSWERS
+from kernels.lab.serving.speed import SERVING
 from kernels.lab.window.measure import VERIFY_COST
 from kernels.op import Shape
 
@@ -22,6 +26,7 @@ TABLES = [[[cell.strip(" *") for cell in line.strip("|").split("|")] for line in
           for block in re.findall(r"(?:^\|.*\n)+", SECTION, re.M)]
 SWEEP = records.load(machine="h200").query("clock == 'cold' and dtype == 'bfloat16'").set_index(
     ["op", "shape", "implementation", "tokens"]).us_p50
+SERVED = records.load(SERVING, "h200").query("model != 'byte'").set_index(["phase", "ops", "batch", "context"])
 WINDOWS = records.load(VERIFY_COST, "h200").query("curve == 'graph'").set_index(["ops", "tokens"])
 
 
@@ -57,8 +62,17 @@ def window(label, tokens, state):
     return one(WINDOWS.loc[({"default ops": "default", "`invariant` ops": "invariant"}[label], tokens), "ms_p50"])
 
 
+def test_a_servers_speed_is_what_was_recorded():
+    (_, *batches), _, *lines = TABLES[4]
+    named = {"default ops": "default", "`frozen`: one schedule for all": "frozen", "`invariant` ops": "invariant"}
+    assert [line[0] for line in lines] == list(named) and len(batches) == 5
+    for label, *printed in lines:
+        found = [one(SERVED.loc[("decode", named[label], int(batch), 1024), "tokens_per_s_p50"]) for batch in batches]
+        assert printed == [f"{value:,.0f}" for value in found]
+
+
 @pytest.mark.parametrize("number, lookup, labels, rows", [
-    (0, rms_norm, 1, 4), (1, reductions, 1, 6), (3, matmul, 2, 9), (4, window, 1, 3)],
+    (0, rms_norm, 1, 4), (1, reductions, 1, 6), (3, matmul, 2, 9), (5, window, 1, 3)],
     ids=lambda value: getattr(value, "__name__", ""))
 def test_a_table_is_what_was_recorded(number, lookup, labels, rows):
     header, rule, *lines = TABLES[number]
@@ -106,6 +120,9 @@ def copied(tmp_path_factory):
     data = tmp_path_factory.mktemp("altered") / "data"
     for name in ("h200", "h100", "cpu-avx512", "schedules"):
         shutil.copytree(records.DATA / name, data / name, ignore=shutil.ignore_patterns("host*", "*.lock"))
+    (data / "cpu-avx2").mkdir()
+    for file in ("machine.json", TENSOR_PARALLEL.file):
+        shutil.copy(records.DATA / "cpu-avx2" / file, data / "cpu-avx2" / file)
     return data
 
 
@@ -190,6 +207,21 @@ def test_other_certificates_windows_and_sums_give_another_text(altered):
     assert differs(text) >= 9
 
 
+def test_other_digests_answers_speeds_and_modes_give_another_text(altered):
+    text = altered(ANSWERS, lambda rows: rows.query("load == 'all' and ops == 'invariant'").assign(answers=7.0))
+    assert "7 answers to 1,000 requests with invariant ops" in text
+    text = altered(SERVING, lambda rows: rows.query("ops == 'invariant'").assign(
+        tokens_per_s_p50=lambda r: r.tokens_per_s_p50 / 2))
+    assert "Slower than the default: 15 of 15" in text
+    text = altered(MODE_COST, lambda rows: rows.query("ops == 'invariant' and tokens == 16").assign(same_bits=False))
+    assert re.search(r"the mode of 1\b", text)
+    text = altered(TENSOR_PARALLEL, lambda rows: rows.query("ops == 'invariant' and gpus == 2").assign(
+        logit_digest="f" * 64))
+    assert "invariant ops 2 digests of its logits" in text
+    assert "A prompt of 64 tokens has 2 digests there and on 1, 2, 4, 8 processes of a CPU" in text
+    assert "has the same digest there and on 1, 2, 4, 8 processes of a CPU" in README
+
+
 def test_rows_of_older_code_are_counted(altered):
     text = altered(records.TOKEN_SWEEP, lambda rows: rows.query("op == 'mean'").assign(source="0" * 12))
     assert f"{len(records.load(machine='h200').query('op == @op', local_dict={'op': 'mean'}))} of `mean`" in text
@@ -225,7 +257,7 @@ def test_every_figure_of_ours_has_its_title_in_its_words():
 
 
 def test_no_table_is_left_out():
-    assert len(TABLES) == 5
+    assert len(TABLES) == 6
     assert "\n|" not in re.sub(r"(?:^\|.*\n)+", "", SECTION, flags=re.M)
 
 

@@ -182,7 +182,8 @@ def command() -> str:
 
 
 # the machines that come with the suite, in whose figures, notebooks and README they are named; the GPU to show first
-OURS = ("h200", "h100", "cpu-avx512", "cpu-avx512-2", "cpu-avx512-3", "cpu-avx2", "cpu-intel-xeon-avx512")
+OURS = ("h200", "h100", "cpu-avx512", "cpu-avx512-2", "cpu-avx512-3", "cpu-avx2", "cpu-intel-xeon-avx512",
+        "cpu-intel-xeon-avx512-2")
 
 
 def machines(file: str = TOKEN_SWEEP.file, out=DATA) -> list[str]:

@@ -85,6 +85,8 @@ def without_mask(batch: int, queries: int, keys: int, causal: bool, device: torc
                 tuple((b, *run) for b in range(batch) for run in runs if keys))
 
 
+# what torch 2.10, for one, writes for False in a boolean mask before it calls cuDNN; rounded, in bfloat16, to -65536
+FOR_CUDNN = -65504.0
 _LAST: dict[str, tuple] = {}  # the last mask that was read: layers share it
 
 
@@ -119,9 +121,14 @@ def _shown(mask) -> torch.Tensor:
     if mask.dtype == torch.bool:
         return mask
     shown = mask == 0
-    if not (shown | (mask <= torch.finfo(mask.dtype).min)).all():
+    hidden = mask <= torch.finfo(mask.dtype).min
+    if mask.dtype in (torch.bfloat16, torch.float16):  # cuDNN takes no others
+        hidden |= mask == torch.tensor(FOR_CUDNN, dtype=mask.dtype, device="cpu").item()
+    other = (~(shown | hidden)).nonzero()
+    if len(other):
+        place = tuple(other[0].tolist())
         raise Unsupported("has an order for masks that show or hide keys, and attn_mask is dense: it adds other "
-                          "numbers")
+                          f"numbers, such as {mask[place].item():g} at {list(place)}")
     return shown
 
 

@@ -78,6 +78,28 @@ def test_speed_stands_beside_them_as_a_share_of_the_defaults(with_a_gpu):
     assert "1.25 of the default's speed" in answers.words(with_a_gpu)
 
 
+def test_a_verifier_is_named_as_such(data):
+    recorded._write(data / "cpu-mine", ("byte", "verified", "random 0", 0.0), ONE)
+    recorded._write_row(data / "cpu-mine", ("byte", "verified", recorded.EVERY, 0.0), ONE)
+    assert "3 answers with default ops, 1 answer with tiled ops, 1 answer with a verifier" in said(answers.draw(data))
+    assert "byte with a verifier, greedy: 1 answer and 1 digest of logits" in answers.words(data)
+    figure = answer_tree.draw(data)
+    assert figure.axes[2].get_title(loc="left").startswith("a verifier: 1,000 requests, 1 answer")
+    figure.draw_without_rendering()
+    assert figure._suptitle.get_window_extent().x1 <= figure.bbox.x1, "a claim of several ops takes two lines"
+
+
+def test_a_part_of_a_gpus_speed_is_shown_as_far_as_it_goes(data):
+    cell = speed.Cell("decode", 1, 1024)
+    speed.SERVING.merge(data / "h200", [speed.row(model, ops, cell, [1.0]) for model in ("byte", "llama-3.1-8b")
+                                        for ops in ("default", "invariant")])
+    speed.SERVING.merge(data / "h200", [speed.row("llama-3.1-8b", "frozen", speed.Cell("prefill", 1, 512), [1.0])])
+    (data / "h200" / "machine.json").write_text(json.dumps({"device": "NVIDIA H200"}))
+    figure = answers.draw(data)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Answers", "Decode"], "prefill has no default"
+    assert "llama-3.1-8b, random weights, on the H200" in said(figure)
+
+
 def test_a_cpus_speed_is_not_shown_for_a_gpus(data):
     speed.SERVING.merge(data / "cpu-mine", [speed.row("byte", "default", speed.Cell("decode", 1, 8), [1.0])])
     assert len(answers.draw(data).axes) == 1
@@ -100,6 +122,9 @@ def test_the_tree_is_of_greedy_answers_of_each_set_of_ops(data):
 def test_every_size_holds_its_letters(draw, size, with_a_gpu):
     figure = draw(with_a_gpu, page=PAGES[size])
     figure.draw_without_rendering()
+    for legend in figure.legends:
+        box = legend.get_window_extent()
+        assert box.x1 <= figure.bbox.x1 and all(axes.get_window_extent().y0 > box.y1 for axes in figure.axes)
     for axes in figure.axes:
         for text in axes.texts:
             box = text.get_window_extent()

@@ -226,6 +226,25 @@ def test_a_padded_sequence_has_the_bits_of_itself_alone(dtype, left, additive):
     torch.testing.assert_close(together[1, :, own], expected[1, :, own], rtol=2e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_what_pytorch_writes_for_cudnn_hides_a_key(dtype):
+    mask, _ = padded(True)
+    written = torch.where(mask.logical_not(), -65504.0, torch.zeros((), dtype=dtype, device=DEVICE))
+    assert written.dtype == dtype and written.isfinite().all()
+    with batch_invariant(strict=True):
+        found = [F.scaled_dot_product_attention(*[Q.to(dtype)] * 3, attn_mask=m) for m in (mask, written)]
+    assert same_bits(*found)
+
+
+@pytest.mark.parametrize("value, dtype, said", [(-1e4, torch.bfloat16, "-9984"), (-65504.0, torch.float32, "-65504"),
+                                                (math.nan, torch.float32, "nan"), (math.inf, torch.bfloat16, "inf")])
+def test_what_makes_a_mask_dense_is_named(value, dtype, said):
+    mask = torch.zeros(2, 1, 5, 5, dtype=dtype, device=DEVICE)
+    mask[1, 0, 2, 3:] = value
+    with batch_invariant(strict=True), pytest.raises(Refused, match=rf"numbers, such as {said} at \[1, 0, 2, 3\]"):
+        F.scaled_dot_product_attention(*[Q.to(dtype)] * 3, attn_mask=mask)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_decode_has_the_bits_of_prefill(dtype):
     q, k, v = (made(1, 4, 5, 8, seed=i, dtype=dtype) for i in range(3))

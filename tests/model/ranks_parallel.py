@@ -1,14 +1,18 @@
 """What ranks do for test_parallel.py: it is imported by the processes, under its full name."""
+import copy
 import dataclasses
+import os
+import time
 
 import torch
 
 from kernels.bits import digest
-from kernels.lab.parallel import work
+from kernels.lab.parallel import measure, room, work
 from kernels.lab.proofs.model_forms import prompt_in
 from kernels.model import parallel, steps
 from kernels.model.config import preset
 from kernels.model.weights import random_weights
+from kernels.ops.all_reduce import ranks as words
 
 TINY = dataclasses.replace(preset("tiny"), heads=8, kv_heads=4, head_dim=64, intermediate_size=512, shared=8)
 # qkv's 3072 rows are one chain of 1024; the 1536 that a rank of two has would be cut in two, were they a whole weight
@@ -79,3 +83,57 @@ def served(ranks):
     requests = [engine.submit(range(1 + i, 9 + 2 * i), 3, Sampler(temperature=0.8, seed=i)) for i in range(4)]
     engine.run()
     return [(r.state, r.answer, r.logit_digest) for r in requests]
+
+
+def without_room(ranks, where):
+    """What `measure` tells where the last rank alone has no room; then all ranks meet."""
+    def lacking(*_, **__):
+        raise {"cache": MemoryError}.get(where, torch.OutOfMemoryError)("CUDA out of memory. Tried\nmore words")
+
+    model = copy.copy(work.pocket_model(ranks))  # the pocket model is kept
+    if ranks.rank == ranks.size - 1 and where == "cache":
+        model.cache = lacking
+    elif ranks.rank == ranks.size - 1:
+        model.ops = dataclasses.replace(model.ops, swiglu=lacking)
+    try:
+        measure.measure(model, measure.Point("decode", 2, 4), 1)
+    except MemoryError as error:
+        return str(error), words.told_objects(ranks.rank, ranks.group)
+    return "nothing", []
+
+
+def alone(ranks):
+    """Of a rehearsal on the last rank, while the others do something else: the logits' shape, and the model's own."""
+    model = work.pocket_model(ranks)
+    found, point = (), measure.Point("prefill", 1, 9)
+    if ranks.rank == ranks.size - 1:
+        _, whole = measure.forward_of(room.alone(model), point)
+        found = tuple(whole().shape)
+    words.told_objects(0, ranks.group)
+    return found, tuple(measure.forward_of(model, point)[1]().shape)
+
+
+def one_row(ranks):
+    return measure.measure(work.pocket_model(ranks), measure.Point("decode", 2, 4), 1)
+
+
+def decoded(ranks, at_once):
+    """The digest of a decode behind prompts that are read so many tokens at a time, and of its rehearsal's calls."""
+    model, calls = copy.copy(work.pocket_model(ranks)), []
+    forward = model.forward
+    model.forward = lambda tokens, *given: calls.append(len(tokens)) or forward(tokens, *given)
+    before, measure.AT_ONCE = measure.AT_ONCE, at_once
+    try:
+        digests = [digest(measure.forward_of(model, measure.Point("decode", 5, 6), rehearsal)[1]())
+                   for rehearsal in (False, True)]
+    finally:
+        measure.AT_ONCE = before
+    return digests[0], calls
+
+
+def process_id(_):
+    return os.getpid()
+
+
+def asleep(_):
+    time.sleep(60)

@@ -1,17 +1,22 @@
 """A decoder on 1, 2, 4 and 8 ranks: one digest, in random batches too; what ranks cannot share is said by name."""
 import dataclasses
+import json
 import os
 import socket
 import subprocess
 import sys
+import threading
+import time
+import types
+from pathlib import Path
 
 import pytest
 import torch
 
 from kernels.__main__ import main
 from kernels.bits import digest, same_bits
-from kernels.lab import records
-from kernels.lab.parallel import measure, work
+from kernels.lab import provenance, records
+from kernels.lab.parallel import measure, room, work
 from kernels.lab.proofs import model as proof
 from kernels.model import parallel, steps
 from kernels.model.config import PRESETS
@@ -212,7 +217,206 @@ def test_ranks_that_do_not_come_are_an_error_in_time(variables):
         parallel.join("cpu", timeout=1)
 
 
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+PARENT = """
+import subprocess, sys
+subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+sys.stdin.read()
+"""
+RANK = """
+import sys, time
+from kernels.model import parallel
+print("joins", flush=True)
+parallel.join("cpu")
+print("joined", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("size, said", [(1, ["joins", "joined"]), (2, ["joins"])], ids=["that works", "that waits"])
+def test_a_rank_ends_when_its_parent_is_killed(size, said):
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": f"{size}", "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": f"{free_port()}"}
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, RANK], cwd=records.ROOT, env={**os.environ, **variables},
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert [parent.stdout.readline().strip() for _ in said] == said
+        time.sleep(1)  # for the one that waits to be about it
+        parent.kill()
+        assert parent.communicate(timeout=5)[0] == "", "the rank holds the pipe until it is gone"
+    finally:
+        parent.kill()
+
+
+STARTER = """
+from kernels.lab.parallel.processes import Processes
+from tests.model import ranks_parallel
+processes = Processes(1)
+print(processes._process.pid, *processes.run(ranks_parallel.process_id), flush=True)
+processes.run(ranks_parallel.asleep)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which processes there are")
+def test_processes_end_at_their_work_when_their_starter_is_killed():
+    def there(process):
+        try:
+            return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        except FileNotFoundError:
+            return False
+    command = [sys.executable, "-c", STARTER]
+    with subprocess.Popen(command, cwd=records.ROOT, stdout=subprocess.PIPE, text=True) as start:
+        found = start.stdout.readline().split()
+        assert len(found) == 2 and all(map(there, found))
+        start.kill()
+        end = time.monotonic() + 5
+        while any(map(there, found)) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not any(map(there, found))
+
+
+def test_a_process_that_left_the_ranks_outlives_its_parent(monkeypatch):
+    join = sys.modules[parallel.join.__module__]
+    ended, left, asked = [], threading.Event(), threading.Event()
+    monkeypatch.setattr(join, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(join.os, "_exit", lambda status: (ended.append(status), left.set()))
+    numbers = iter([7, 7, 7])
+    monkeypatch.setattr(join.os, "getppid", lambda: next(numbers, None) or (asked.set(), 1)[1])
+    join.end_with_parent(left)
+    assert asked.wait(5) and left.wait(5) and ended == [1]
+    numbers = iter([7])
+    left.set()
+    join.end_with_parent(left)
+    time.sleep(0.1)
+    assert ended == [1]
+
+
 # The command.
+
+@pytest.mark.parametrize("where", ["cache", "forward"])
+def test_a_cell_that_does_not_fit_on_one_rank_is_said_by_all(where, processes):
+    for said, met in processes.run(on_ranks.without_room, where, size=4, seconds=30):
+        assert said == "decode of batch 2 at context 4 does not fit on rank 3 of 4: CUDA out of memory. Tried"
+        assert met == [0, 1, 2, 3]
+
+
+def test_a_rehearsal_waits_for_nobody_and_has_all_logits(processes):
+    *others, (rehearsed, real) = processes.run(on_ranks.alone, size=4)
+    assert rehearsed == real == (9, 64) and all(found == ((), real) for found in others)
+
+
+def test_a_row_is_the_same_on_all_ranks_but_for_the_clock(processes):
+    first, *others = processes.run(on_ranks.one_row, size=4)
+    assert (first["model"], first["ops"], first["gpus"], first["phase"]) == ("pocket", "invariant", 4, "decode")
+    assert len({row["logit_digest"] for row in [first, *others]}) == 1 and first["ms_p50"] > 0
+    alone, = processes.run(on_ranks.one_row, size=1)
+    assert alone["logit_digest"] == first["logit_digest"]
+
+
+def test_prompts_behind_decode_are_read_some_at_a_time(processes):
+    found = {at_once: processes.run(on_ranks.decoded, at_once, size=1)[0] for at_once in (1, 12, 30)}
+    assert len({digest for digest, _ in found.values()}) == 1
+    assert {at_once: calls for at_once, (_, calls) in found.items()} == {
+        1: [6] * 5 + [5, 6, 5], 12: [12, 12, 6, 5, 12, 5], 30: [30, 5] * 2}
+
+
+def test_an_end_that_hides_a_lack_of_memory_is_one():
+    def work():
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        finally:
+            raise RuntimeError("the capture ended early")
+
+    def other():
+        raise RuntimeError("unlike")
+    monkey = types.SimpleNamespace(rank=0, size=1, group=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room.words, "told_objects", lambda value, _: [value])
+        with pytest.raises(MemoryError, match="a cell does not fit on rank 0 of 1: CUDA out of memory. Tried to allo"):
+            room.together(work, monkey, "a cell")
+        with pytest.raises(RuntimeError, match="unlike"):
+            room.together(other, monkey, "a cell")
+        assert room.together(lambda: 5, monkey, "a cell") == 5
+
+
+@pytest.fixture
+def command(variables, tmp_path, monkeypatch):
+    """run(*words): the command of a rank alone, recording in tmp_path; (its status, what it measured)."""
+    asked, plan = [], {"stop": 99}
+
+    def measured(model, point, repeats):
+        asked.append((point.batch, model.ops_name))
+        if len(asked) == plan["stop"]:
+            raise RuntimeError("a GPU fell off the bus")
+        if asked[-1] == (64, "invariant"):
+            raise MemoryError(f"{point} does not fit on rank 0 of 1: it is too large")
+        return {**measure._key(model, point), "ms_p05": 1.0, "ms_p50": 1.0, "ms_p95": 1.0, "logit_digest": "0" * 64,
+                "recorded_at": records.now(), "source": measure.source()}
+
+    def run(*words, stop=99):
+        asked.clear()
+        plan["stop"] = stop
+        variables(MASTER_PORT=free_port())
+        status = main(["parallel", "--device", "cpu", "--phases", "decode", "--batches", "1", "64",
+                       "2", "--record", "--out", str(tmp_path), "--machine", "here", *words])
+        return status, asked
+    monkeypatch.setattr(measure, "model_of", lambda _, ranks, ops, __: parallel.Sharded(work.POCKET, ranks, ops=ops))
+    monkeypatch.setattr(measure, "measure", measured)
+    monkeypatch.setattr(measure, "_introduced", lambda *_: None)
+    return run
+
+
+EVERY = [(batch, ops) for batch in (1, 64, 2) for ops in ("default", "invariant")]
+
+
+def test_rows_are_recorded_as_they_come_and_skipped_when_asked_again(command, tmp_path, capsys):
+    def written():
+        return set(measure.TENSOR_PARALLEL.read(tmp_path / "here")[["batch", "ops"]].itertuples(index=False, name=None))
+
+    assert command(stop=3) == (1, EVERY[:3]) and written() == {(1, "default"), (1, "invariant")}, "in turns"
+    assert json.loads((tmp_path / "here" / "machine.json").read_text())["command"], "noted before the end"
+    capsys.readouterr()
+    assert command() == (0, EVERY[2:])
+    assert written() == set(EVERY) - {(64, "invariant")}
+    said = capsys.readouterr().out
+    assert "1 do not fit on 1:\n  decode of batch 64 at context 64, invariant ops\n" in said
+    assert "recorded 3 rows in" in said
+    assert command() == (0, [(64, "invariant")]) and command("--again") == (0, EVERY)
+
+
+def test_rows_of_other_code_are_measured_again(command, tmp_path, monkeypatch):
+    assert command() == (0, EVERY)
+    monkeypatch.setattr(measure, "source", lambda: "0123456789ab")
+    assert command() == (0, EVERY)
+    monkeypatch.setattr(provenance, "known_as", lambda now: frozenset({now, "0123456789ab"}))
+    monkeypatch.setattr(measure, "source", lambda: "ba9876543210")
+    assert command() == (0, [(64, "invariant")])
+
+
+def test_sums_are_recorded_as_they_come_and_skipped_when_asked_again(command, tmp_path, monkeypatch):
+    from kernels.lab.parallel import sums
+
+    def counts():
+        return sorted(set(records.TOKEN_SWEEP.read(tmp_path / "here").tokens))
+    at, seen = sums._at, []
+
+    def stopping(ranks, shape, part, *rest):
+        seen.append(len(part))
+        if len(seen) == 2:
+            raise RuntimeError("stopped")
+        return at(ranks, shape, part, *rest)
+    monkeypatch.setattr(sums, "_at", stopping)
+    words = ("--sums", "--shape", "N=64", "--counts", "1", "2", "5")
+    assert command(*words)[0] == 1 and counts() == [1]
+    assert command(*words)[0] == 0 and counts() == [1, 2, 5] and seen == [1, 2, 2, 5]
+    assert command(*words)[0] == 0 and seen == [1, 2, 2, 5]
+    assert command(*words, "--again")[0] == 0 and seen[4:] == [1, 2, 5]
+
 
 def test_torchrun_records_the_digest_of_one_process(tmp_path):
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",

@@ -78,6 +78,7 @@ def times(axes: Axes, rows: pd.DataFrame) -> None:
     axes.set_yscale("log")
     axes.set_xticks(counts, [str(c) for c in counts])
     axes.minorticks_off()
+    axes.set_ylim(rows.ms_p50.min() / 1.5, 1.5 * rows.ms_p50.max())  # one slow run must not flatten the lines
     style.time_ticks(axes, True)
     axes.set(xlabel=f"number of {unit(rows)}", ylabel="milliseconds a forward", title="Time")
 
@@ -89,7 +90,10 @@ def caption(rows: pd.DataFrame, device: str) -> str:
     if bool(rows.cpu.iloc[0]):
         return (f"{text}.\nThe processes share this CPU's cores and talk by gloo: their times are of an oversubscribed "
                 "CPU, and of the specification, and say nothing of GPUs.")
-    return f"{text}; forwards replayed as CUDA graphs."
+    slow = rows.ms_p95.max()
+    beyond = f" The axis fits the medians; the slowest 95th percentile is {_ms(slow)} ms." \
+        if slow > 1.5 * rows.ms_p50.max() else ""
+    return f"{text}; forwards replayed as CUDA graphs.{beyond}"
 
 
 def chart(rows: pd.DataFrame, device: str) -> Figure:

@@ -2,14 +2,15 @@
 
     torchrun --standalone --nproc-per-node 2 -m kernels parallel --record
 
-Every rank runs this; rank 0 speaks and records. On GPUs a forward is replayed as a CUDA graph, as an engine does.
-Without --folder the model is a preset with random weights; the byte model in data/models/byte is 'byte'.
+Every rank runs this; rank 0 speaks and records, each row as it is measured: what this code has recorded is skipped
+when the command is given again, unless --again. A cell that does not fit on one of the ranks is named and left out.
+On GPUs a forward is replayed as a CUDA graph, as an engine does. Without --folder the model is a preset with random
+weights; the byte model in data/models/byte is 'byte'.
 """
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -25,6 +26,8 @@ from ...model.parallel.join import TIMEOUT
 from ...ops.all_reduce import ranks as words
 from .. import provenance, records
 from ..proofs.model_forms import FOLDER, prompt_in, written
+from . import room
+from .record import Record, opened
 
 TENSOR_PARALLEL = records.Table(
     "tensor_parallel.csv",
@@ -35,6 +38,8 @@ TENSOR_PARALLEL = records.Table(
 PHASES, OPS = ("prefill", "decode"), ("default", "invariant")
 BYTE = "byte"
 PROMPT = 64
+AT_ONCE = 8192  # tokens of prompts behind decode, whose parts GPUs share memory for
+Forward = Callable[[], torch.Tensor]
 
 
 class Point(NamedTuple):
@@ -43,6 +48,9 @@ class Point(NamedTuple):
     phase: str
     batch: int
     context: int
+
+    def __str__(self):
+        return f"{self.phase} of batch {self.batch} at context {self.context}"
 
 
 def model_of(name: str, ranks: Ranks, ops: str, folder=None) -> Sharded:
@@ -59,35 +67,65 @@ def prompt_of(model: Sharded, count: int = PROMPT) -> list[int]:
     return [(37 * i + i * i % 11) % model.whole.vocab_size for i in range(count)]
 
 
-def forward_of(model: Sharded, point: Point) -> tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]:
+def forward_of(model: Sharded, point: Point, rehearsal: bool = False) -> tuple[Forward, Forward]:
     """(the forward to time, the logits to compare) of one point: a prompt of PROMPT tokens is compared token by token.
+
+    What lies behind decode is read some prompts at a time, in a rehearsal only the first of them.
     """
     batch, context = point.batch, point.context
     cache = model.cache(batch, context + 1)
     row = torch.tensor(prompt_of(model, context), dtype=torch.int64, device=model.device)
-    prompt = torch.cat([row.roll(i) for i in range(batch)])
-    step = cache.batch([context] * batch, [0] * batch)
+    prompts = torch.stack([row.roll(i) for i in range(batch)])
     if point.phase == "prefill":
+        step, prompt = cache.batch([context] * batch, [0] * batch), prompts.flatten()
         every = "all" if batch * context <= 4096 else "last"
         return lambda: model.forward(prompt, step, cache), lambda: model.forward(prompt, step, cache, logits=every)
-    model.forward(prompt, step, cache)
-    last, behind = prompt.view(batch, context)[:, -1].clone(), cache.batch([1] * batch, [context] * batch)
+    some = max(1, AT_ONCE // context)
+    for first in range(0, some if rehearsal and some < batch else batch, some):
+        rows = range(batch)[first : first + some]
+        step = cache.batch([context] * len(rows), [0] * len(rows), rows)
+        model.forward(prompts[rows.start : rows.stop].flatten(), step, cache)
+    last, behind = prompts[:, -1].clone(), cache.batch([1] * batch, [context] * batch)
     return (lambda: model.forward(last, behind, cache),) * 2
 
 
 def measure(model: Sharded, point: Point, repeats: int) -> dict:
-    """One row, on every rank; the time is the slowest rank's. Raises RuntimeError if ranks have other logits."""
-    forward, whole = forward_of(model, point)
-    digest = bits.digest(whole())
+    """One row, on every rank; the time is the slowest rank's.
+
+    Raises MemoryError on every rank where the point does not fit on one, RuntimeError if ranks have other logits.
+    """
+    if model.ranks.size > 1:  # a rank without room in a forward would keep the others waiting
+        room.together(lambda: _rehearse(model, point), model.ranks, point)
+        room.emptied()  # GPUs share other memory than a tensor's
+    run, digest = room.together(lambda: _ready(model, point), model.ranks, point)
     if len(set(words.told_objects(digest, model.ranks.group))) > 1:
         raise RuntimeError(f"ranks have other logits of {point}: the residual streams differ")
-    run = _graph(forward) if model.device.type == "cuda" else forward
     ms = [_wall(run, model) for _ in range(repeats + 1)][1:]  # the first one warms up
     slowest = np.max(words.told_objects(ms, model.ranks.group), axis=0)
     p05, p50, p95 = np.percentile(slowest, (5, 50, 95))
-    return {"model": model.whole.name, "ops": model.ops_name, "gpus": model.ranks.size, **point._asdict(),
-            "ms_p05": p05, "ms_p50": p50, "ms_p95": p95, "logit_digest": digest, "recorded_at": records.now(),
-            "source": provenance.source(__file__)}
+    return {**_key(model, point), "ms_p05": p05, "ms_p50": p50, "ms_p95": p95, "logit_digest": digest,
+            "recorded_at": records.now(), "source": source()}
+
+
+def _key(model: Sharded, point: Point) -> dict:
+    return {"model": model.whole.name, "ops": model.ops_name, "gpus": model.ranks.size, **point._asdict()}
+
+
+def source() -> str:
+    """The code that decides a row: this file, the model that ranks share, and its ops."""
+    return provenance.source(__file__)
+
+
+def _rehearse(model: Sharded, point: Point) -> None:
+    _, whole = forward_of(room.alone(model), point, rehearsal=True)
+    whole()
+
+
+def _ready(model: Sharded, point: Point) -> tuple[Callable[[], object], str]:
+    """(what is timed, the digest of the logits)."""
+    forward, whole = forward_of(model, point)
+    digest = bits.digest(whole())
+    return _graph(forward) if model.device.type == "cuda" else forward, digest
 
 
 def _graph(forward) -> Callable[[], None]:
@@ -123,43 +161,54 @@ def points(a: argparse.Namespace) -> Iterator[Point]:
                 yield Point(phase, batch, context)
 
 
-def _told(ranks: Ranks, a: argparse.Namespace, ops: str) -> list[dict]:
-    """Measure one set of ops; rank 0 prints."""
-    model = model_of(a.model, ranks, ops, a.folder)
-    said = print if ranks.first else (lambda *_, **__: None)
-    said(model, flush=True)
+def _introduced(model: Sharded, tokens: int, said) -> None:
+    """What the model is, says and has for logits."""
+    said(model)
     prompt = prompt_of(model)
     digest = bits.digest(steps.logits(model, prompt))
     said(f"  logits of {len(prompt)} tokens  {digest}")
-    chosen = steps.greedy(model, prompt, a.tokens) if a.tokens else []
-    if chosen:
-        said(f"  {a.tokens} likeliest behind them  {written(chosen) if model.whole.vocab_size == 256 else chosen}")
-    rows = []
+    if chosen := steps.greedy(model, prompt, tokens) if tokens else []:
+        said(f"  {tokens} likeliest behind them  {written(chosen) if model.whole.vocab_size == 256 else chosen}")
+
+
+def _cells(ranks: Ranks, a: argparse.Namespace, folder, said) -> Record:
+    """Measure each point with each of the ops in turns, over the same weights."""
+    record = Record(TENSOR_PARALLEL, source(), ranks, folder, a.again)
+    first = model_of(a.model, ranks, a.ops[0], a.folder)
+    models = [first, *(first.using(ops) for ops in a.ops[1:])]
+    for model in models:
+        _introduced(model, a.tokens, said)
+    lacking = []
     for point in points(a):
-        row = measure(model, point, a.repeats)
-        said(f"  {point.phase:8} batch {point.batch:4} context {point.context:5}  {row['ms_p50']:9.2f} ms  "
-             f"{row['logit_digest'][:16]}", flush=True)
-        rows.append(row)
-    return rows
+        for model in models:
+            if tuple(_key(model, point).values()) in record.done:
+                continue
+            try:
+                row = measure(model, point, a.repeats)
+            except MemoryError as error:
+                said(f"  left out with {model.ops_name} ops: {error}")
+                lacking.append(f"{point}, {model.ops_name} ops")
+                continue
+            finally:
+                room.emptied()
+            record.keep([row])
+            said(f"  {str(point):38} {model.ops_name:9}  {row['ms_p50']:9.2f} ms  {row['logit_digest'][:16]}")
+    if lacking:
+        said("\n  ".join([f"{len(lacking)} do not fit on {ranks.size}:", *lacking]))
+    return record
 
 
-def _sums(ranks: Ranks, a: argparse.Namespace) -> list[dict]:
-    """`all_reduce` alone; rank 0 prints."""
+def _sums(ranks: Ranks, a: argparse.Namespace, folder, said) -> Record:
+    """`all_reduce` alone."""
     from . import sums
 
-    rows = sums.rows(ranks, a.shape, a.counts or sums.TOKENS)
-    for row in rows if ranks.first else []:
-        print(f"{row['implementation']:7} {row['shape']} {row['tokens']:5} tokens  {row['us_p50']:9.1f} us  "
-              f"{row['digest']}  {row['schedule']}")
-    return rows
-
-
-def _record(rows: list[dict], table: records.Table, a: argparse.Namespace) -> None:
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    folder = records.open_machine(a.out, a.machine)  # a rank has one thread; the machine's name says how many there are
-    table.merge(folder, rows)
-    records.note_machine(folder, table.file)
-    print(f"recorded {len(rows)} rows in {folder / table.file}")
+    record = Record(records.TOKEN_SWEEP, sums.source(), ranks, folder, a.again)
+    for rows in sums.measured(ranks, a.shape, a.counts or sums.TOKENS, done=record.done):
+        record.keep(rows)
+        for row in rows:
+            said(f"{row['implementation']:7} {row['shape']} {row['tokens']:5} tokens  {row['us_p50']:9.1f} us  "
+                 f"{row['digest']}  {row['schedule']}")
+    return record
 
 
 def main(argv=None) -> int:
@@ -180,21 +229,28 @@ def main(argv=None) -> int:
     parser.add_argument("--sums", action="store_true", help="measure all_reduce alone, for token_sweep.csv")
     parser.add_argument("--shape", default="N=4096", help="of --sums: the result's width")
     parser.add_argument("--counts", nargs="+", type=_at_least_one, help="of --sums: token counts")
-    parser.add_argument("--record", action="store_true", help=f"write {TENSOR_PARALLEL.file}")
+    parser.add_argument("--record", action="store_true", help=f"write {TENSOR_PARALLEL.file}, row by row")
+    parser.add_argument("--again", action="store_true", help="with --record: measure what is recorded already")
     parser.add_argument("--machine", help="the folder's name to record into")
     parser.add_argument("--out", default=records.DATA, help="the data folder")
     a = parser.parse_args(argv)
     ranks = parallel.join(a.device, a.timeout)
     try:
-        if a.sums:
-            rows, table = _sums(ranks, a), records.TOKEN_SWEEP
-        else:
-            rows, table = [row for ops in a.ops for row in _told(ranks, a, ops)], TENSOR_PARALLEL
+        folder = opened(a.out, a.machine) if a.record else None
+        record = (_sums if a.sums else _cells)(ranks, a, folder, _say if ranks.first else _nothing)
         if a.record and ranks.first:
-            _record(rows, table, a)
+            print(record)
     finally:
         parallel.leave()
     return 0
+
+
+def _say(line) -> None:
+    print(line, flush=True)
+
+
+def _nothing(_) -> None:
+    pass
 
 
 def _at_least_one(text: str) -> int:

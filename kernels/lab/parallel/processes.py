@@ -23,7 +23,7 @@ from collections.abc import Callable
 from importlib import import_module
 from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 from ...ops.matmul.shared import SHARES
@@ -166,7 +166,9 @@ def _work(rank: int, settings: dict) -> None:
     import torch.distributed as dist
 
     from ...model.parallel import Ranks
+    from ...model.parallel.join import end_with_parent
 
+    end_with_parent(Event())
     torch.set_num_threads(1)
     timeout = _seconds(settings["timeout"])
     address = settings["address"]
@@ -205,12 +207,14 @@ def _seconds(value: float):
 
 def main() -> None:
     settings = json.load(sys.stdin)
+    from ...model.parallel.join import end_with_parent
     from . import work  # noqa: F401 - torch and the model, once for all that are forked
 
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     ranks = [context.Process(target=_work, args=(rank, settings)) for rank in range(settings["count"])]
     for rank in ranks:
         rank.start()
+    end_with_parent(Event())  # not before the forks, which know one thread only
     for rank in ranks:
         rank.join()
 

@@ -8,7 +8,7 @@ inputs, divided; `call` on a CPU. Contenders take turns, and a round begins on a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -25,15 +25,23 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 CALLS = 20  # in a graph
 
 
-def rows(ranks: Ranks, shape: str = "N=4096", tokens=TOKENS, repeats: int = 21, dtype=torch.bfloat16) -> list[dict]:
-    """Every word at every token count, on every rank alike; times are the slowest rank's."""
+def measured(ranks: Ranks, shape: str = "N=4096", tokens=TOKENS, repeats: int = 21, dtype=torch.bfloat16, *,
+             done=frozenset()) -> Iterator[list[dict]]:
+    """Every word's rows at each token count, on every rank alike; times are the slowest rank's.
+
+    done  keys of TOKEN_SWEEP: a count of which all words are among them is left out
+    """
     tokens = sorted(tokens)
     contenders = {name: word for name, word in all_reduce.implementations.items()
                   if not (name == "triton" and ranks.device.type == "cpu")}  # an interpreter's time says nothing
+    wanted = [count for count in tokens
+              if not all(tuple(_key(ranks, shape, name, count, dtype).values()) in done for name in contenders)]
+    if not wanted:
+        return
     largest = all_reduce.inputs(tokens[-1], shape, ranks.device, ranks.rank)[0]
     whole = {name: word(largest, None, dtype, ranks.group) for name, word in contenders.items()}
-    return [row for count in tokens
-            for row in _at(ranks, shape, largest[:count], contenders, whole, repeats, dtype)]
+    for count in wanted:
+        yield _at(ranks, shape, largest[:count], contenders, whole, repeats, dtype)
 
 
 def _at(ranks, shape, part, contenders, whole, repeats, dtype) -> list[dict]:
@@ -54,13 +62,17 @@ def _at(ranks, shape, part, contenders, whole, repeats, dtype) -> list[dict]:
 def _row(ranks, shape, name, part, us, y, moved, dtype) -> dict:
     work, p50 = all_reduce.work(len(part), shape, dtype), float(np.percentile(us, 50))
     percentiles = {f"us_p{p:02d}": float(np.percentile(us, p)) for p in PERCENTILES}
-    return {"op": all_reduce.name, "implementation": name, "dtype": dtype_name(dtype),
-            "shape": f"{shape},gpus={ranks.size}", "tokens": len(part),
-            "clock": "graph" if ranks.device.type == "cuda" else "call", **percentiles, "repeats": len(us),
+    return {**_key(ranks, shape, name, len(part), dtype), **percentiles, "repeats": len(us),
             "gbytes_per_s": work.bytes / p50 / 1e3, "tflops": work.flops / p50 / 1e6, "same_bits": moved == 0,
             "elements_differ": moved, "digest": bits.digest(y)[:16],
             "schedule": all_reduce.schedule(len(part), shape, ranks.device, ranks.group) if name == "triton" else "",
             "recorded_at": records.now(), "source": source()}
+
+
+def _key(ranks, shape, name, tokens, dtype) -> dict:
+    return {"op": all_reduce.name, "implementation": name, "dtype": dtype_name(dtype),
+            "shape": f"{shape},gpus={ranks.size}", "tokens": tokens,
+            "clock": "graph" if ranks.device.type == "cuda" else "call"}
 
 
 def source() -> str:

@@ -77,13 +77,15 @@ class Fitted(NamedTuple):
 def fit(data: Timed, rates: cost.Rates | None = None, steps: int = STEPS) -> Fitted:
     """The quantities that predict these times best; a GPU's `rates` stay as they are where they are given."""
     rough = [design.rough(tile) for tile in data.tiles]
-    first = torch.tensor([[*tile[:-1]] for tile in rough], dtype=torch.float64).T.log()
+    first = torch.tensor([[*tile[:-1]] for tile in rough], dtype=torch.float64, device="cpu").T.log()
     shift = torch.zeros_like(first, requires_grad=True)
-    base = torch.tensor(rates or design.ROUGH, dtype=torch.float64).log()
+    base = torch.tensor(rates or design.ROUGH, dtype=torch.float64, device="cpu").log()
     move = torch.zeros_like(base, requires_grad=rates is None)
     amounts = _tensors(cost.amounts(data.sizes, data.form, data.held[data.tile]))
-    of_row, wanted = torch.tensor(data.tile), torch.tensor(data.rows.us_p50.to_numpy()).log()
-    weight = torch.tensor(_weights(data.rows))
+    of_row = torch.tensor(data.tile, dtype=torch.int64, device="cpu")
+    wanted, weight = (torch.tensor(numbers, dtype=torch.float64, device="cpu")
+                      for numbers in (data.rows.us_p50.to_numpy(), _weights(data.rows)))
+    wanted = wanted.log()
     descent = torch.optim.Adam([shift, *[move] * (rates is None)], lr=0.03)
     for step in range(steps):
         descent.param_groups[0]["lr"] = 0.03 * (1 - step / steps) + 1e-4

@@ -195,21 +195,39 @@ def _median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def record(mix: Mix, shares: Sequence[float], ops: Sequence[str] = (), passes: int = PASSES) -> Iterator[pd.DataFrame]:
-    """MIX's columns after each pass, medians of those so far: a row for each share and way, and each further ops.
+def record(mix: Mix, shares: Sequence[float], ops: Sequence[str] = (), passes: int = PASSES,
+           done=frozenset()) -> Iterator[pd.DataFrame]:
+    """MIX's columns of each share once it is measured, medians of its passes: a row for each way, and each further ops.
 
-    Shares and ways take turns, so that a slow minute slows all of them alike. `mix` has the rest.
+    Ways take turns, so that a slow minute slows all of them alike. `mix` has the rest. A share is left out if all of
+    its rows are in `done`, as (model, way, batch, share, window, group, tokens).
     """
-    mixes = [replace(mix, share=share) for share in shares]
+    asked = _asked(ops)
+    wanted = [each for share in shares for each in [replace(mix, share=share)]
+              if not {tuple(_key(each, *one).values()) for one in asked} <= done]
+    if not wanted:
+        return
     known = costs(mix.batch, mix.window, mix.group, mix.model)
-    engines = {each: _ready(mix, *each) for each in _asked(ops)}
-    found: dict[tuple, list[Served]] = {}
-    for _ in range(passes):
-        for each in mixes:
+    engines = {each: _ready(mix, *each) for each in asked}
+    for each in wanted:
+        found: dict[tuple[str, str | None], list[Served]] = {one: [] for one in asked}
+        for _ in range(passes):
             for (way, name), engine in engines.items():
-                found.setdefault((each, way, name), []).append(_served(engine, each, way))
-        yield pd.DataFrame([_row(*key, predicted(key[0], known), got) for key, got in found.items()],
+                found[way, name].append(_served(engine, each, way))
+        yield pd.DataFrame([_row(each, *one, predicted(each, known), got) for one, got in found.items()],
                            columns=list(MIX.columns))
+
+
+def _key(mix: Mix, way: str, name: str | None) -> dict:
+    return {"model": mix.model, "way": name if name == FROZEN else way, "batch": mix.batch, "share": mix.share,
+            "window": mix.window, "group": mix.group, "tokens": mix.count}
+
+
+def _recorded(folder) -> frozenset[tuple]:
+    """The rows that this very code has recorded, as `record` wants them."""
+    rows = MIX.read(folder)
+    same = rows[rows.source.isin(provenance.known_as(provenance.source(__file__)))] if len(rows) else rows
+    return frozenset(same[[*MIX.key, "tokens"]].itertuples(index=False, name=None))
 
 
 def _asked(ops: Sequence[str]) -> list[tuple[str, str | None]]:
@@ -219,9 +237,7 @@ def _asked(ops: Sequence[str]) -> list[tuple[str, str | None]]:
 def _row(mix: Mix, way: str, name: str | None, guess: dict[str, Served], passes: list[Served]) -> dict:
     got = sorted(passes, key=lambda served: served.tokens_per_s)[len(passes) // 2]
     said = guess[way] if name is None else Served(float("nan"), float("nan"))
-    return {"model": mix.model, "way": name if name == FROZEN else way,
-            "ops": name or (fixed_ops() if way == "invariant" else "default"), "batch": mix.batch,
-            "share": mix.share, "window": mix.window, "group": mix.group, "tokens": mix.count,
+    return {**_key(mix, way, name), "ops": name or (fixed_ops() if way == "invariant" else "default"),
             "tokens_per_s": got.tokens_per_s, "held_back_ms": got.held_back_ms,
             "predicted_tokens_per_s": said.tokens_per_s, "predicted_held_back_ms": said.held_back_ms,
             "recorded_at": records.now(), "source": provenance.source(__file__)}
@@ -240,6 +256,7 @@ def _arguments(argv=None) -> argparse.Namespace:
                         help="more ops to serve all requests with, such as frozen where there are such")
     parser.add_argument("--out", default=records.DATA, help="the data folder")
     parser.add_argument("--machine", help="the folder's name under it (default: from the device)")
+    parser.add_argument("--again", action="store_true", help="measure shares that are recorded already")
     return parser.parse_args(argv)
 
 
@@ -250,12 +267,12 @@ def main(argv=None) -> int:
         torch.set_num_threads(1)  # the steps of a small model are slower with more
     folder = records.open_machine(a.out, a.machine)
     records.note_machine(folder, MIX.file)
+    done = frozenset() if a.again else _recorded(folder)
     for mix in mixes:
-        for number, rows in enumerate(record(mix, a.shares, a.ops or ()), 1):
+        for rows in record(mix, a.shares, a.ops or (), done=done):
             MIX.merge(folder, rows)
-            print(f"pass {number} of {PASSES}, W = {mix.window}, G = {mix.group}, tokens a second: " + "; ".join(
-                f"{row.way} at {row.share:g} {row.tokens_per_s:,.0f}" for row in rows.itertuples()), file=sys.stderr,
-                flush=True)
+            print(f"W = {mix.window}, G = {mix.group}, share {rows.share[0]:g}, tokens a second: " + ", ".join(
+                f"{row.way} {row.tokens_per_s:,.0f}" for row in rows.itertuples()), file=sys.stderr, flush=True)
     return 0
 
 

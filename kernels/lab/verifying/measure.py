@@ -97,7 +97,18 @@ def _arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--out", default=records.DATA, help="the data folder")
     parser.add_argument("--machine", help="the folder's name under it (default: from the device)")
+    parser.add_argument("--again", action="store_true", help="serve windows that are recorded already")
     return parser.parse_args(argv)
+
+
+def _recorded(folder, a: argparse.Namespace, model) -> frozenset[int]:
+    """Windows of which this very code has recorded as many of the same requests."""
+    rows = ROLLBACKS.read(folder)
+    same = rows[rows.source.isin(provenance.known_as(source()))] if len(rows) else rows
+    asked = {"model": model.config.name, "verifier": "default", "dtype": dtype_name(model.dtype),
+             "temperature": a.temperature, "group": a.group, "requests": a.requests, "tokens": a.requests * a.tokens}
+    return frozenset(row["window"] for row in same.to_dict("records")
+                     if all(row[name] == value for name, value in asked.items()))
 
 
 def main(argv=None) -> int:
@@ -106,7 +117,10 @@ def main(argv=None) -> int:
           "dtype": DTYPES[a.dtype] if a.dtype else None}
     folder = records.open_machine(a.out, a.machine)
     records.note_machine(folder, ROLLBACKS.file)
+    done = frozenset() if a.again else _recorded(folder, a, byte_model("default", of["dtype"]))
     for window in a.windows:
+        if window in done:
+            continue
         ROLLBACKS.merge(folder, rollbacks([window], progress=True, **of))
     print(f"{folder / ROLLBACKS.file} is written, on {runtime.where()}")
     return 0

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -16,6 +17,8 @@ from ...ops.matmul.shared import SHARES
 COMMAND = "torchrun --standalone --nproc-per-node N -m kernels parallel"
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT = 60.0  # seconds that ranks wait for one another
+LOOK_EVERY = 1.0  # seconds between looks at whether the parent is there
+_LEFT = threading.Event()
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Ranks:
 def join(device: str | torch.device | None = None, timeout: float = TIMEOUT) -> Ranks:
     """Become one of the ranks that torchrun started: NCCL on GPUs, one a rank, gloo on a CPU; over the loopback.
 
+    A rank ends when the process that started it does.
+
     device   'cpu', or 'cuda' for the GPU of this rank's number; default: as `runtime.device` decides
     timeout  seconds after which a rank that does not come is an error on all others
 
@@ -60,6 +65,8 @@ def join(device: str | torch.device | None = None, timeout: float = TIMEOUT) -> 
     given = _variables()
     ranks = Ranks(given["RANK"], given["WORLD_SIZE"], _device(device, given["LOCAL_RANK"]))
     _settings()
+    _LEFT.clear()
+    end_with_parent(_LEFT)
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     else:
@@ -68,14 +75,30 @@ def join(device: str | torch.device | None = None, timeout: float = TIMEOUT) -> 
         dist.init_process_group("nccl" if ranks.device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout),
                                 rank=ranks.rank, world_size=ranks.size)
     except (RuntimeError, ValueError) as error:
+        _LEFT.set()
         raise RuntimeError(_why(str(error), ranks)) from error
     return ranks
 
 
 def leave() -> None:
     """Let go of the others. Safe after an error, and where this process is no rank."""
+    _LEFT.set()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def end_with_parent(left: threading.Event) -> None:
+    """End this process, whatever it waits for, when the one that started it is gone, until `left` is set.
+
+    A torchrun that is killed leaves its ranks behind, and they would keep their GPUs.
+    """
+    parent = os.getppid()
+
+    def look():
+        while not left.wait(LOOK_EVERY):
+            if os.getppid() != parent:
+                os._exit(1)
+    threading.Thread(target=look, daemon=True, name="parent").start()
 
 
 def _variables() -> dict[str, int]:

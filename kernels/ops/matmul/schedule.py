@@ -108,6 +108,16 @@ class Unsuitable(ValueError):
     """This schedule cannot carry out this product."""
 
 
+def holds_odd(s: Schedule) -> bool:
+    """Whether shared memory has room for the results of an odd N.
+
+    Where the walk and the loop over k are one pipeline, a result passes through it while the next tiles arrive: half a
+    tile at once, or all of one that is higher than wide if the rows of y begin at odd numbers.
+    """
+    whole = s.flatten and not s.swap and s.block_m > s.block_n
+    return not whole or s.shared_bytes + 2 * s.block_m * s.block_n <= SHARED
+
+
 def measured(section: str, n: int, k: int, dtype: torch.dtype, tokens: int, index: int, near: float = _NEAR
              ) -> Iterator[Schedule]:
     """Schedules that a section of the GPU's table has for (n, k), or for the nearest shapes within `near` doublings."""

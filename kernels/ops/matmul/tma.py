@@ -7,7 +7,7 @@ from ...launch import Step
 from ...runtime import tl, triton
 from .descriptors import tiles_of
 from .product import Product
-from .schedule import Schedule, Unsuitable
+from .schedule import Schedule, Unsuitable, holds_odd
 from .tiles import add_segments, dot, finish, keep_segment, memory, place
 
 __all__ = ["memory", "step", "suits", "tma_kernel"]
@@ -19,6 +19,8 @@ def suits(schedule: Schedule, product: Product) -> None:
         raise Unsuitable(f"persistent programs and bulk stores walk segments in sequence, got {schedule}")
     if schedule.store and schedule.swap:
         raise Unsuitable(f"a swapped tile has no bulk store, got {schedule}")
+    if product.n % 2 and not holds_odd(schedule):
+        raise Unsuitable(f"shared memory has no room for results of an odd N beside tiles in flight, got {schedule}")
 
 
 def step(s: Schedule, product: Product) -> Step:

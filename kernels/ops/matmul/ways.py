@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .order import order
-from .schedule import SHARED, Schedule
+from .schedule import SHARED, Schedule, holds_odd
 
 
 class Form(NamedTuple):
@@ -46,6 +46,7 @@ class Sizes(NamedTuple):
     """What of a schedule decides its time, and which orders it can carry out: one chain, or segments in sequence.
 
     stores  by bulk copies, which want rows of y to begin at multiples of 16 bytes
+    odd     whether there is room for the results of an odd N
     """
 
     m: Any
@@ -58,6 +59,7 @@ class Sizes(NamedTuple):
     stream: Any
     sequence: Any
     stores: Any
+    odd: Any = True
 
     @classmethod
     def of(cls, s: Schedule) -> Sizes:
@@ -66,7 +68,7 @@ class Sizes(NamedTuple):
         sequence = not (s.split or s.stream or s.pingpong) and (
             not half or not wide & (wide - 1) and s.shared_bytes + half <= SHARED)
         return cls(s.block_m, s.block_n, s.block_k, s.kind == "pointer", s.kind == "hopper", s.split, s.reduce,
-                   s.stream, sequence, s.store and s.kind == "tma")
+                   s.stream, sequence, s.store and s.kind == "tma", holds_odd(s))
 
 
 def variants(tile: Schedule) -> Iterator[Schedule]:
@@ -95,6 +97,7 @@ def suits(s: Sizes, form: Form) -> Any:
     in_sequence = s.sequence & (form.length >= 2 * s.k)
     cut = (form.length % s.k == 0) & np.where(s.split, side_by_side, in_sequence)
     rows = (s.pointer | form.bulk) & (~s.stores | (form.n * form.size % 16 == 0))
+    rows = rows & (s.odd | (form.n % 2 == 0))
     return (rows & (s.m < 2 * np.maximum(form.tokens, 16)) & (~s.stream | idle)
             & np.where(form.segments == 1, ~s.split, cut))
 

@@ -202,8 +202,7 @@ Previous: [00](00_start_here.ipynb) · [Contents](../README.md#the-notebooks) ·
 **What you need.** **Level:** low. 5 minutes of reading, 1 minute on a CPU, 1 minute on an H100."""
 CLOSING = """## What you saw
 
-Two is two, on this machine and on every other one. A whole number is added without rounding, so it has one sum in every
-order. Floats have one only where the order is written down, and this notebook has written none.
+Two is two, on this machine and on every other one. A whole number is added without rounding.
 
 ## Exercises
 
@@ -224,7 +223,7 @@ Next: [02](02_next.ipynb)"""
 @pytest.fixture
 def walk(written, tmp_path):
     """A notebook that breaks no rule, its path and the walk it stands in."""
-    (tmp_path / "README.md").touch()
+    (tmp_path / "README.md").write_text("## The notebooks\n")
     (tmp_path / "notebooks").mkdir()
     every = [tmp_path / "notebooks" / name for name in ("00_start_here.ipynb", "01_made.ipynb", "02_next.ipynb")]
     for path in every:

@@ -80,6 +80,18 @@ def test_a_window_of_real_text_is_redone(window):
         assert verdict and len(verdict.parts) == 8, verdict.why
 
 
+def test_a_gpu_recorded_the_model_and_this_cpu_redoes_its_windows(window):
+    """Of data/ itself: what a CPU recorded for these tests is no GPU's record."""
+    gpus = [name for name in records.machines(model.MODEL_DIGESTS.file, records.DATA) if not name.startswith("cpu")]
+    assert gpus
+    for gpu in gpus:
+        rows = table(gpu, records.DATA)
+        assert set(rows.implementation) == {"triton"} and set(rows.shared) == {1, 8}
+        assert model.compared(rows, WINDOW, window), "shared by up to eight"
+        verdict = model.redo("window", 1, 64, machine=gpu, out=records.DATA)
+        assert verdict and verdict.machine == gpu and len(verdict.parts) == 8, verdict.why
+
+
 @pytest.mark.parametrize("form, shared, tokens", [("window", 1, 64), ("decode", 1, 8), ("decode", 8, 64),
                                                   ("layer", 8, None)])
 def test_a_gpus_digests_are_redone(form, shared, tokens):

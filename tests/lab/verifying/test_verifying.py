@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 import torch
 
+from kernels.lab import records
 from kernels.lab.serving import measure as serving
 from kernels.lab.verifying import chart, explore, measure
 from kernels.lab.verifying.explore import Costs, Mix, Served
@@ -134,24 +135,75 @@ def test_what_is_measured_is_served_as_it_says(monkeypatch):
         explore.measured(mix, "fast")
 
 
-def test_shares_and_ways_take_turns_and_the_median_pass_counts(monkeypatch):
+def test_ways_take_turns_and_the_median_pass_counts(monkeypatch):
     turns, rates = [], iter(range(1, 100))
     monkeypatch.setattr(explore, "costs", lambda *_: COSTS)
     monkeypatch.setattr(explore, "_ready", lambda mix, way, ops: (way, ops))
     monkeypatch.setattr(explore, "_served", lambda engine, mix, way: turns.append((mix.share, *engine))
                         or Served(next(rates), 5.0))
-    one, two, three = explore.record(Mix(8, 0.5, 16, 4), (0.5, 1.0), ["frozen", "tiled"])
+    rows = explore.record(Mix(8, 0.5, 16, 4), (0.5, 1.0), ["frozen", "tiled"])
+    half = next(rows)
     asked = [("loose", None), ("verified", None), ("invariant", None), ("invariant", "frozen")]
-    assert turns == [(share, *each) for share in (0.5, 1.0) for each in asked] * 3
-    assert three.tokens_per_s.tolist() == [9, 10, 11, 12, 13, 14, 15, 16], "of 1 9 17, 2 10 18 and so on"
-    assert one.tokens_per_s.tolist() == list(range(1, 9)) and set(three.held_back_ms) == {5.0}
-    assert list(zip(three.share, three.way, three.ops, strict=True)) == [
-        (share, *row) for share in (0.5, 1.0) for row in (("loose", "default"), ("verified", "default"),
-                                                          ("invariant", "tiled"), ("frozen", "frozen"))]
-    assert three.predicted_tokens_per_s.isna().tolist() == [False, False, False, True] * 2
-    assert three.predicted_tokens_per_s[5] == pytest.approx(explore.predicted(
+    assert turns == [(0.5, *each) for each in asked] * 3, "a share is whole before the next one begins"
+    assert half.tokens_per_s.tolist() == [5, 6, 7, 8], "of 1 5 9, 2 6 10 and so on"
+    every, = rows
+    assert every.tokens_per_s.tolist() == [17, 18, 19, 20] and set(every.held_back_ms) == {5.0}
+    for share, some in ((0.5, half), (1.0, every)):
+        assert list(zip(some.share, some.way, some.ops, strict=True)) == [
+            (share, *row) for row in (("loose", "default"), ("verified", "default"), ("invariant", "tiled"),
+                                      ("frozen", "frozen"))]
+        assert some.predicted_tokens_per_s.isna().tolist() == [False, False, False, True]
+    assert every.predicted_tokens_per_s[1] == pytest.approx(explore.predicted(
         Mix(8, 1.0, 16, 4), COSTS)["verified"].tokens_per_s)
     assert explore._arguments(["--ops", "frozen"]).ops == ["frozen"]
+
+
+def test_a_mix_that_was_cut_short_goes_on_where_it_stopped(monkeypatch, tmp_path):
+    served = []
+
+    def serve(engine, mix, way):
+        served.append(mix.share)
+        if len(served) == stop:
+            raise RuntimeError("stopped")
+        return Served(1.0)
+    monkeypatch.setattr(explore, "costs", lambda *_: COSTS)
+    monkeypatch.setattr(explore, "_ready", lambda *_: None)
+    monkeypatch.setattr(explore, "_served", serve)
+    asked = ["--batch", "2", "--shares", "0", "0.5", "1", "--out", str(tmp_path), "--machine", "here"]
+    stop = 10
+    with pytest.raises(RuntimeError, match="stopped"):
+        explore.main(asked)
+    assert set(explore.MIX.read(tmp_path / "here").share) == {0.0} and records.read_machine(tmp_path / "here")
+    stop = 0
+    for words, shares in (([], [0.5, 1.0]), ([], []), (["--tokens", "64"], [0.0, 0.5, 1.0]), (["--windows", "8"],
+                          [0.0, 0.5, 1.0]), (["--ops", "frozen"], [0.0, 0.5, 1.0]), (["--again"], [0.0, 0.5, 1.0])):
+        served.clear()
+        assert explore.main([*asked, *words]) == 0 and sorted(set(served)) == shares, words
+    served.clear()
+    monkeypatch.setattr(explore.provenance, "source", lambda *_: "0123456789ab")
+    assert explore.main(asked) == 0 and len(served) == 27
+
+
+def test_windows_are_recorded_one_by_one_and_skipped_when_asked_again(monkeypatch, tmp_path):
+    windows, real = [], measure.rollbacks
+
+    def one(some, **of):
+        windows.extend(some)
+        if len(windows) == stop:
+            raise RuntimeError("stopped")
+        return real(some, **of)
+    monkeypatch.setattr(measure, "rollbacks", one)
+    asked = ["--windows", "2", "3", "--group", "2", "--requests", "2", "--tokens", "4", "--out", str(tmp_path),
+             "--machine", "here"]
+    stop = 2
+    with pytest.raises(RuntimeError, match="stopped"):
+        measure.main(asked)
+    assert measure.ROLLBACKS.read(tmp_path / "here").window.tolist() == [2]
+    stop = 0
+    for words, found in (([], [3]), ([], []), (["--requests", "3"], [2, 3]), (["--requests", "3", "--tokens", "5"],
+                         [2, 3]), (["--dtype", "bfloat16"], [2, 3]), (["--dtype", "bfloat16", "--again"], [2, 3])):
+        windows.clear()
+        assert measure.main([*asked, *words]) == 0 and windows == found, words
 
 
 def test_an_engine_is_warm_before_it_serves(monkeypatch):

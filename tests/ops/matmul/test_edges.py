@@ -18,8 +18,9 @@ from kernels.ops.matmul import schedule as schedules
 from kernels.ops.matmul.order import Order, Tree, chain, order, shared_order, specified
 from kernels.ops.matmul.plan import Plan
 from kernels.ops.matmul.product import Product
-from kernels.ops.matmul.schedule import Schedule
+from kernels.ops.matmul.schedule import SHARED, Schedule, Unsuitable
 from kernels.ops.matmul.steps import steps
+from kernels.ops.matmul.ways import Form, Sizes, suits
 
 OP = OPS["matmul"]
 BULK = Schedule("tma", 128, 128, 64, warps=8, stages=4)
@@ -191,6 +192,33 @@ def test_sizes_of_eight_are_read_and_stored_sixteen_bytes_at_a_time():
     assert [min(code.global_loads, default=16) for code in codes] == [16, 16, 16, 16, 2]
     for code in codes[1:3]:
         assert "st.global.v4.b32" in code.ptx and "st.global.b16" not in code.ptx
+
+
+TALL = Schedule("tma", 256, 128, 64, warps=8, stages=4, group=16, persistent=True, flatten=True)
+
+
+LESS, WIDE = replace(TALL, stages=3), replace(TALL, block_m=128, block_n=256)
+
+
+@needs_triton
+@pytest.mark.parametrize("n, s, room", [(5003, TALL, False), (5002, TALL, True), (5003, LESS, True),
+                                        (5003, WIDE, True)])
+def test_results_of_an_odd_n_need_room(n, s, room):
+    p, form = product(2300, n, 4104), Form.of(n, 4104, 2300, torch.bfloat16)
+    assert bool(suits(Sizes.of(s), form)) == room
+    if room:
+        assert len(steps(s, p)) == 1
+    else:
+        with pytest.raises(Unsuitable, match="no room for results of an odd N"):
+            steps(s, p)
+
+
+@needs_compiler
+def test_the_room_is_what_a_compiler_takes():
+    less, wide = compile_ahead([Job("matmul", "N=5003,K=4104", "bfloat16", str(s), 90, tokens=2300)
+                                for s in (LESS, WIDE)])
+    assert TALL.shared_bytes + less.shared_bytes - LESS.shared_bytes > SHARED  # the tiles, and what is beyond them
+    assert max(less.shared_bytes, wide.shared_bytes) <= SHARED
 
 
 # on a GPU

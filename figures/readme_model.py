@@ -1,0 +1,119 @@
+"""README's numbers of a whole model: its digests, its answers, its speed, and what a window costs it."""
+from __future__ import annotations
+
+from pathlib import Path
+
+from figures import answers
+from kernels.lab import records
+from kernels.lab.moving.cost import MODE_COST
+from kernels.lab.parallel import chart as parallel_chart
+from kernels.lab.parallel.measure import TENSOR_PARALLEL
+from kernels.lab.proofs import model as proofs
+from kernels.lab.serving.recorded import ANSWERS, EVERY
+from kernels.lab.serving.speed import SERVING
+from kernels.lab.window.measure import VERIFY_COST
+from kernels.lab.window.replay import CURVE
+
+BATCHES, BEHIND = (1, 8, 32, 128, 256), 1024
+OPS = {"default": "default ops", "frozen": "`frozen`: one schedule for all", "invariant": "**`invariant` ops**"}
+
+
+def table(head: list, align: str, lines: list[list]) -> str:
+    """Cells as a table; numbers to one decimal."""
+    cells = [head, [align] + ["---:"] * (len(head) - 1), *lines]
+    return "\n".join("| " + " | ".join(f"{c:.1f}" if isinstance(c, float) else str(c) for c in line) + " |"
+                     for line in cells)
+
+
+def model(data, machine) -> str:
+    """All of it, a paragraph each."""
+    return "\n\n".join(part(data, machine) for part in (_digests, _answers, _speed, _parallel, _mode, _window))
+
+
+def _digests(data, machine) -> str:
+    rows = proofs.recorded(machine, data)
+    runs = rows[["model", "shared", "form", "tokens"]].drop_duplicates()
+    return (f"A whole model's bits (`model_digests.csv`): the GPU's schedules recorded {len(rows)} digests, layer by "
+            f"layer, of {len(runs)} runs of the trained byte model and of one layer of Llama-3.1-8B's size. The "
+            "specification gives the same on a CPU: `python -m kernels verify --form window` redoes windows in "
+            "seconds, `python -m kernels verify` all of it in minutes.")
+
+
+def _answers(data, machine) -> str:
+    every = records.load(ANSWERS, machine, data)
+    every = every[every.load == EVERY]
+    said = []
+    for name, mine in every.groupby("model", sort=True):
+        counts = [f"{row.answers:,.0f} answer{'s' * (row.answers != 1)} to {row.requests:,.0f} requests with "
+                  f"{answers.named(row.ops)}" for row in mine.sort_values("ops").itertuples()]
+        said.append(f"{'the byte model' if name == 'byte' else name} gave {', '.join(counts)}")
+    return ("One prompt asked for many times, with one seed, among strangers under random loads (`answers.csv`): "
+            f"{'; '.join(said)}.\n\n![](figures/answers.png)")
+
+
+def _speed(data, machine) -> str:
+    rows = _of_real_size(records.load(SERVING, machine, data))
+    us = rows.pivot(index=["phase", "batch", "context"], columns="ops", values="tokens_per_s_p50")
+    lines = [[label, *(f"{us.loc[('decode', batch, BEHIND), ops]:,.0f}" for batch in BATCHES)]
+             for ops, label in OPS.items()]
+    ratio = us.invariant / us.default
+    phase, batch, context = ratio.idxmin()
+    return (f"{rows.model.iloc[0]}'s shape with random weights, served: tokens a second of decode behind {BEHIND:,} "
+            f"tokens (`serving.csv`):\n\n{table(['requests in the batch', *BATCHES], '---', lines)}\n\n"
+            f"Over {len(us)} points of decode and prefill `invariant` ops have {_mean(ratio):.2f} times the default's "
+            f"speed in the geometric mean, and `frozen` {_mean(us.frozen / us.default):.2f}. The lowest is "
+            f"{ratio.min():.2f}: {phase} of {batch:,} behind {context:,}. Slower than the default: "
+            f"{(ratio < 1).sum()} of {len(us)}.")
+
+
+def _parallel(data, machine) -> str:
+    rows = parallel_chart.recorded(machine, data)
+    said = (f"{parallel_chart.claim(rows)} of its logits ({', '.join(rows.model.unique())}, "
+            f"{rows.groupby(['phase', 'batch', 'context']).ngroups} points, `tensor_parallel.csv`).")
+    names = records.machines(TENSOR_PARALLEL.file, data)
+    cpus = [name for name in names if records.is_cpu(name, records.read_machine(Path(data) / name))]
+    prompts = {name: records.load(TENSOR_PARALLEL, name, data).query(
+        "model == 'byte' and ops == 'invariant' and phase == 'prefill' and context == 64") for name in (machine, *cpus)}
+    counts = sorted({gpus for name in cpus for gpus in prompts[name].gpus})
+    if not counts or not len(prompts[machine]):
+        return said
+    digests = {digest for mine in prompts.values() for digest in mine.logit_digest}
+    have = "the same digest" if len(digests) == 1 else f"{len(digests)} digests"
+    return f"{said} A prompt of 64 tokens has {have} there and on {', '.join(map(str, counts))} processes of a CPU."
+
+
+def _mode(data, machine) -> str:
+    rows = records.load(MODE_COST, machine, data)
+    rows = rows[rows.how == "eager"]
+    us = rows.pivot(index="tokens", columns="ops", values="us_p50")
+    moved = (~rows.same_bits.astype(bool)).groupby(rows.ops).sum()
+    ratio = us.invariant / us.default
+    return (f"A model of transformers that nobody rewrote ({rows.model.iloc[0]}'s shape) takes, inside `with "
+            f"batch_invariant():`, {ratio.min():.2f} to {ratio.max():.2f} times the default's time for prompts of "
+            f"{us.index.min():,} to {us.index.max():,} tokens, eager, dispatching counted (`mode_cost.csv`). Beside "
+            f"three other prompts the default moved the last logits of {moved.default} of {len(us)} prompts, the mode "
+            f"of {moved.invariant or 'none'}.")
+
+
+def _window(data, machine) -> str:
+    every = records.load(VERIFY_COST, machine, data)
+    rows, tokens = every[every.curve == "graph"].set_index(["ops", "tokens"]), (16, 128, 512)
+    lines = [[f"{label} ops", *(float(rows.ms_p50[ops, t]) for t in tokens)]
+             for label, ops in (("default", "default"), ("`invariant`", "invariant"))]
+    lines.append(["floor, computed from measured ceilings", *(float(rows.floor_ms["invariant", t]) for t in tokens)])
+    work = every[every.curve == CURVE].dropna(subset="ms_p50")
+    spans = [f"{ms.min():.1f} to {ms.max():.1f} ms with {ops} ops" for ops, ms in work.groupby("ops").ms_p50]
+    return ("One forward of a Llama-3.1-8B shape over a window of tokens, milliseconds a pass, curve `graph` (a CUDA "
+            f"graph), medians (`verify_cost.csv`):\n\n{table(['tokens in the window', *tokens], '---', lines)}"
+            + (f"\n\nA verifier's pass at work has {int((work.tokens * work.group).max())} tokens, in windows of "
+               f"{work.tokens.min()} to {work.tokens.max()} behind {work.prefix.min():,} or {work.prefix.max():,} "
+               f"tokens each. It takes {', '.join(spans)}." if len(work) else ""))
+
+
+def _of_real_size(rows):
+    model = max(rows.model.unique(), key=lambda model: (model != "byte", (rows.model == model).sum()))
+    return rows[rows.model == model]
+
+
+def _mean(ratio) -> float:
+    return float(ratio.prod() ** (1 / len(ratio)))
