@@ -25,7 +25,7 @@ def draw(data=records.DATA, machine: str | None = None, page: Page = SCREEN) -> 
     ours, ratio, clock = machine["ours"], relative(rows, machine["ours"]), rows.clock.iloc[0]
     ops = [op for op in OPS if op in set(ratio.index.unique("op"))]
     rows = rows[rows.op.isin(ops)]
-    figure = page.figure(13, 4.1 if page.screen else 2.9 * len(ops) if page.narrow else 3.3)
+    figure = page.figure(13, 4.1 if page.screen else 2.5 * len(ops) if page.narrow else 3.3)
     panels = (len(ops), 1) if page.narrow else (1, len(ops))
     for axes, op in zip(figure.subplots(*panels, squeeze=False).flat, ops, strict=True):
         mine = rows[rows.op == op]

@@ -43,6 +43,9 @@ def draw(data=records.DATA, machine: str | None = None, page: Page = SCREEN) -> 
     places = ("left", "right") if panels == 2 else ("left", "middle")
     caption = _caption(machine, rows, replays, *(("above", "below") if page.narrow else places))
     if not page.screen:
+        for axes in more:  # a list above the lines, for two columns are wider than a panel
+            axes.legend(loc="upper center").set_in_layout(False)
+            axes.set_ylim(top=1.6 * axes.get_ylim()[1])
         for axes in (left, right):
             axes.get_legend().remove()
         right.set_ylim(top=1.15 * max(max(line.get_ydata()) for line in right.lines))  # no legend needs room

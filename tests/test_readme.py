@@ -120,9 +120,9 @@ def copied(tmp_path_factory):
     data = tmp_path_factory.mktemp("altered") / "data"
     for name in ("h200", "h100", "cpu-avx512", "schedules"):
         shutil.copytree(records.DATA / name, data / name, ignore=shutil.ignore_patterns("host*", "*.lock"))
-    (data / "cpu-avx2").mkdir()
+    (data / "cpu-intel-xeon-avx512-2").mkdir()
     for file in ("machine.json", TENSOR_PARALLEL.file):
-        shutil.copy(records.DATA / "cpu-avx2" / file, data / "cpu-avx2" / file)
+        shutil.copy(records.DATA / "cpu-intel-xeon-avx512-2" / file, data / "cpu-intel-xeon-avx512-2" / file)
     return data
 
 
