@@ -102,6 +102,9 @@ def test_a_reader_searches_and_leafs_by_keyboard(served, page):
     page.goto(f"{served}/search.html?q=specification")
     page.get_by_role("link", name="00 · Start here").first.wait_for()
     page.goto(f"{served}/index.html")
+    for _ in range(6):  # past the search and into the list of pages: where they are is seen at every stop
+        page.keyboard.press("Tab")
+        assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     page.locator(".right-next").focus()
     page.keyboard.press("Enter")
     page.wait_for_url("**/00_start_here.html")
