@@ -1,8 +1,7 @@
 """The glossary, notebooks/GLOSSARY.md, and the links to it: a notebook links a term where its prose first uses it.
 
 A term is a heading of level 3 in small letters, digits, spaces and hyphens, so that GitHub, JupyterLab and Sphinx make
-the same anchor of it. Below may stand `*also: ...*`, other forms of the word. The first paragraph is the definition,
-and its first sentence is the link's title, which a browser shows under the pointer.
+the same anchor of it. Below may stand `*also: ...*`, other forms of the word. The first paragraph is the definition.
 """
 from __future__ import annotations
 
@@ -34,12 +33,6 @@ class Term:
         return self.name.replace(" ", "-")
 
     @property
-    def title(self) -> str:
-        """The definition's first sentence without marks that a link's title cannot hold."""
-        plain = _LINK.sub(r"\1", self.definition).replace("`", "").replace("*", "").replace('"', "'")
-        return re.match(r".*?[.](?= |$)", plain)[0]
-
-    @property
     def pattern(self) -> re.Pattern:
         """The term as a word of its own, also in the plural; capital letters matter only where the entry has some."""
         words = "|".join(re.escape(form) + ("(?:s|es)?" if form[-1].isalpha() else "") for form in
@@ -49,7 +42,7 @@ class Term:
 
 
 def terms(path: Path = PATH) -> dict[str, Term]:
-    """The entries by name, in the file's order. ValueError for an entry that no anchor or title can be made of."""
+    """The entries by name, in the file's order. ValueError for an entry that has no anchor or no sentence."""
     return {term.name: term for term in _terms(path.read_text(encoding="utf-8"))}
 
 
@@ -102,7 +95,7 @@ def faults(sources: list[str], known: dict[str, Term]):
             if anchor not in anchors:
                 yield f"a link to the glossary's #{anchor}, which it does not have"
             elif text != _as_link(_LINK.fullmatch(text)[1], anchors[anchor]):
-                yield f"the link {text} does not carry the glossary's sentence; `notebooks clean` mends that"
+                yield f"the link {text} is not as `notebooks clean` writes it"
     for term in known.values():
         if place := first_use(term, sources):
             cell, start, end = place
@@ -110,7 +103,7 @@ def faults(sources: list[str], known: dict[str, Term]):
 
 
 def _as_link(text: str, term: Term) -> str:
-    return f'[{text}]({PATH.name}#{term.anchor} "{term.title}")'
+    return f'[{text}]({PATH.name}#{term.anchor})'
 
 
 def _unlinked(found: re.Match) -> str:
