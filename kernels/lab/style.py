@@ -91,8 +91,9 @@ def theme() -> None:
 
 
 def caption(figure: Figure, text: str, y: float | None = None) -> Text:
-    """A line under the figure, or at height `y`: which machine, which clock, what the band is."""
-    return figure.supxlabel(text, x=0.01, y=y, ha="left", fontsize=CAPTION, color="#404040")
+    """Lines under the figure, none wider than it, or at height `y`: which machine, which clock, what the band is."""
+    return figure.supxlabel(wrapped(text, figure.get_figwidth(), CAPTION), x=0.01, y=y, ha="left", fontsize=CAPTION,
+                            color="#404040")
 
 
 def wrapped(text: str, inches: float, points: float, weight: str = "normal") -> str:

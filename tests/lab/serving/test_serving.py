@@ -147,6 +147,13 @@ def test_letters_behind_the_first_difference_stand_on_red():
     assert said[0] == "alone" and said[2] == "one of 8" and said[1].endswith("✓") and said[3].endswith("✗")
 
 
+def test_a_long_name_of_a_machine_stays_inside_the_figure():
+    figure = chart.batches_chart([[made(b"abc"), made(b"abc", 2, moved=1)]], caption="A processor " * 12)
+    figure.canvas.draw()
+    box = figure._supxlabel.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and "\n" in figure._supxlabel.get_text()
+
+
 def test_a_moved_digest_is_red_where_the_text_stands():
     figure = chart.batches_chart([[made(b"abc"), made(b"abc", 2, moved=1)]])
     assert not [t for t in figure.axes[0].texts if len(t.get_text()) == 1 and t.get_bbox_patch()]
