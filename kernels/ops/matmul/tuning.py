@@ -230,6 +230,7 @@ def _forget_plans() -> None:
 
     for key, plan in list(CALL.plans.items()):
         tried = getattr(plan.launch, "__func__", None) is _Watched.call
-        known = LEARNED.get(Form.of(plan.product, plan.index)) == plan.wanted[0]
+        form = Form.of(plan.product, plan.index)
+        known = form in LEARNED and LEARNED[form] == plan.wanted[0]  # an empty product wants None
         if not (plan.forced or tried or known):
             CALL.plans.pop(key, None)

@@ -122,6 +122,15 @@ def test_a_form_is_tried_once_whatever_its_tokens(three):
     assert {plan.wanted[0] for plan in plans() if plan.product.n == 8 and plan.product.m <= 16} == {THREE[2]}
 
 
+@pytest.mark.parametrize("tokens, n, k", [(0, 8, 32), (2, 0, 32), (2, 8, 0)])
+def test_plans_of_empty_products_are_forgotten_as_others(tokens, n, k):
+    """They want no schedule, which is not the one that was learned of them: none was."""
+    run(1, *product(tokens, n, k))
+    assert plans()
+    module.forget()
+    assert not plans()
+
+
 @pytest.mark.parametrize("tokens, largest", [(1, 16), (16, 16), (17, 32), (33, 48), (64, 64), (65, 80), (128, 128),
                                              (129, 160), (1025, 1280), (8192, 8192)])
 def test_forms_are_four_a_doubling(tokens, largest):
