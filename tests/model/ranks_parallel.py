@@ -3,11 +3,13 @@ import copy
 import dataclasses
 import os
 import time
+from pathlib import Path
 
 import torch
 
 from kernels.bits import digest
 from kernels.lab.parallel import measure, room, work
+from kernels.lab.parallel.record import Record
 from kernels.lab.proofs.model_forms import prompt_in
 from kernels.model import parallel, steps
 from kernels.model.config import preset
@@ -129,6 +131,39 @@ def decoded(ranks, at_once):
     finally:
         measure.AT_ONCE = before
     return digests[0], calls
+
+
+def slowest(ranks):
+    """A row where the last rank takes 7 ms and the others 1."""
+    measured, measure._wall = measure._wall, lambda run, model: 7.0 if ranks.rank == ranks.size - 1 else 1.0
+    try:
+        return one_row(ranks)["ms_p50"]
+    finally:
+        measure._wall = measured
+
+
+def other_logits(ranks):
+    """What `measure` tells where the last rank has other logits than the others."""
+    model = copy.copy(work.pocket_model(ranks))
+    forward = model.forward
+    model.forward = lambda *given, **named: forward(*given, **named) + (ranks.rank == ranks.size - 1)
+    try:
+        return measure.measure(model, measure.Point("decode", 2, 4), 1)
+    except RuntimeError as error:
+        return str(error)
+
+
+def tied(ranks):
+    """Logits of a model whose head is its embedding."""
+    return digest(steps.logits(parallel.Sharded(dataclasses.replace(TINY, tied_embeddings=True), ranks), [1, 2, 3]))
+
+
+def recorded(ranks, folder):
+    """Every rank keeps a row of its own number; how many it wrote."""
+    record = Record(measure.TENSOR_PARALLEL, "0123456789ab", ranks, Path(folder))
+    row = dict.fromkeys(measure.TENSOR_PARALLEL.columns, 0) | {"model": f"of rank {ranks.rank}"}
+    record.keep([row])
+    return record.written
 
 
 def process_id(_):

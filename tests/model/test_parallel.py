@@ -17,11 +17,12 @@ from kernels.__main__ import main
 from kernels.bits import digest, same_bits
 from kernels.lab import provenance, records
 from kernels.lab.parallel import measure, room, work
+from kernels.lab.parallel.record import all_threads
 from kernels.lab.proofs import model as proof
 from kernels.model import parallel, steps
 from kernels.model.config import PRESETS
 from kernels.model.llama import Llama
-from kernels.model.parallel import Ranks
+from kernels.model.parallel import Ranks, cut
 from kernels.model.parallel.cut import check, fingerprint, local, piece
 from kernels.ops.matmul.order import order
 from tests.model import ranks_parallel as on_ranks
@@ -118,6 +119,17 @@ def test_a_tied_heads_rows_are_the_embeddings():
     assert local(config, 8).kv_heads == 1 and local(config, 2).kv_heads == 2
 
 
+def test_a_tied_head_has_the_digest_of_one_process(processes):
+    config = dataclasses.replace(on_ranks.TINY, tied_embeddings=True)
+    alone = digest(steps.logits(Llama(config, ops="invariant", device="cpu"), [1, 2, 3]))
+    assert processes.run(on_ranks.tied, size=2) == [alone] * 2
+
+
+def test_pieces_are_contiguous():
+    weight = torch.zeros(64, 512)
+    assert all(piece(on_ranks.TINY, f"0.{part}", weight, 2, 1).is_contiguous() for part in ("output", "down"))
+
+
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-3.2-1b", "qwen3-0.6b", "qwen3-8b", "byte", "small"])
 def test_published_models_can_be_shared_by_eight(name):
     for size in SIZES:
@@ -155,10 +167,13 @@ def test_numbers_that_are_no_ranks_are_refused(rank, size, said):
         Ranks(rank, size, CPU)
 
 
-def test_a_fingerprint_tells_values_places_and_signs_apart():
+def test_a_fingerprint_tells_values_places_and_signs_apart(monkeypatch):
     x = torch.arange(1.0, 9.0)
     assert len({fingerprint(t) for t in (x, -x, x.flip(0), x + 1, x[:7], x.bfloat16())}) == 6
     assert fingerprint(x) == fingerprint(x.clone())
+    whole = fingerprint(x)
+    monkeypatch.setattr(cut, "_CHUNK", 3)
+    assert fingerprint(x) == whole != fingerprint(torch.cat([x[3:6], x[:3], x[6:]]))
 
 
 # Joining.
@@ -197,6 +212,28 @@ def test_variables_that_make_no_rank_are_refused(changed, device, said, variable
     variables(**changed)
     with pytest.raises((RuntimeError, ValueError), match=said):
         parallel.join(device)
+
+
+@pytest.mark.parametrize("changed, device, said", [
+    ({"LOCAL_RANK": 2}, "cuda", "rank 2 of this machine has no GPU of its own: there are 2. Start as many ranks"),
+    ({}, "cuda:1", "device must be cuda alone, for each rank has the GPU of its own number, got 'cuda:1'")])
+def test_a_rank_has_the_gpu_of_its_number(changed, device, said, variables, monkeypatch):
+    join = sys.modules[parallel.join.__module__]
+    monkeypatch.setattr(join, "runtime", types.SimpleNamespace(HAS_GPU=True))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    variables(**changed)
+    with pytest.raises(ValueError, match=said):
+        parallel.join(device)
+
+
+def test_a_rank_of_a_cpu_has_one_thread_and_leaves_no_sum_to_a_switch(variables, monkeypatch):
+    variables(MASTER_PORT=free_port())
+    for name in ("NCCL_NVLS_ENABLE", "TORCH_SYMM_MEM_DISABLE_MULTICAST", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.delenv(name)
+    torch.set_num_threads(2)
+    assert str(parallel.join("cpu")) == "rank 0 of 1 on cpu" and torch.get_num_threads() == 1
+    assert os.environ["NCCL_NVLS_ENABLE"] == "0" and os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] == "1"
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
 
 
 def test_a_port_that_is_taken_is_said(variables):
@@ -316,6 +353,31 @@ def test_a_row_is_the_same_on_all_ranks_but_for_the_clock(processes):
     assert len({row["logit_digest"] for row in [first, *others]}) == 1 and first["ms_p50"] > 0
     alone, = processes.run(on_ranks.one_row, size=1)
     assert alone["logit_digest"] == first["logit_digest"]
+
+
+def test_the_time_is_the_slowest_ranks(processes):
+    assert processes.run(on_ranks.slowest, size=2) == [7.0, 7.0]
+
+
+def test_ranks_with_other_logits_are_an_error(processes):
+    said = "ranks have other logits of decode of batch 2 at context 4: the residual streams differ"
+    assert processes.run(on_ranks.other_logits, size=2) == [said] * 2
+
+
+def test_one_rank_writes_the_record(processes, tmp_path):
+    assert processes.run(on_ranks.recorded, str(tmp_path), size=2) == [1, 0]
+    assert measure.TENSOR_PARALLEL.read(tmp_path).model.tolist() == ["of rank 0"]
+
+
+def test_threads_are_as_many_as_before():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with all_threads():
+            assert torch.get_num_threads() == len(os.sched_getaffinity(0)) if sys.platform == "linux" else True
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_prompts_behind_decode_are_read_some_at_a_time(processes):

@@ -56,6 +56,11 @@ def leaves(ranks, rank):
         all_reduce.python(part, group=ranks.group)
 
 
+def fails(ranks, what):
+    """An error of the work's own."""
+    raise KeyError(what)
+
+
 def sleeps(ranks, rank, seconds):
     """One rank does not come in time."""
     import time

@@ -1,6 +1,7 @@
 """Parts of 1, 2, 4 and 8 ranks: one result, whoever adds it; the part of a product that a rank makes; bad input."""
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from kernels.lab import records
 from kernels.lab.parallel import work
 from kernels.lab.parallel.processes import Processes
 from kernels.ops.all_reduce import all_reduce, ranks
+from kernels.ops.all_reduce.kernel import PARTS, RESULTS, filled, join
 from kernels.ops.all_reduce.part import part
 from kernels.ops.all_reduce.schedule import KINDS, Schedule, choose, every
 from kernels.ops.matmul.order import shared_order
@@ -35,8 +37,9 @@ def test_every_schedule_has_the_specifications_bits_on_every_rank(size, tokens, 
     answers = processes.run(on_ranks.words, tokens, n, dtype, bias, size=size)
     parts, given = zip(*(on_ranks.of_rank(rank, tokens, n) for rank in range(size)), strict=True)
     expected = joined(parts, given[0].to(dtype) if bias else None, dtype)
-    for result, same, _ in answers:
+    for result, same, default in answers:
         assert same_bits(result, expected)
+        torch.testing.assert_close(default, expected, rtol=4e-2, atol=4e-2)
         assert len(same) == 1 + len(every(False)) and all(same.values()), same
     assert result.abs().max() > 0
 
@@ -85,6 +88,13 @@ def test_a_process_that_is_no_rank_is_told_so():
         all_reduce.python(torch.zeros(1, 4))
 
 
+def test_another_number_of_ranks_is_refused(monkeypatch):
+    monkeypatch.setattr(ranks, "size", lambda group=None: 3)
+    for word in (all_reduce.python, all_reduce.triton):
+        with pytest.raises(ValueError, match="group must have 1, 2, 4 or 8 ranks, .* got 3"):
+            word(torch.zeros(1, 4))
+
+
 def test_it_is_an_op_by_its_words_and_not_in_ops():
     assert set(all_reduce.implementations) == {"cuda", "python", "triton"} and all_reduce.name not in OPS
 
@@ -114,6 +124,19 @@ def test_a_rank_that_ends_or_is_late_is_an_error_on_all_others():
     with Processes(2, timeout=20) as two, \
             pytest.raises(RuntimeError, match="process 1 of 2 ended while it worked; rank 0 of 2 was in all_gather"):
         two.run(on_ranks.leaves, 1, seconds=30)
+
+
+def test_processes_go_on_behind_an_error_and_end_with_one_that_is_late():
+    with Processes(1) as one:
+        with pytest.raises(ValueError, match="size must be one of 1, got 2"):
+            one.run(on_ranks.numbers_only, size=2)
+        with pytest.raises(RuntimeError, match="process 0 of 1 raised KeyError: 'this one'"):
+            one.run(on_ranks.fails, "this one")
+        assert one.run(on_ranks.numbers_only) == [[(0, 8)] * 2]
+        with pytest.raises(RuntimeError, match=r"process 0 of 1 did not answer in 0.2 seconds"):
+            one.run(on_ranks.sleeps, 0, 2, seconds=0.2)
+        with pytest.raises(RuntimeError, match="these processes can do no more, for process 0 late: start others"):
+            one.run(on_ranks.numbers_only)
 
 
 @pytest.mark.parametrize("count", [0, 3, 16])
@@ -160,6 +183,15 @@ def test_tiles_that_cannot_make_a_part_are_refused(tiles):
         part(x, weight, shared_order(16, 512), 2, schedule=Tiles.parse(tiles))
 
 
+@needs_triton
+def test_every_place_gets_the_sum():
+    parts, places = [torch.full((16,), 1.0 + i) for i in range(2)], [torch.zeros(16) for _ in range(8)]
+    memory = {**dict(zip(PARTS, filled(parts), strict=True)), "bias_ptr": places[0],
+              **dict(zip(RESULTS, places, strict=True))}
+    join(2, 8, 0, 16, 8, torch.float32, None, 16, 4).interpret(memory)
+    assert all((place == 3.0).all() for place in places)
+
+
 # The generated code.
 
 COMPILED = """
@@ -171,7 +203,7 @@ from kernels.ops.all_reduce import part
 from kernels.ops.all_reduce.kernel import join
 from kernels.ops.matmul.order import Order
 from kernels.ops.matmul.product import Product
-from kernels.ops.matmul.schedule import Schedule
+from kernels.ops.matmul.schedule import Schedule, Unsuitable
 
 def ptx(step, target):
     driver.set_active(Absent(target))
@@ -187,6 +219,16 @@ for leaves in (1, 2, 4):
     product = Product(64, 64, leaves * 64, torch.bfloat16, shape, shape, Order(leaves, 64), False)
     for tiles in ("pointer 32x32x32 warps=4 stages=2 group=8", "hopper 64x64x32 warps=4 stages=4 group=8 persistent"):
         found[f"{tiles.split()[0]} {leaves}"] = ptx(part.step(Schedule.parse(tiles), product), 90)
+
+def waits(leaves):
+    shape = (leaves * 64, 1)
+    product = Product(64, 256, leaves * 64, torch.bfloat16, shape, shape, Order(leaves, 64), False)
+    try:
+        part.step(Schedule.parse("hopper 64x256x32 warps=4 stages=4 group=8 persistent"), product)
+    except Unsuitable as error:
+        return "sums that wait have room" in str(error)
+
+found["no room"] = [leaves for leaves in (1, 2, 4) if waits(leaves)]
 print(json.dumps(found))
 """
 
@@ -216,6 +258,13 @@ def test_the_adding_kernel_adds_a_tree_and_fuses_nothing(parts, compiled):
     pairs = {2: (0, 1), 4: ((0, 1), (2, 3)), 8: (((0, 1), (2, 3)), ((4, 5), (6, 7)))}[parts]
     assert thread.rounded and {read(y) for y in thread.rounded if y is not None} == {pairs}
     assert "fma" not in code and ".ftz" not in code and "multimem" not in code
+    loads = re.findall(r"ld\.global\S*", code)
+    assert len(loads) >= parts and all(".cg" in load for load in loads)  # not through L1: others have written it
+
+
+@needs_compiler
+def test_a_large_tile_has_no_room_for_sums_that_wait(compiled):
+    assert compiled["no room"] == [2, 4]
 
 
 @needs_compiler
@@ -308,6 +357,9 @@ def test_one_rank_alone_sends_nothing_and_rounds_once(alone):
     assert ranks.size() == 1
     for word in all_reduce.implementations.values():
         assert same_bits(word(given, None, torch.bfloat16), given.bfloat16())
+        assert word(given).data_ptr() != given.data_ptr()  # the default's sum is in place, and not in the caller's
+    with pytest.raises(RuntimeError, match="this process is no rank of the group"):
+        all_reduce.python(given, group=dist.GroupMember.NON_GROUP_MEMBER)
     assert all_reduce.room((3, 16), "cpu").shape == (3, 16)
     assert all_reduce.schedule(3, "N=16", "cpu") == "gather block=512 warps=4"
     assert all_reduce.work(3, "N=16").bytes == 3 * 16 * 6

@@ -37,9 +37,13 @@ def run_schedule(schedule: Schedule, part, bias=None, dtype: torch.dtype | None 
 
 
 def room(shape: tuple[int, ...], device: torch.device, group=None) -> torch.Tensor:
-    """Memory (float32) where a part may be made that the next call sums: where it can lie, nothing is copied then."""
+    """Memory (float32) where a part may be made that the next call sums: where it can lie, nothing is copied then.
+
+    A part that will be pushed lies elsewhere: others push theirs before this one has left.
+    """
     device, size = torch.device(device), math.prod(shape)
-    if size and ranks.size(group) > 1 and WORKSPACES.can(device, group):
+    if size and ranks.size(group) > 1 and WORKSPACES.can(device, group) \
+            and choose(size, ranks.size(group), True).kind != "push":
         workspace = WORKSPACES.of(4 * size, device, group)
         return workspace.parts[workspace.rank][: 4 * size].view(torch.float32).view(shape)
     return torch.empty(shape, dtype=torch.float32, device=device)
@@ -88,11 +92,16 @@ def _two_shot(schedule, part, bias, dtype, group):
 
 
 def _push(schedule, part, bias, dtype, group):
-    """Slot i of a GPU's memory for parts holds rank i's numbers of the rows that this GPU adds."""
+    """Slot i of a GPU's memory for parts holds rank i's numbers of the rows that this GPU adds.
+
+    Raises ValueError for a part in that memory, which others' numbers would overwrite.
+    """
     count, rank, width = ranks.size(group), ranks.number(group), part.shape[-1]
     rows = part.numel() // width
     each = -(-rows // count) * width
     workspace = WORKSPACES.of(4 * count * each, part.device, group)
+    if _lies_in(part, workspace.parts[rank]):
+        raise ValueError("schedule must be another than push for a part that lies in the memory that GPUs share")
     flat, slots = part.reshape(-1), [memory[: 4 * count * each].view(torch.float32).view(count, each)
                                      for memory in workspace.parts]
     for peer in range(count):
@@ -116,8 +125,13 @@ def _brought(part, group):
     workspace = WORKSPACES.of(4 * part.numel(), part.device, group)
     place = workspace.parts[workspace.rank]
     if part.data_ptr() != place.data_ptr() or not part.is_contiguous():
+        part = part.clone() if _lies_in(part, place) else part
         place[: 4 * part.numel()].view(torch.float32).view(part.shape).copy_(part)
     return workspace
+
+
+def _lies_in(part, memory) -> bool:
+    return 0 <= part.data_ptr() - memory.data_ptr() < memory.numel()
 
 
 def _floats(buffers) -> list[torch.Tensor]:

@@ -1,9 +1,9 @@
 """Kind hopper for one GPU's leaves of a tree: 1, 2 or 4 of them follow each other in one program (sm_90).
 
-Chains are made as in matmul/hopper.py. While a leaf is made, up to two sums wait for it in registers.
-
-Annotations are not imported from __future__ here, as in hopper.py.
+Chains are made as in matmul/hopper_chain.py. While a leaf is made, up to two sums wait for it in registers.
 """
+from __future__ import annotations
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -13,7 +13,9 @@ from triton.language.extra.cuda import gdc_wait
 from ...launch import Step
 from ..matmul import hopper
 from ..matmul.descriptors import tiles_of
-from ..matmul.hopper import Program, chain_of, finish, nothing, place, produce, sides
+from ..matmul.hopper import sides
+from ..matmul.hopper_chain import Program, chain_of, finish, nothing, produce
+from ..matmul.hopper_walk import place
 from ..matmul.product import Product
 from ..matmul.schedule import SHARED, Schedule, Unsuitable
 

@@ -5,6 +5,7 @@ import types
 import matplotlib.colors
 import pandas as pd
 import pytest
+import torch
 
 from figures import tensor_parallel
 from figures.page import PAGES
@@ -13,6 +14,7 @@ from kernels.lab.parallel import chart, sums
 from kernels.lab.parallel.measure import TENSOR_PARALLEL, Point, points, prompt_of
 from kernels.lab.parallel.widget import GpuChart
 from kernels.lab.proofs import model as proof
+from kernels.ops.all_reduce import all_reduce
 
 GOLDEN = records.ROOT / "tests" / "lab" / "proofs" / "recorded"
 
@@ -57,6 +59,32 @@ def test_the_figure_is_drawn_for_every_page_from_data_alone(page, data):
     assert len(figure.axes) == 2 and "CUDA graphs" in figure._supxlabel.get_text().replace("\n", " ")
     words = tensor_parallel.words(data)
     assert "invariant, prefill of 512 tokens: a0b1c2 in 11 ms on 1, a0b1c2 in 6 ms on 2" in words
+
+
+def test_a_cpus_chart_speaks_of_processes_and_a_slow_run_is_said(data):
+    rows = chart.recorded("h200", data)
+    assert chart.unit(rows) == "GPUs" and chart.unit(rows.assign(cpu=True)) == "processes"
+    assert "an oversubscribed CPU" in chart.caption(rows.assign(cpu=True), "a CPU").replace("\n", " ")
+    assert "slowest" not in chart.caption(rows, "NVIDIA H200")
+    slow = rows.assign(ms_p95=rows.ms_p95.where(rows.index > 0, 99.0))
+    assert "the slowest 95th percentile is 99 ms" in chart.caption(slow, "NVIDIA H200")
+
+
+def test_sums_say_which_bits_moved(monkeypatch):
+    def moving(part, bias, dtype, group):
+        return part.to(dtype) + (len(part) == 3)
+    words = {"cuda": moving, "python": lambda part, bias, dtype, group: part.to(dtype)}
+    fake = types.SimpleNamespace(implementations=words, name="all_reduce", inputs=all_reduce.inputs,
+                                 work=all_reduce.work)
+    monkeypatch.setattr(sums, "all_reduce", fake)
+    monkeypatch.setattr(sums, "_wall", lambda run, ranks: [run(), 5.0][1])
+    monkeypatch.setattr(sums.words, "told_objects", lambda value, group: [value])
+    ranks = types.SimpleNamespace(rank=0, size=2, device=torch.device("cpu"), group=None)
+    rows = [row for rows in sums.measured(ranks, "N=16", (1, 2, 3), repeats=2) for row in rows]
+    found = {(row["implementation"], row["tokens"]): (row["same_bits"], row["elements_differ"]) for row in rows}
+    assert found == {("cuda", 1): (False, 16), ("cuda", 2): (False, 32), ("cuda", 3): (True, 0),
+                     **{("python", n): (True, 0) for n in (1, 2, 3)}}
+    assert {(row["shape"], row["us_p50"], row["repeats"]) for row in rows} == {("N=16,gpus=2", 5.0, 2)}
 
 
 def test_the_widget_draws_the_chosen_gpus(data):
