@@ -22,6 +22,7 @@ VERBS = {
     "digests": ("proofs.digests", "record what bits ops have, or redo what is recorded (--check)"),
     "verify": ("proofs.model", "redo a GPU's digests of a whole model, layer by layer, or record them (--record)"),
     "certificates": ("proofs.certificates", "prove this GPU's stored schedules of the matrix product again"),
+    "products": ("proofs.products", "compute random products in random schedules, and count bits that move"),
     "attention": ("proofs.attention", "compute random sequences in seven ways, and count bits that move"),
     "tensor-core": ("proofs.tensor_core", "compare this GPU's tensor cores with their model"),
     "code": ("proofs.generated_code", "compile an op's schedules ahead of time and count instructions"),

@@ -4,6 +4,7 @@
 """
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -32,6 +33,14 @@ def in_one_line(command: Callable[[], int | None]) -> int:
             raise
         print(f"error: {told(error)}", file=sys.stderr)
         return 1
+
+
+def part(text: str) -> tuple[int, int]:
+    """1/4 -> (1, 4), the share of one of so many GPUs. Raises argparse.ArgumentTypeError for what is no part."""
+    number, _, of = text.partition("/")
+    if not (number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
+        raise argparse.ArgumentTypeError(f"a part must read like 1/4, got {text!r}")
+    return int(number), int(of)
 
 
 def told(error: BaseException) -> str:

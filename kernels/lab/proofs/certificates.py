@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
@@ -36,7 +36,7 @@ from .generated_code import bare_ptx
 
 TRUSTED = Schedule("pointer", 32, 32, 32, warps=4, stages=2)
 ROWS = 259  # of an input to prove on: whole tiles of every schedule, and three more
-STREAM_ROWS = 1283  # enough tiles that programs carry chains over to one another
+STREAM_ROWS, PROGRAMS = 1283, 132  # enough tiles that programs carry chains over to one another; of those, at most
 SECTIONS = {"matmul": 1, SECTION: LEAVES}  # of a GPU's table: the most GPUs that may share a product's order
 KINDS = ("portable", "residue", "cancellation", "wide", "subnormal", "signed_zero")
 CERTIFICATES = records.Table(
@@ -82,14 +82,17 @@ def shape_of(n: int, k: int, gpus: int = 1) -> str:
     return str(Shape(N=n, K=k) if gpus == 1 else Shape(N=n, K=k, gpus=gpus))
 
 
-def prove(schedule: Schedule, n: int, k: int, dtype: torch.dtype, device, gpus: int = 1) -> None:
+def prove(schedule: Schedule, n: int, k: int, dtype: torch.dtype, device, gpus: int = 1,
+          kinds: Iterable[str] | None = None) -> None:
     """Compare the schedule with the trusted one, over adversarial inputs, in the order that `gpus` (1 or 8) can share.
+
+    `kinds` of inputs: KINDS where none are named.
 
     Raises whatever the schedule raises, and RuntimeError if a bit moved.
     """
     n, k = stand_in(n, k, gpus)
-    for kind in KINDS:
-        given, trusted = _case(n, k, dtype, kind, device, _rows(schedule), gpus)
+    for kind in kinds or KINDS:
+        given, trusted = _case(n, k, dtype, kind, device, rows_of(schedule, n), gpus)
         if not bits.same_bits(op.run_schedule(schedule, *given), trusted):
             raise RuntimeError(f"{schedule} moved bits of {kind} inputs")
 
@@ -97,7 +100,8 @@ def prove(schedule: Schedule, n: int, k: int, dtype: torch.dtype, device, gpus: 
 def certificates(schedule: Schedule, n: int, k: int, dtype: torch.dtype, device, gpus: int = 1) -> list[dict]:
     """What `prove` compares, as rows of certificates.csv: one a kind of input. Raises RuntimeError if a bit moved."""
     prove(schedule, n, k, dtype, device, gpus)
-    (n, k), rows = stand_in(n, k, gpus), _rows(schedule)
+    n, k = stand_in(n, k, gpus)
+    rows = rows_of(schedule, n)
     same = {"op": "matmul", "dtype": dtype_name(dtype), "shape": shape_of(n, k, gpus), "schedule": str(schedule),
             "tokens": rows, "trusted": str(TRUSTED), "recorded_at": records.now()}
     steps = provenance.launches(op, str(schedule), same["dtype"], same["shape"], rows)
@@ -115,7 +119,10 @@ def ptx(steps: list[Step], device) -> str:
     return closure.digest(*(bare_ptx(step.compiled(index).kernel.asm["ptx"]) for step in steps))
 
 
-def _rows(schedule: Schedule) -> int:
+def rows_of(schedule: Schedule, n: int) -> int:
+    """Of an input to prove a schedule on, with a weight of n rows."""
+    if schedule.lockstep:  # as many tiles of tokens as give every program a chain
+        return schedule.block_m * -(-PROGRAMS // -(-n // schedule.block_n)) + 3
     return STREAM_ROWS if schedule.stream else ROWS
 
 
@@ -124,7 +131,7 @@ def check_trusted(n: int, k: int, dtype: torch.dtype, device, tokens: int = 3, c
     """Hold the trusted schedule to the specification on a few elements. Raises RuntimeError if they differ."""
     n, k = stand_in(n, k, gpus)
     for kind in KINDS:
-        (x, weight, bias, wanted), _ = _case(n, k, dtype, kind, device, _rows(TRUSTED), gpus)
+        (x, weight, bias, wanted), _ = _case(n, k, dtype, kind, device, rows_of(TRUSTED, n), gpus)
         y = op.run_schedule(TRUSTED, x, weight, bias, wanted)[:tokens, :columns]
         few = x[:tokens], weight[:columns], None if bias is None else bias[:columns]
         if not bits.same_bits(y, specified(*few, wanted)):  # the whole weight's order: fewer rows would have another
@@ -171,7 +178,7 @@ def prove_all(jobs: list[dict], workers: int, limit_s: float = 60, deadline: flo
               progress: Callable[[int, int], None] = lambda done, total: None) -> list:
     """A line of text for each job that says what is wrong with it, "" if it keeps its bits, in the order of the jobs.
 
-    A job is a dict with the arguments of `prove` as text and numbers: schedule, n, k, dtype and gpus. Jobs still
+    A job is a dict with the arguments of `prove` as text and numbers: schedule, n, k, dtype, gpus and kinds. Jobs still
     waiting at `deadline` (of time.monotonic) are not begun.
     """
     waiting, answers, finished = queue.SimpleQueue(), ["not begun in time"] * len(jobs), [0]
@@ -207,7 +214,7 @@ def _worker() -> None:
         job = json.loads(line)
         try:
             prove(Schedule.parse(job["schedule"]), job["n"], job["k"], DTYPES[job["dtype"]], runtime.device(),
-                  job.get("gpus", 1))
+                  job.get("gpus", 1), job.get("kinds"))
             torch.cuda.synchronize()
             answer = ""
         except Exception as error:  # noqa: BLE001 - one candidate's failure is that candidate's answer
@@ -230,7 +237,7 @@ def record(folder, workers: int | None = None, of_the_model: bool = False) -> tu
     """
     device, wrong, count = runtime.device(), [], 0
     jobs = stored(tables.of_gpu(device.index, Schedule.parse))
-    jobs += expected(cost.quantities(device.index), ROWS) if of_the_model else []
+    jobs += expected(cost.quantities(device.index), rows_of) if of_the_model else []
     for n, k, dtype, gpus in {(*stand_in(j["n"], j["k"], j["gpus"]), j["dtype"], j["gpus"]) for j in jobs}:
         check_trusted(n, k, DTYPES[dtype], device, gpus=gpus)
     for job, answer in zip(jobs, prove_all(jobs, workers or max(1, min(16, (os.cpu_count() or 2) - 1))), strict=True):

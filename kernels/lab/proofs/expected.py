@@ -3,6 +3,9 @@ segments.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 from ...op import DTYPES
 from ...ops.matmul.cost import Quantities
 from ...ops.matmul.order import order
@@ -13,17 +16,17 @@ from ...ops.matmul.steps import steps
 WEIGHTS = ((2560, 2304), (640, 4096))  # N, K of one chain, and of segments
 
 
-def expected(known: Quantities | None, rows: int) -> list[dict]:
+def expected(known: Quantities | None, rows: Callable[[Schedule, int], int]) -> list[dict]:
     """A job of `prove_all` for each schedule that a GPU's model of time may choose, at each weight it can carry out.
 
-    `rows` of an input. None, of a GPU without a model, gives no jobs.
+    `rows` of an input for a schedule and N. None, of a GPU without a model, gives no jobs.
     """
     jobs = []
     for dtype, ways in (known.ways if known else {}).items():
         for n, k in WEIGHTS:
-            p = Product(rows, n, k, DTYPES[dtype], (k, 1), (k, 1), order(n, k), False)
+            p = Product(0, n, k, DTYPES[dtype], (k, 1), (k, 1), order(n, k), False)
             jobs += [{"schedule": str(s), "n": n, "k": k, "dtype": dtype, "gpus": 1} for s in ways.schedules
-                     if _carries_out(s, p)]
+                     if _carries_out(s, replace(p, m=rows(s, n)))]
     return jobs
 
 

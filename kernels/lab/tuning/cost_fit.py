@@ -41,9 +41,15 @@ class Timed(NamedTuple):
     held: np.ndarray
 
 
-def timed(rows: pd.DataFrame, dtype: str) -> Timed:
-    """The rows of a dtype whose schedules are ways of the design's tiles."""
-    tiles = list(design.rough_tiles(DTYPES[dtype]))
+def measured_tiles(rows: pd.DataFrame, dtype: str) -> list[Schedule]:
+    """The design's tiles of which at least one way was timed: of others nothing is known, and none is chosen."""
+    timed = set(rows.schedule[rows.dtype == dtype])
+    return [tile for tile in design.rough_tiles(DTYPES[dtype]) if any(str(s) in timed for s in variants(tile))]
+
+
+def timed(rows: pd.DataFrame, dtype: str, tiles: list[Schedule] | None = None) -> Timed:
+    """The rows of a dtype whose schedules are ways of these tiles, by default of all that were timed."""
+    tiles = measured_tiles(rows, dtype) if tiles is None else tiles
     number = {str(s): i for i, tile in enumerate(tiles) for s in variants(tile)}
     rows = rows[(rows.dtype == dtype) & rows.schedule.isin(number)].reset_index(drop=True)
     weights = [tuple(Shape.parse(shape).values()) for shape in rows["shape"]]
@@ -154,7 +160,8 @@ def _mean(ratios) -> float:
 
 
 def stored(data: Timed, name: str, folder) -> Fitted:
-    """What was fitted for one GPU, as the ops read it. FileNotFoundError where there is none."""
+    """What was fitted for one GPU, as the ops read it. FileNotFoundError where there is none, ValueError where it has
+    not all of the data's tiles."""
     known = cost.load(name, folder)
     if known is None:
         raise FileNotFoundError(f"there is no {name}_cost.json in {folder}: python -m kernels.lab.tuning.cost_fit")
@@ -195,7 +202,7 @@ def main(argv=None) -> int:
         default = rows[(rows.dtype == dtype) & (rows.schedule == "cuda")]
         known = timed(rows[~rows["shape"].map(is_checked)], dtype)
         fits[dtype] = fit(known, fits["bfloat16"].rates if fits else None)
-        chosen = choices(fits[dtype], timed(rows, dtype), default)
+        chosen = choices(fits[dtype], timed(rows, dtype, fits[dtype].tiles), default)
         for name, part in chosen.groupby("checked"):
             print(f"{dtype}, {'not fitted' if name else 'fitted'}: {words(part)}")
     if not a.check:

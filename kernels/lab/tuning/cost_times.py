@@ -1,11 +1,12 @@
 """Time many schedules of the matrix product over many sizes, from which the model of time is fitted.
 
-    python -m kernels.lab.tuning.cost_times --seconds 150    into data/<machine>/cost_times.csv
-    python -m kernels.lab.tuning.cost_fit                    the fit, into data/schedules/<gpu>_cost.json
+    python -m kernels.lab.tuning.cost_times --seconds 150               into data/<machine>/cost_times.csv
+    python -m kernels.lab.tuning.cost_times --seconds 60 --part 1/4     a quarter of the weights, for one of four GPUs
+    python -m kernels.lab.tuning.cost_fit                               the fit, into data/schedules/<gpu>_cost.json
 
 Each kernel is compiled and compared with the trusted schedule in processes of their own, as the tuner does. A point is
 a weight, a token count and a dtype; its schedules are timed `cold` and interleaved, with PyTorch's default among them.
-A point that is in the file is not timed again.
+A point that is in the file is not timed again, but for tiles that the design got later (cost_added.py).
 """
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache, partial
 from itertools import groupby
 
@@ -28,8 +30,10 @@ from ...ops.matmul.order import order
 from ...ops.matmul.schedule import Schedule
 from ...ops.matmul.ways import Form, suits
 from .. import bench, records
+from ..command import part
 from ..proofs.certificates import TRUSTED, stand_in
 from . import cost_design as design
+from .cost_added import Todo, beside, part_of, wanting
 from .tune import proved
 
 COST_TIMES = records.Table(
@@ -40,11 +44,19 @@ COST_TIMES = records.Table(
 
 
 def candidates(n: int, k: int, tokens: int, dtype: torch.dtype, most: int) -> list[Schedule]:
-    """At most so many schedules: those that a rough model expects to be fast, and every fifth of the others."""
+    """At most so many schedules, and half as many of tiles that the design got later."""
     ways, form = _rough_ways(dtype), Form.of(n, k, tokens, dtype)
     times = np.where(suits(ways.sizes, form), cost.predicted(ways, form, design.ROUGH), np.inf)
     ranked = [ways.schedules[i] for i in times.argsort() if times[i] < 4 * times.min()]
     most = most if n % 16 == k % 16 == 0 else most // 3  # of which every kernel is compiled again
+    later = [s for s in ranked if s in design.added()]
+    tiles = {replace(s, stream=False, lockstep=False): s for s in reversed(later)}  # each with its fastest way
+    later.sort(key=lambda s: s not in tiles.values())
+    return _few([s for s in ranked if s not in design.added()], most) + _few(later, most // 2)
+
+
+def _few(ranked: list[Schedule], most: int) -> list[Schedule]:
+    """Those that a rough model expects to be fast, and every fifth of the others."""
     kept = ranked[:most * 4 // 5]
     return kept + ranked[len(kept)::5][:most - len(kept)]
 
@@ -119,8 +131,7 @@ def room(name: str, arguments: tuple) -> dict:
 def measure(folder, points: dict, seconds: float, repeats: int = 5, progress: Callable[[str], None] = print) -> int:
     """Time points until `seconds` have passed, into COST_TIMES, weight by weight; how many rows there are now."""
     deadline = time.monotonic() + seconds
-    done = set(COST_TIMES.read(folder)[["dtype", "shape", "tokens"]].itertuples(index=False, name=None))
-    todo = {p: s for p, s in points.items() if (p[0], f"N={p[1]},K={p[2]}", p[3]) not in done}
+    todo = wanting(points, COST_TIMES.read(folder))
     gc.collect()
     gc.freeze()  # the capture of a graph collects garbage, and modules are none
     for (dtype, n, k), group in groupby(todo, lambda point: point[:3]):
@@ -139,9 +150,9 @@ def _weight(dtype, n, k, i):
     return op.inputs(0, Shape(N=n, K=k), DTYPES[dtype], runtime.device(), 3 * i)[1]
 
 
-def _timed_or_told(point, schedules, weights, repeats, progress) -> list[dict]:
+def _timed_or_told(point, todo: Todo, weights, repeats, progress) -> list[dict]:
     try:
-        return timed(point, schedules, weights, runtime.device(), repeats)
+        return beside(timed(point, todo.contenders, weights, runtime.device(), repeats), todo.anchors)
     except Exception as error:  # noqa: BLE001 - one point's failure must not cost the others
         progress(f"  {point}: {type(error).__name__}: {str(error)[:200]}")
         return []
@@ -158,6 +169,7 @@ def main(argv=None) -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=int, help="processes that compile")
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--part", type=part, default=(1, 1), help="such as 1/4: the first of four GPUs' share")
     parser.add_argument("--out", default=records.DATA, help="the data folder")
     parser.add_argument("--machine", help="the folder's name under it (default: from the device)")
     a = parser.parse_args(argv)
@@ -165,9 +177,9 @@ def main(argv=None) -> int:
         print("error: schedules are timed on a CUDA GPU, and there is none here", file=sys.stderr)
         return 1
     folder, begun = records.open_machine(a.out, a.machine), time.monotonic()
-    points = wanted(a.most, a.dtypes)
-    good = good_kernels(points, a.workers, partial(print, flush=True))
-    points = {p: [s for s in found if kernel_of(*p[:3], s) in good] for p, found in points.items()}
+    todo = wanting(part_of(wanted(a.most, a.dtypes), a.part), COST_TIMES.read(folder))
+    good = good_kernels({p: found.contenders for p, found in todo.items()}, a.workers, partial(print, flush=True))
+    points = {p: [s for s in found.schedules if kernel_of(*p[:3], s) in good] for p, found in todo.items()}
     print(f"{len(good)} kernels compiled and compared in {time.monotonic() - begun:.0f} s; {len(points)} points, "
           f"{sum(map(len, points.values()))} schedules to time", flush=True)
     count = measure(folder, points, a.seconds, a.repeats, partial(print, flush=True))

@@ -10,7 +10,6 @@ import torch
 
 from ...op import Shape
 from . import cost
-from .copies import MANY
 from .order import order
 from .schedule import Schedule, gpu, measured, rule
 from .ways import Form
@@ -33,11 +32,9 @@ def choose(op: str, shape, dtype: torch.dtype, tokens: int, index: int = -1) -> 
 
 
 def _form(n: int, k: int, tokens: int, dtype: torch.dtype, index: int) -> Form:
-    """The form of contiguous x and weight; of many tokens, bulk copies may read copies of their rows (copies.py)."""
+    """The form of contiguous x and weight; where bulk copies cannot read their rows, they may read copies."""
     form = Form.of(n, k, tokens, dtype, gpu(index)[1])
-    if form.bulk or tokens <= MANY:
-        return form
-    return form._replace(bulk=True, copied=2 * form.size * k * (n + tokens))
+    return form if form.bulk else form.on_copies()
 
 
 def tested(n: int, k: int, dtype: torch.dtype, gpus: Iterable[int] = (-1,)) -> list[Schedule]:

@@ -20,11 +20,14 @@ from .product import Product
 from .schedule import Schedule
 
 SIDE = 64  # rows and columns that a program copies: either side may be the contiguous one
-MANY = 32  # with more tokens, copying the weight costs less than reading it two bytes at a time
+MANY = 32  # with more tokens, and without a model of time, copying the weight is taken for less than reading it so
 
 
 def offered(product: Product, found: Iterable[Schedule]) -> list[Schedule]:
-    """The schedules of choice, those of bulk copies on copies where these cannot follow the rows of many tokens."""
+    """The schedules of choice, those of bulk copies on copies where these cannot follow the rows of many tokens.
+
+    What a model of time chose (cost.py) says by itself that it reads copies, for few tokens too.
+    """
     if product.m <= MANY or product.dtype == torch.float32 or product.followed:
         return list(found)
     return [replace(s, copy=s.kind != "pointer") for s in found]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,23 +20,26 @@ import numpy as np
 
 from ... import tables
 from .schedule import Schedule
-from .ways import Form, Sizes, columns, suits, units, variants
+from .ways import Form, Sizes, columns, lanes, suits, units, variants
 
 SHARPNESS = 3  # of "as long as the slowest": of two that take equally long, it makes 1.26 times one
+STAYS = 32e6  # bytes of a weight that L2 keeps for whoever comes later
 
 
 def best(form: Form, count: int = 1, index: int = -1) -> list[Schedule]:
     """The `count` schedules that the model expects to be fastest on GPU `index`, fastest first.
 
-    Each carries out the form's order, and has bulk copies only if `form.bulk`. Empty where neither this GPU nor a near
-    relative was measured, or where there is nothing to multiply. Takes a third of a millisecond.
+    Each carries out the form's order, and has bulk copies only if `form.bulk`: on copies, if the form counts their
+    bytes. Empty where neither this GPU nor a near relative was measured, or where there is nothing to multiply. Takes a
+    third of a millisecond.
     """
     known = quantities(index)
     ways = known and known.ways.get("float32" if form.size == 4 else "bfloat16")
     if not ways or not (form.n and form.k and form.tokens):
         return []
     times = np.where(suits(ways.sizes, form), predicted(ways, form, known.rates), np.inf)
-    return [ways.schedules[i] for i in np.argsort(times, kind="stable")[:count] if times[i] < np.inf]
+    found = [ways.schedules[i] for i in np.argsort(times, kind="stable")[:count] if times[i] < np.inf]
+    return [replace(s, copy=s.kind != "pointer") for s in found] if form.copied else found
 
 
 def predicted(ways: Ways, form: Form, rates: Rates) -> np.ndarray:
@@ -51,7 +55,7 @@ class Tile(NamedTuple):
     alone   a step of k of a tile that has a multiprocessor to itself
     shared  the same where several programs share a multiprocessor, for each of them
     adding  times as long a step where segments end within a tile: their sums take registers
-    uneven  times as long a step of a pointer kernel where k is no multiple of 16
+    uneven  times as long a step of a pointer kernel where k is no multiple of 16; ways.py says how much of it counts
     held    programs that a multiprocessor holds
     """
 
@@ -72,6 +76,7 @@ class Rates(NamedTuple):
     join    segments added by the program that comes last (split)
     more    a second kernel: one that adds segments, or one that copies rows
     cut     one segment's end, where the next follows in the same program
+    apart   times as long for bytes from memory where programs that stream read the same weight rows at different times
     """
 
     memory: Any
@@ -81,6 +86,7 @@ class Rates(NamedTuple):
     join: Any
     more: Any
     cut: Any
+    apart: Any = 1.0
 
 
 class Wave(NamedTuple):
@@ -97,9 +103,10 @@ class Amounts(NamedTuple):
 
     steps    of k, a tile; cuts: segments that end within a tile, but for the last
     full     waves of as many programs as there is room for, and the last, smaller one
-    carries  and joins, uneven: whether there are any; more: kernels beside the first
+    carries  and joins: whether there are any; more: kernels beside the first
     partial  bytes of segments' sums, written and read
     copied   bytes of rows that are copied first
+    uneven   how much of a tile's `uneven` counts; apart: whether weight rows come from memory more than once
     """
 
     steps: Any
@@ -112,11 +119,13 @@ class Amounts(NamedTuple):
     partial: Any
     copied: Any
     uneven: Any
+    apart: Any = False
 
 
 def amounts(s: Sizes, form: Form, held: Any) -> Amounts:
     """What schedules, of which a multiprocessor holds `held` programs, have to do for a form."""
-    chains, slots = units(s, form), form.sms * held
+    chains, abreast = units(s, form), -(-form.tokens // s.m)
+    slots = np.where(s.lockstep, abreast * lanes(s, form), form.sms) * held
     steps = -(-np.where(s.split, form.length, form.k) // s.k)
     memory = form.size * (form.n * form.k + form.tokens * (form.n + form.k)) / chains
     l2 = form.size * steps * s.k * (s.m + s.n)
@@ -124,10 +133,10 @@ def amounts(s: Sizes, form: Form, held: Any) -> Amounts:
     full = np.where(s.stream, chains / slots, chains // slots)
     rest = np.where(s.stream, 0, chains % slots)
     sums = np.where(s.reduce, form.tokens * form.n * form.segments, chains * s.m * s.n)
-    uneven = s.pointer & ~np.asarray(form.even, dtype=bool)
     return Amounts(steps, np.where(s.split, 0, form.segments - 1), Wave(full, held, slots * memory, slots * l2),
                    Wave(rest > 0, -(-rest // form.sms), rest * memory, rest * l2), s.stream * 1, s.split & ~s.reduce,
-                   s.reduce * 1 + (copied > 0), 8 * sums * s.split, copied, uneven)
+                   s.reduce * 1 + (copied > 0), 8 * sums * s.split, copied, s.pointer * form.uneven,
+                   s.stream & ~s.lockstep & (abreast > 1) & (form.size * form.n * form.k > STAYS))
 
 
 def microseconds(a: Amounts, tile: Tile, rates: Rates) -> Any:
@@ -136,8 +145,10 @@ def microseconds(a: Amounts, tile: Tile, rates: Rates) -> Any:
     chain = tile.once + a.cuts * rates.cut + a.steps * tile.alone * slow
     work = a.steps * tile.shared * slow
 
+    memory = rates.memory / (1 + a.apart * (rates.apart - 1))
+
     def time(wave):
-        parts = (chain, wave.tiles * work, wave.memory / rates.memory, wave.l2 / rates.l2)
+        parts = (chain, wave.tiles * work, wave.memory / memory, wave.l2 / rates.l2)
         return wave.times * sum(part**SHARPNESS for part in parts) ** (1 / SHARPNESS)
 
     carry = rates.carry + rates.wait * a.steps * tile.alone

@@ -1,11 +1,11 @@
 """Kind hopper for an order that is a tree: eight leaves of k follow each other in one program.
 
 While a leaf is made, up to three sums wait for it: of one leaf, of two and of four. They wait in registers; in a large
-tile, whose registers have room for three chains, the sum of four waits in shared memory. Chains are made as in
-hopper.py. Larger tiles would have to leave more of them in global memory: on an H200 that cost more than it saved.
-
-Annotations are not imported from __future__ here, as in hopper.py.
+tile, whose registers have room for three chains, the sum of four waits in shared memory. hopper_chain.py makes the
+chains. Larger tiles would have to leave more of them in global memory: on an H200 that cost more than it saved.
 """
+from __future__ import annotations
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -15,7 +15,9 @@ from triton.language.extra.cuda import gdc_wait
 from ...launch import Step
 from . import hopper
 from .descriptors import tiles_of
-from .hopper import Program, chain_of, finish, nothing, place, produce, sides
+from .hopper import sides
+from .hopper_chain import Program, chain_of, finish, nothing, produce
+from .hopper_walk import place
 from .product import Product
 from .schedule import SHARED, Schedule, Unsuitable
 

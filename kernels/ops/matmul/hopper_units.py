@@ -1,7 +1,6 @@
-"""The kernel of hopper.py for weight rows a multiple of 8, 4 or 2, and not of 16: told so (units.py says why).
+"""The kernel of hopper.py for weight rows a multiple of 8, 4 or 2, and not of 16: told so (units.py says why)."""
+from __future__ import annotations
 
-Annotations are not imported from __future__ here, as in hopper.py.
-"""
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 

@@ -78,9 +78,16 @@ class Product:
         """How many tiles of y there are."""
         return -(-self.m // schedule.block_m) * -(-self.n // schedule.block_n)
 
+    def units(self, schedule: Schedule) -> int:
+        """How many chains there are: tiles, or segments of tiles."""
+        return self.tiles(schedule) * (self.order.segments if schedule.split else 1)
+
     def programs(self, schedule: Schedule) -> int:
-        """How many programs to launch."""
-        units = self.tiles(schedule) * (self.order.segments if schedule.split else 1)
+        """How many programs to launch; in lockstep as many for each tile of tokens."""
+        units = self.units(schedule)
+        if schedule.lockstep:
+            abreast = -(-self.m // schedule.block_m)
+            return max(self.multiprocessors // abreast, 1) * abreast
         return min(units, self.multiprocessors) if schedule.persistent else units
 
     @property

@@ -19,7 +19,7 @@ from ...op import dtype_name
 
 _SWITCHES = {"pointer": ("swap", "split", "reduce", "copy"),
              "tma": ("swap", "split", "reduce", "persistent", "flatten", "store", "specialize", "copy"),
-             "hopper": ("swap", "split", "reduce", "persistent", "store", "pingpong", "stream", "copy")}
+             "hopper": ("swap", "split", "reduce", "persistent", "store", "pingpong", "stream", "lockstep", "copy")}
 KINDS = tuple(_SWITCHES)
 SHARED = 227 * 1024  # bytes of shared memory that a block of sm_90 may use
 _SHARED = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}  # KiB a block may use
@@ -42,6 +42,7 @@ class Schedule:
     specialize  the compiler gives loads and products to different warps
     pingpong    hopper: each group of four warps has tiles of its own, and stores one while the other multiplies
     stream      hopper: the last tiles are shared out evenly; a chain that a program began is carried over to the next
+    lockstep    stream: programs with the same weight rows share k alike, so that the rows come from memory once
     copy        x and the weight are first copied into rows for bulk copies, where theirs are none (copies.py)
     """
 
@@ -62,6 +63,7 @@ class Schedule:
     reduce: bool = False
     stream: bool = False
     copy: bool = False
+    lockstep: bool = False
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -73,6 +75,8 @@ class Schedule:
 
         ignored = [f.name for f in fields(self) if f.type == "bool" and getattr(self, f.name)
                    and f.name not in _SWITCHES[self.kind]]
+        if self.lockstep and not (self.stream and self.persistent):
+            raise ValueError(f"lockstep is a way to stream, by persistent programs, got {self}")
         if ignored:
             raise ValueError(f"kind {self.kind} has no {', '.join(ignored)}; it has {', '.join(_SWITCHES[self.kind])}")
 
@@ -100,7 +104,8 @@ class Schedule:
     @property
     def waiting_bytes(self) -> int:
         """Shared memory in which half of a tile's sums wait while the next segment fills the registers."""
-        large = self.kind == "hopper" and self.block_m * self.block_n > 64 * 192 * (self.warps // 4)
+        each = 64 * (192 if self.warps < 12 else 128)  # sums that four warps have room for, twice
+        large = self.kind == "hopper" and self.block_m * self.block_n > each * (self.warps // 4)
         return 2 * self.block_m * self.block_n if large else 0
 
 

@@ -152,9 +152,10 @@ def candidates(plan: Plan, count: int) -> list[Schedule]:
 def _by_the_model(p: Product, index: int, count: int) -> list[Schedule]:
     if orders.is_tree(p.order):
         return []
-    bulk = p.followed or p.m > copies.MANY
-    return cost.best(ways.Form(p.n, p.k, p.m, *p.order, p.dtype.itemsize, bulk, p.k % 16 == 0, p.multiprocessors),
-                     count, index)
+    rows = [stride for stride, step in (p.x_strides, p.weight_strides) if step == 1]
+    form = ways.Form(p.n, p.k, p.m, *p.order, p.dtype.itemsize, p.followed, ways.unevenness(p.k, *rows),
+                     p.multiprocessors)
+    return cost.best(form if p.followed else form.on_copies(*p.apart), count, index)
 
 
 def _runs(schedule: Schedule, p: Product, index: int) -> bool:

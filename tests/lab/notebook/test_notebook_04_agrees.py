@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kernels.lab.notebook import run as notebook
 
 HELD = notebook.held()
-HOPPER = Path(inspect.getfile(notebook)).parents[2] / "ops" / "matmul" / "hopper.py"
+HOPPER = Path(inspect.getfile(notebook)).parents[2] / "ops" / "matmul" / "hopper_walk.py"
 
 
 @cache
@@ -27,21 +27,22 @@ def from_notebook(name):
 
 @cache
 def kernels_functions():
-    """The compiled source of `_jobs` and `_job`, undecorated."""
+    """The compiled source of `jobs` and `job`, undecorated."""
     body = ast.parse(HOPPER.read_text(encoding="utf-8")).body
-    found = [node for node in body if getattr(node, "name", "") in ("_job", "_jobs")]
+    found = [node for node in body if getattr(node, "name", "") in ("job", "jobs")]
     for function in found:
         function.decorator_list = []
     return compile(ast.Module(found, []), HOPPER, "exec")
 
 
-def from_kernel(program, programs, units, steps):
-    """The jobs that `_jobs` and `_job` give one program, without its empty ones; their source, run as Python."""
+def from_kernel(program, programs, units, steps, abreast=1, stream=1):
+    """The jobs that `jobs` and `job` give one program, without its empty ones; their source, run as Python."""
     space = {"gl": SimpleNamespace(
         constexpr=None, maximum=max, cdiv=lambda a, b: -(-a // b), where=lambda test, a, b: a if test else b,
         program_id=lambda axis: program, num_programs=lambda axis: programs)}
     exec(kernels_functions(), space)
-    every = [space["_job"](number, units, steps, True) for number in range(space["_jobs"](units, True))]
+    every = [space["job"](number, units, steps, abreast, stream)
+             for number in range(space["jobs"](units, abreast, stream))]
     return [job for job in every if job[1] < job[2]]
 
 
@@ -68,3 +69,21 @@ def test_the_kernels_shares_are_complete_and_nobody_waits(programs, times, steps
         assert all(last == steps for _, _, last in jobs[1:]) and all(first == 0 for _, first, _ in jobs[:-1])
         unit, first, _ = jobs[-1]
         assert not first or lists[program - 1][0] == (unit, 0, first)
+
+
+@settings(deadline=None, max_examples=150)
+@given(abreast=st.integers(1, 5), lanes=st.integers(1, 6), times=st.floats(1, 4), steps=st.integers(1, 24))
+def test_in_lockstep_programs_share_weight_rows_and_k(abreast, lanes, times, steps):
+    """Every step once; programs that are neighbours do the same jobs for one tile of tokens each, a chain is carried
+    over to the program that has the next share of the same tokens."""
+    programs, weights = abreast * lanes, int(lanes * times)
+    lists = [from_kernel(program, programs, weights * abreast, steps, abreast, 2) for program in range(programs)]
+    done = sorted((unit, step) for jobs in lists for unit, *part in jobs for step in range(*part))
+    assert done == [(unit, step) for unit in range(weights * abreast) for step in range(steps)]
+    alone = [from_kernel(lane, lanes, weights, steps) for lane in range(lanes)]
+    for program, jobs in enumerate(lists):
+        tokens = program % abreast
+        assert all(unit % abreast == tokens for unit, _, _ in jobs)
+        assert [(unit // abreast, *part) for unit, *part in jobs] == alone[program // abreast]
+        unit, first, _ = jobs[-1]
+        assert not first or lists[program - abreast][0] == (unit, 0, first)

@@ -1,6 +1,7 @@
 """Certificates: no schedule that moves a bit gets one, and workers that hang are ended."""
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from kernels.lab.proofs.expected import WEIGHTS, expected
 from kernels.op import Op
 from kernels.ops.matmul import cost
 from kernels.ops.matmul.order import order
+from kernels.ops.matmul.product import Product
 from kernels.ops.matmul.schedule import Schedule
 
 needs_triton = pytest.mark.skipif(bool(runtime.WHY_NOT), reason=runtime.WHY_NOT or "Triton runs here")
@@ -47,6 +49,13 @@ def test_the_order_of_eight_gpus_has_certificates_of_its_own(monkeypatch):
     proofs.check_trusted(6, 80, torch.float32, runtime.device(), columns=4, gpus=8)
 
 
+@needs_triton
+def test_a_job_may_name_its_inputs():
+    for kinds, count in ((["residue"], 1), (None, len(proofs.KINDS))):
+        proofs.prove(GOOD, 6, 20, torch.float32, runtime.device(), kinds=kinds)
+        assert proofs._case.cache_info().currsize == count
+
+
 def test_both_sections_of_a_table_are_proved():
     shapes = {"bfloat16": {(64, 64): {1: GOOD, 2: GOOD}}}
     table = {"matmul": shapes, "matmul_shared": shapes}
@@ -59,12 +68,21 @@ def test_both_sections_of_a_table_are_proved():
 def test_all_that_the_model_of_time_may_choose_is_proved():
     """In an order of one chain and in one of segments, each wherever it can be carried out."""
     known = cost.load("h200")
-    jobs, every = expected(known, 259), {str(s) for ways in known.ways.values() for s in ways.schedules}
+    jobs, every = expected(known, proofs.rows_of), {str(s) for ways in known.ways.values() for s in ways.schedules}
     assert [order(*weight).segments > 1 for weight in WEIGHTS] == [False, True]
     proved = {weight: {job["schedule"] for job in jobs if (job["n"], job["k"]) == weight} for weight in WEIGHTS}
     assert set().union(*proved.values()) == every and min(map(len, proved.values())) > 60
     assert all(" split" not in schedule for schedule in proved[WEIGHTS[0]])
-    assert expected(None, 259) == []
+    assert expected(None, proofs.rows_of) == []
+
+
+def test_an_input_has_a_chain_for_every_program_in_lockstep():
+    for line in ("hopper 128x256x64 warps=8 stages=3 group=8", "hopper 192x256x64 warps=8 stages=3 group=8 swap"):
+        s = Schedule.parse(f"{line} persistent store stream lockstep")
+        for n in (640, 2560, 4351):
+            p = Product(proofs.rows_of(s, n), n, 64, torch.bfloat16, (64, 1), (64, 1), order(n, 64), False)
+            assert p.programs(s) <= min(p.units(s), 132) and p.programs(s) > 66
+    assert proofs.rows_of(replace(s, lockstep=False), 640) == 1283 and proofs.rows_of(GOOD, 640) == proofs.ROWS
 
 
 @needs_triton

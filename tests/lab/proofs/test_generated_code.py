@@ -2,10 +2,11 @@
 from math import ceil, log2
 
 import pytest
+from compiling import compile_ahead
 
 from kernels import runtime
 from kernels.arithmetic.sums import CHUNK, tree_width
-from kernels.lab.proofs.generated_code import TARGETS, Job, compile_ahead, jobs
+from kernels.lab.proofs.generated_code import TARGETS, Job, jobs
 from kernels.op import DTYPES, Shape
 from kernels.ops.rms_norm import rms_norm
 

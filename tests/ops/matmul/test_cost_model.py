@@ -3,6 +3,7 @@ import itertools
 import json
 import time
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from kernels.ops.matmul.plan import Plan
 from kernels.ops.matmul.product import Product
 from kernels.ops.matmul.schedule import SHARED, Schedule, rule
 from kernels.ops.matmul.steps import steps
-from kernels.ops.matmul.ways import Form, Sizes, suits, units, variants
+from kernels.ops.matmul.ways import Form, Sizes, suits, unevenness, units, variants
 
 TABLED = Schedule("pointer", 16, 32, 128, warps=4, stages=4, group=1, swap=True, split=True)
 FORM = Form.of(5376, 2816, 200, torch.bfloat16)
@@ -106,7 +107,19 @@ def test_more_work_takes_longer(on_an_h200):
         return cost.predicted(ways, FORM._replace(segments=1, length=FORM.k, **changes), known.rates)
     for more in ({"k": 2 * FORM.k}, {"n": 4 * FORM.n}, {"tokens": 40 * FORM.tokens}):
         assert (us(**more) > us()).all(), more
-    assert (us(sms=66) >= us()).all() and (us(even=False) > us()).any()
+    assert (us(sms=66) >= us()).all()
+
+
+def test_pointers_take_longer_the_less_a_load_brings(on_an_h200):
+    written(on_an_h200)
+    known = cost.quantities(0)
+    ways, loads = known.ways["bfloat16"], [unevenness(k) for k in (2056, 2052, 2050)]
+    assert 0 == unevenness(2048) == unevenness(32, 4096) < loads[0] < loads[1] < loads[2] == unevenness(2049)
+    assert unevenness(2048, 1004) == loads[1]  # rows that begin 1004 numbers apart
+    times = [cost.predicted(ways, FORM._replace(uneven=u), known.rates) for u in (0.0, *loads)]
+    pointers = ways.sizes.pointer.astype(bool)
+    for less, more in itertools.pairwise(times):
+        assert (less[pointers] < more[pointers]).all() and (less[~pointers] == more[~pointers]).all()
 
 
 def test_programs_walk_tiles_in_waves():
@@ -116,6 +129,31 @@ def test_programs_walk_tiles_in_waves():
     whole, more = (cost.amounts(s, form._replace(n=n), 1) for n in (128 * 132, 128 * 133))
     assert (whole.full.times, whole.last.times) == (1, 0) and (more.full.times, more.last.times) == (1, 1)
     assert more.last.memory < more.full.memory / 100  # one tile of 133
+
+
+STREAMS = Schedule.parse("hopper 128x256x64 warps=8 stages=3 group=8 persistent store stream")
+LOCKED = replace(STREAMS, lockstep=True)
+
+
+@pytest.mark.parametrize("schedule, n, tokens, apart", [
+    (STREAMS, 28672, 420, True), (STREAMS, 28672, 128, False), (STREAMS, 1024, 420, False),
+    (LOCKED, 28672, 420, False), (replace(STREAMS, stream=False), 28672, 420, False)])
+def test_streams_read_a_large_weight_more_than_once_unless_in_lockstep(schedule, n, tokens, apart):
+    s, form, tile = Sizes.of(schedule), Form.of(n, 8192, tokens, torch.bfloat16), design.rough(schedule)
+    work = cost.amounts(s, form, 1)
+    once, twice = (cost.microseconds(work, tile, design.ROUGH._replace(apart=times)) for times in (1.0, 2.0))
+    assert work.apart == apart and (twice > once) == apart
+
+
+@pytest.mark.parametrize("n, tokens, programs", [
+    (28672, 420, 132), (28672, 600, 130), (40960, 128, 0), (2048, 420, 0), (28672, 128 * 133, 0)])
+def test_in_lockstep_each_tile_of_tokens_has_as_many_programs(n, tokens, programs):
+    s, form = Sizes.of(LOCKED), Form.of(n, 8192, tokens, torch.bfloat16)
+    product = Product(tokens, n, 8192, torch.bfloat16, (8192, 1), (8192, 1), order(n, 8192), False)
+    assert bool(suits(s, form)) == bool(programs)
+    if programs:
+        assert cost.amounts(s, form, 1).full.times == units(s, form) / programs
+        assert product.programs(LOCKED) == programs <= product.units(LOCKED)
 
 
 # choosing
@@ -139,16 +177,27 @@ def test_the_table_comes_first_then_the_model_then_the_rule(on_an_h200):
         *rule(5000, 4096, torch.bfloat16, 200, -1)]
 
 
-def test_many_tokens_of_rows_that_bulk_copies_cannot_read_take_copies(on_an_h200):
+def test_rows_that_bulk_copies_cannot_read_are_copied_where_the_model_expects_it_to_pay(on_an_h200):
     written(on_an_h200)
-    few, many = (list(choice.choose("matmul", "N=4100,K=2050", torch.bfloat16, count, 0))
-                 for count in (copies.MANY, 2000))
-    assert {s.kind for s in few[:choice.EXPECTED]} == {"pointer"}
-    assert many[0].kind != "pointer"  # of copies: copies.offered adds the switch
-    few, more = (choice._form(4100, 2050, count, torch.bfloat16, 0) for count in (copies.MANY, copies.MANY + 1))
-    assert (few.bulk, few.copied, more.bulk, more.copied) == (False, 0, True, 4 * 2050 * (4100 + copies.MANY + 1))
-    p = Product(2000, 4100, 2050, torch.bfloat16, (2050, 1), (2050, 1), order(4100, 2050), False)
-    assert copies.offered(p, many)[0].copy
+    few, many = (list(choice.choose("matmul", "N=4100,K=2050", torch.bfloat16, count, 0)) for count in (1, 2000))
+    assert few[0].kind == "pointer" and many[0].kind != "pointer"
+    for tokens in (1, copies.MANY, 2000):
+        found = list(choice.choose("matmul", "N=4100,K=2050", torch.bfloat16, tokens, 0))[:choice.EXPECTED]
+        assert all(s.copy == (s.kind != "pointer") for s in found)
+        p = Product(tokens, 4100, 2050, torch.bfloat16, (2050, 1), (2050, 1), order(4100, 2050), False)
+        assert copies.offered(p, found) == found
+        assert cost.best(choice._form(4100, 2050, tokens, p.dtype, 0), choice.EXPECTED, 0) == found
+    form = choice._form(4100, 2050, 5, torch.bfloat16, 0)
+    assert (form.bulk, form.copied) == (True, 4 * 2050 * (4100 + 5))
+    assert not choice._form(4100, 2056, 5, torch.bfloat16, 0).copied
+
+
+def test_slow_pointers_make_copies_pay_for_few_tokens(on_an_h200):
+    """With pointers as slow as 2 bytes a load make them, and a memory that makes copies cheap."""
+    tiles = {str(s): [*tile[:-2], 30.0, tile[-1]] for s, tile in design.rough_tiles(torch.bfloat16).items()}
+    written(on_an_h200, tiles={"bfloat16": tiles})
+    found = list(choice.choose("matmul", "N=4100,K=2050", torch.bfloat16, 24, 0))
+    assert found[0].kind != "pointer" and found[0].copy
 
 
 @pytest.mark.skipif(not runtime.HAS_TRITON, reason="asks what is launched")

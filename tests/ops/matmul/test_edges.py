@@ -6,13 +6,14 @@ from itertools import product as every
 import pytest
 import torch
 from common import HERE, INF, NAN, every_dtype, needs_compiler, needs_triton, numbers, seeds
+from compiling import compile_ahead
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import OPS, runtime
 from kernels.bits import adversarial, same_bits
 from kernels.lab.proofs.certificates import TRUSTED
-from kernels.lab.proofs.generated_code import Job, compile_ahead
+from kernels.lab.proofs.generated_code import Job
 from kernels.ops.matmul import copies, units
 from kernels.ops.matmul import schedule as schedules
 from kernels.ops.matmul.order import Order, Tree, chain, order, shared_order, specified

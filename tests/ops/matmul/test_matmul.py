@@ -16,6 +16,7 @@ from functools import partial
 import pytest
 import torch
 from common import HERE, INF, NAN, both, every_dtype, needs_compiler, needs_triton, whole_inputs
+from compiling import compile_ahead
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import exact_product
@@ -23,7 +24,7 @@ from reference import product as pencil
 
 from kernels import OPS, bits, runtime
 from kernels.bits import check_invariance, digest, elements_differ, portable, same_bits
-from kernels.lab.proofs.generated_code import Job, compile_ahead
+from kernels.lab.proofs.generated_code import Job
 from kernels.lab.sweep.widget import TokenSweep
 from kernels.op import DTYPES, Shape
 from kernels.ops.matmul import choice, contenders
@@ -289,6 +290,29 @@ def test_a_tile_whose_sums_find_no_room_is_refused(schedule):
         steps(Schedule.parse(f"hopper {schedule} group=8 persistent"), product((4, 1024)))
 
 
+LOCKSTEP = Schedule.parse("hopper 128x256x64 warps=8 stages=4 group=8 persistent stream lockstep")
+
+
+@needs_triton
+@pytest.mark.parametrize("m, n, programs", [(128, 40_000, 132), (200, 40_000, 132), (420, 28_672, 132),
+                                            (900, 34_816, 128), (2300, 4096, 126)])
+def test_in_lockstep_as_many_programs_walk_each_tile_of_tokens(m, n, programs):
+    (step,) = steps(LOCKSTEP, product((1, 4096), m=m, n=n))
+    assert step.programs == programs and step.constants["STREAM"] == 2 and programs % -(-m // 128) == 0
+    (step,) = steps(replace(LOCKSTEP, lockstep=False), product((1, 4096), m=m, n=n))
+    assert step.programs == 132 and step.constants["STREAM"] is True
+
+
+@needs_triton
+@pytest.mark.parametrize("m, n", [(200, 256 * 65), (128, 256 * 131), (17_000, 40_000)])
+def test_chains_in_lockstep_need_one_for_every_program(m, n):
+    """Fewer would be cut twice; more tiles of tokens than multiprocessors would wait for programs that do not run."""
+    p = product((1, 4096), m=m, n=n)
+    with pytest.raises(Unsuitable, match="where every program runs and has one"):
+        steps(LOCKSTEP, p)
+    steps(LOCKSTEP, replace(p, m=min(m, 200), n=n + 256))
+
+
 # gradients
 
 
@@ -535,7 +559,11 @@ CODE = [Job("matmul", shape, dtype, schedule, target) for shape, dtype, schedule
     ("N=4096,K=4096", "float16", "hopper 128x256x64 warps=8 stages=3 group=8 persistent store", 90),
     ("N=4096,K=4096", "bfloat16", "hopper 64x256x64 warps=8 stages=5 group=8 persistent pingpong", 90),
     ("N=4096,K=4096,bias", "float16", "hopper 128x128x64 warps=8 stages=5 group=8 swap persistent store pingpong", 90),
+    ("N=4096,K=4096,bias", "bfloat16", "hopper 192x128x64 warps=8 stages=5 group=8 swap persistent store pingpong", 90),
+    ("N=4096,K=4096", "bfloat16", "hopper 256x192x64 warps=8 stages=3 group=8 persistent store", 90),
+    ("N=4096,K=4096", "float16", "hopper 144x192x64 warps=12 stages=5 group=8 swap persistent store", 90),
     ("N=4096,K=4096", "bfloat16", "hopper 128x256x64 warps=8 stages=4 group=8 persistent stream", 90),
+    ("N=13312,K=3328", "bfloat16", "hopper 128x256x64 warps=8 stages=4 group=8 persistent stream lockstep", 90),
     ("N=4096,K=14336", "bfloat16", "hopper 128x256x64 warps=8 stages=3 group=8 persistent store", 90),
     ("N=4096,K=14336,bias", "float16", "hopper 256x128x64 warps=8 stages=3 group=8 swap persistent", 90),
     ("N=4096,K=14336", "bfloat16", "hopper 128x192x64 warps=8 stages=4 group=8 persistent", 90),
@@ -740,6 +768,20 @@ def test_chains_are_handed_on_for_any_number_of_tiles(units):
     for _ in range(5):
         y = OP.run_schedule(Schedule("hopper", 64, 16, 64, 4, 8, persistent=True, stream=True), *given_)
         assert same_bits(y, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens, weights", [(40, 140), (70, 66), (130, 70), (130, 131), (300, 60), (1000, 30)])
+@pytest.mark.parametrize("tile", ["64x16x64 warps=4", "64x64x64 warps=4", "32x64x64 warps=4"])
+def test_chains_are_handed_on_in_lockstep(tokens, weights, tile):
+    """For one tile of tokens and for several, of which the programs are no multiple."""
+    swap = "swap " * tile.startswith("32")
+    schedule = Schedule.parse(f"hopper {tile} stages=6 group=8 {swap}persistent stream lockstep")
+    x, weight, _ = inputs(tokens, f"N={schedule.block_n * weights},K=512")
+    given_ = (x, weight, -OP.run_schedule(SMALL[2], x[:1], weight)[0])
+    wanted = OP.run_schedule(SMALL[2], *given_)
+    for _ in range(5):
+        assert same_bits(OP.run_schedule(schedule, *given_), wanted)
 
 
 @pytest.mark.gpu

@@ -21,8 +21,14 @@ from kernels.ops.matmul.steps import steps
 
 FAST = Schedule("tma", 128, 256, 64, warps=8, stages=4, persistent=True, flatten=True)
 SLOW = Schedule("pointer", 16, 32, 128, warps=4, stages=4, group=1, swap=True, split=True)
+def made(*sizes, lockstep=False, **switches):
+    """A schedule, in lockstep only if it streams."""
+    streams = switches.get("stream", False) and switches["persistent"]
+    return Schedule(*sizes, **switches, lockstep=lockstep and streams)
+
+
 many = st.sampled_from(KINDS).flatmap(lambda kind: st.builds(
-    Schedule, st.just(kind), st.integers(1, 512), st.integers(1, 512), st.integers(16, 512), st.integers(1, 16),
+    made, st.just(kind), st.integers(1, 512), st.integers(1, 512), st.integers(16, 512), st.integers(1, 16),
     st.integers(1, 9), st.integers(1, 64), **{name: st.booleans() for name in schedules._SWITCHES[kind]}))
 
 
@@ -61,6 +67,13 @@ def test_a_switch_that_a_kind_would_ignore_is_refused():
     for kind, switch in (("pointer", "persistent"), ("pointer", "store"), ("tma", "stream"), ("hopper", "flatten")):
         with pytest.raises(ValueError, match=f"kind {kind} has no {switch}; it has swap, split"):
             Schedule(kind, **{switch: True})
+
+
+@pytest.mark.parametrize("others", [{}, {"stream": True}, {"persistent": True}])
+def test_lockstep_is_a_way_to_stream(others):
+    with pytest.raises(ValueError, match="lockstep is a way to stream, by persistent programs, got hopper"):
+        Schedule("hopper", lockstep=True, **others)
+    assert Schedule("hopper", persistent=True, stream=True, lockstep=True).lockstep
 
 
 def test_the_text_is_what_the_docstring_shows():

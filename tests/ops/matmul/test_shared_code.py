@@ -7,9 +7,10 @@ import re
 
 import pytest
 from common import needs_compiler
+from compiling import compile_ahead
 from ptx import Chain, Load, Thread
 
-from kernels.lab.proofs.generated_code import Job, compile_ahead
+from kernels.lab.proofs.generated_code import Job
 from kernels.op import Shape
 from kernels.ops.matmul.order import shared_order
 from kernels.ops.matmul.schedule import Schedule
