@@ -9,6 +9,7 @@ from matplotlib.lines import Line2D
 from figures import CLOCKS, medians, not_recorded, of_older_code, pick, sweep_rows
 from figures.page import SCREEN, Page, around
 from kernels.lab import records, style
+from kernels.lab.attention import aside
 from kernels.op import Shape
 
 OPS = {"attention_prefill": "prefill", "attention_decode": "decode", "attention_chunk": "queries on a context"}
@@ -37,7 +38,7 @@ def draw(data=records.DATA, machine: str | None = None, page: Page = SCREEN) -> 
     around(figure, page, _claim(ratio), f"{_heads(rows)} · {rows.dtype.iloc[0]}, causal · {machine['device']}, torch "
            f"{machine['torch']} · clock `{clock}`: {CLOCKS[clock]}, {medians(rows)} · all axes but TFLOP/s log\n"
            "PyTorch's default: scaled_dot_product_attention (SDPA) · "
-           f"{_behind(ratio)}{_cliff(rows)}{_frozen(rows, ours)}\n{_bits(rows)}"
+           f"{_behind(ratio)}{_cliff(rows)}{_frozen(rows, ours)}{machine['aside']}\n{_bits(rows)}"
            + not_recorded([*BESIDE, "frozen", ours], rows.implementation) + not_recorded(OPS, ops)
            + of_older_code(rows), _legend(rows, machine["is_cpu"]), 2 if page.narrow else 3)
     return figure
@@ -52,18 +53,21 @@ def words(data=records.DATA, machine: str | None = None) -> str:
              "attention_chunk": "microseconds for one or more queries on a context, on log axes"}
     said = [f"{text} ({_range(ratio.loc[op])})" for op, text in shown.items() if op in ratio.index.unique("op")]
     rows = rows[rows.op.isin(ratio.index.unique("op"))]
-    return (f"{_claim(ratio)}. A panel each: {'; '.join(said)}. O{_behind(ratio)[1:]}{_cliff(rows)}. "
+    return (f"{_claim(ratio)}. A panel each: {'; '.join(said)}. O{_behind(ratio)[1:]}{_cliff(rows)}{machine['aside']}. "
             f"B{_bits(rows)[1:]}.")
 
 
 def recorded(data, machine: str | None = None) -> tuple[pd.DataFrame, dict]:
     """Attention's rows in one dtype (bfloat16) on the clock `cold`, or a CPU's `call`, and what their machine is.
 
-    Prefill and queries on a context are of one size of heads, the latter on two contexts at most. Raises ValueError
+    Prefill and queries on a context are of one size of heads, the latter on two contexts at most. Keys in pages and
+    mixed batches are told in words, under `aside` of the machine. Raises ValueError
     where no time of ours can be compared with SDPA's or FlashAttention-3's.
     """
     rows, machine = sweep_rows(data, machine, OPS)
     clock = "call" if machine["is_cpu"] else "cold"
+    machine["aside"] = aside.told(rows[rows.clock == clock], machine["ours"], BESIDE)
+    rows = rows[~aside.is_aside(rows)]
     rows = pick(rows[rows.clock == clock], "dtype", "bfloat16")
     rows = rows[rows.implementation.isin([*BESIDE, "frozen", machine["ours"]])]
     rows = rows.assign(heads=[shape.partition(",context")[0] for shape in rows["shape"]],

@@ -29,6 +29,7 @@ PYTHON_OF_ANOTHER, OTHERS = 3.0, 1.5
 COMPARING = 4.6  # results, while their bits are compared with those at the largest count
 MAKING = 52  # bytes an element that is being made: hashes are int64
 MADE_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 26}
+COUNTED = {"page", "mixed"}  # of a shape: pages and sequences are no sizes with names
 FIXED = 64 << 20  # what slices, code and an allocator's gaps add
 
 
@@ -48,6 +49,9 @@ def input_bytes(op: Op, tokens: int, shape: str, dtype: torch.dtype) -> int:
 def _arguments(op: Op, tokens: int, shape: str, dtype: torch.dtype) -> list:
     """Each tensor among an op's arguments as a _Tensor, the others as they are."""
     sizes = dict(Shape.parse(shape)) | {"tokens": tokens}
+    if COUNTED & sizes.keys():
+        return [_Tensor(tuple(a.shape), a.dtype) if isinstance(a, torch.Tensor) else a
+                for a in op.inputs(tokens, shape, dtype, "meta")]
     sizes |= {f"2 * {name}": 2 * size for name, size in sizes.items()} | {
         f"tokens + {name}": tokens + size for name, size in sizes.items()}
     return [a._replace(sizes=tuple(sizes.get(size, size) for size in a.sizes)) if isinstance(a, _Tensor) else a

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from functools import cache, wraps
-from operator import itemgetter
 
 import torch
 
@@ -15,9 +14,11 @@ from ...call import Call
 from ...launch import Launch, Step
 from ...op import dtype_name
 from ...runtime import contiguous_strides, current_stream, require_triton
-from . import blocks, order, spread, walk
+from ..matmul.counters import Counters
+from . import blocks, fused, order, spread, walk
 from .choice import choose, shares
 from .form import Form
+from .ready import Both, Ready, pointers
 from .schedule import ON_HOPPER, Schedule, is_hopper, suits_hopper
 from .sequences import Sequences
 from .work import Work, work_of
@@ -119,7 +120,7 @@ def _hopper_spread():
 def launches(schedule: Schedule, form: Form, sequences: Sequences, leaf: int) -> tuple[list[Step], Work]:
     """The launches of a schedule of kind walk, spread or blocks, and the tables that they read."""
     work = work_of(sequences, schedule.rows, form.group, form.window, schedule.kind != "walk", leaf)
-    return KINDS[schedule.kind].steps(schedule, form, work), work
+    return (fused if schedule.fused else KINDS[schedule.kind]).steps(schedule, form, work), work
 
 
 class Plan:
@@ -178,10 +179,13 @@ class Plan:
 
     def _ready_to_launch(self, schedule, form, sequences):
         steps, work = launches(schedule, form, sequences, self.call.leaf)
+        counters = fused.counters(schedule, form, work) if schedule.fused else 0
+        if counters > Counters.SLICE:
+            raise ValueError(f"a fused schedule has at most {Counters.SLICE} counters, these sequences need {counters}")
         made = (schedule, form.table, *(step.programs for step in steps), work.slots, work.most, len(work.tiles))
         if made not in self.made:
-            self.made[made] = tuple((Launch(step, self.index), _pointers(step)) for step in steps)
-        return Ready(self.made[made], sequences, work, steps[0].leaves)
+            self.made[made] = tuple((Launch(step, self.index), pointers(step)) for step in steps)
+        return Ready(self.made[made], sequences, work, steps[0].leaves, counters)
 
     def interpret(self, q, k, v, sequences, window, lse):
         """Triton's interpreter is wrong for bfloat16: it gets float32 copies, and torch rounds."""
@@ -202,51 +206,13 @@ class Plan:
             pages = work.tiles if sequences.table is None else sequences.put(sequences.table)
             memory |= {"pages_ptr": pages, "work_ptr": work.tiles, "leaves_ptr": work.leaves,
                        "part_ptr": torch.empty(max(steps[0].leaves, 1), dtype=torch.float32, device="cpu")}
+            if schedule.fused:
+                memory["counter_ptr"] = torch.zeros(fused.counters(schedule, form, work), dtype=torch.int32,
+                                                    device="cpu")
             for step in steps:
                 step.interpret(memory)
         y = memory["o_ptr"].to(q.dtype)
         return (y, memory["lse_ptr"]) if lse else y
-
-
-def _pointers(step: Step) -> itemgetter:
-    """What picks the step's pointers, in order, from addresses by name."""
-    return itemgetter(*(step.named.get(name, name) for name in step.pointers))
-
-
-class Ready:
-    """A call of certain sequences: its launches, and the addresses of the tables that they read."""
-
-    __slots__ = ("launches", "scratch", "tiles", "leaves", "pages", "kept")
-
-    def __init__(self, made, sequences: Sequences, work: Work, scratch: int):
-        self.launches, self.scratch = made, scratch
-        self.tiles = work.tiles.data_ptr()
-        self.leaves = self.tiles if work.leaves is None else work.leaves.data_ptr()
-        pages = work.tiles if sequences.table is None else sequences.put(sequences.table)
-        self.pages = pages.data_ptr()
-        self.kept = work, pages  # tensors live as long as their addresses are used
-
-    def __call__(self, q, k, v, y, sums, device):
-        low, known = q | k | v, {"q_ptr": q, "k_ptr": k, "v_ptr": v, "pages_ptr": self.pages, "work_ptr": self.tiles,
-                                 "leaves_ptr": self.leaves, "o_ptr": y, "lse_ptr": sums}
-        if self.scratch:
-            part = torch.empty(self.scratch, dtype=torch.float32, device=device)
-            known["part_ptr"] = part.data_ptr()
-        for launch, pointers in self.launches:
-            launch(low, *pointers(known))
-
-
-class Both:
-    """Two calls that do one's sequences between them."""
-
-    __slots__ = ("one", "other")
-
-    def __init__(self, one, other):
-        self.one, self.other = one, other
-
-    def __call__(self, *given):
-        self.one(*given)
-        self.other(*given)
 
 
 _NOTHING = object()  # no queries: nothing to launch

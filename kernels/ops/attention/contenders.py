@@ -1,7 +1,7 @@
 """Attention as PyTorch and other libraries do it, to be measured beside ours; none promises the order of its sums."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 
@@ -23,7 +23,7 @@ def sdpa(q, k, v, sequences: Sequences, window: int = 0, lse: bool = False, back
     """The default: scaled_dot_product_attention, called as well as PyTorch allows. It has no lse: Unavailable.
 
     Sequences of one length are one call, without an explicit mask where none is needed; one query each on keys of
-    many lengths is one call with a mask; anything else is a call a sequence. Pages are gathered first.
+    many lengths is one call with a mask; of others, neighbours of one length are a call. Pages are gathered first.
     """
     order.check(q, k, v, sequences, window, lse)
     if lse:
@@ -36,11 +36,28 @@ def sdpa(q, k, v, sequences: Sequences, window: int = 0, lse: bool = False, back
             return _together(q, _slots(sequences, k), _slots(sequences, v), queries.pop(), keys.pop(), window)
         if queries == {1} and sequences.pages is None:
             return _padded(q, _slots(sequences, k), _slots(sequences, v), sequences, window)
-        parts = [_together(q[start : start + count], sequences.keys_of(i, k)[None], sequences.keys_of(i, v)[None],
-                           count, int(sequences.keys[i]), window)
-                 for i, (start, count) in enumerate(zip(sequences.starts.tolist(), sequences.queries.tolist(),
-                                                        strict=True)) if count]
-        return torch.cat(parts)
+        table = None if sequences.pages is None else sequences.put(sequences.table)
+        parts = [_together(q[begin:end], _lying(k, place, table, most), _lying(v, place, table, most), count, most,
+                           window) for begin, end, place, count, most in _alike(sequences)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _alike(sequences) -> Iterator[tuple[int, int, slice, int, int]]:
+    """Neighbours with as many queries and keys, and their rows of k side by side: (first query, the one behind the
+    last, rows of k or of the table of pages, queries and keys of each)."""
+    some = np.flatnonzero(sequences.queries)
+    queries, keys, ends = sequences.queries[some], sequences.keys[some], (sequences.starts + sequences.queries)[some]
+    place = some if sequences.pages is not None else sequences.place[some]
+    breaks = (np.diff(queries) != 0) | (np.diff(keys) != 0) | (np.diff(place) != 1)
+    for run in np.split(np.arange(len(some)), np.flatnonzero(breaks) + 1):
+        first, last = run[0], run[-1]
+        yield (int(ends[first] - queries[first]), int(ends[last]), slice(int(place[first]), int(place[last]) + 1),
+               int(queries[first]), int(keys[first]))
+
+
+def _lying(cache, place: slice, table, keys: int):
+    """Some rows of a cache, or with a table what lies in these rows' pages: (rows, at least `keys`, Hkv, D)."""
+    return cache[place] if table is None else cache[table[place, : -(-keys // cache.shape[1])]].flatten(1, 2)
 
 
 def _slots(sequences, cache):
@@ -97,17 +114,23 @@ def extras(call) -> dict[str, Callable]:
 
 
 def flash_attention_3(q, k, v, sequences: Sequences, window: int = 0, lse: bool = False):
-    """FlashAttention-3 (package fa3-fwd) with splits of its own choice; sequences of one length without pages.
+    """FlashAttention-3 (package fa3-fwd) with splits of its own choice, one launch for sequences of any lengths.
 
-    Raises Unavailable for anything else, and where the package is not installed or does not run.
+    Raises Unavailable with a window or lse, and where the package is not installed or does not run.
     """
     try:
-        from fa3_fwd_interface import flash_attn_func
+        from fa3_fwd_interface import flash_attn_func, flash_attn_with_kvcache
     except (ImportError, RuntimeError, OSError) as error:
         raise Unavailable(f"flash_attention_3: {error}") from None
     order.check(q, k, v, sequences, window, lse)
     queries, keys = set(sequences.queries.tolist()), set(sequences.keys.tolist())
-    if lse or window or sequences.pages is not None or len(queries) != 1 or len(keys) != 1:
-        raise Unavailable("flash_attention_3 is called for sequences of one length, without pages, window and lse")
-    k, v = (_slots(sequences, cache)[:, : max(keys)] for cache in (k, v))
-    return flash_attn_func(q.unflatten(0, (-1, max(queries))), k, v, causal=True, num_splits=0).flatten(0, 1)
+    if lse or window:
+        raise Unavailable("flash_attention_3 is called without window and lse")
+    if sequences.pages is None and len(queries) == len(keys) == 1:
+        k, v = (_slots(sequences, cache)[:, : max(keys)] for cache in (k, v))
+        return flash_attn_func(q.unflatten(0, (-1, max(queries))), k, v, causal=True, num_splits=0).flatten(0, 1)
+    where = {"cache_batch_idx": sequences.put(sequences.place)} if sequences.pages is None else \
+        {"page_table": sequences.put(sequences.table)}
+    return flash_attn_with_kvcache(
+        q, k, v, cache_seqlens=sequences.put(sequences.keys), max_seqlen_q=max(queries, default=0), causal=True,
+        cu_seqlens_q=sequences.put(np.append(sequences.starts, sequences.tokens)), num_splits=0, **where)

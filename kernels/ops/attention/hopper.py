@@ -83,7 +83,7 @@ class Described:
 
 
 class HopperReady:
-    """A call of the sequences that are `chosen` made ready on GPU `index`, sm_90: called as `call.Ready` is.
+    """A call of the sequences that are `chosen` made ready on GPU `index`, sm_90: called as `ready.Ready` is.
 
     rows, capacity  of k: its first two dimensions
     Raises ValueError where q, k or v do not begin at a multiple of 16 bytes.

@@ -74,7 +74,7 @@ def dealt(work: Work, kv_heads: int, programs: int) -> np.ndarray:
 
 
 class SpreadReady:
-    """A call of the sequences that are `chosen` made ready on GPU `index`, sm_90: called as `call.Ready` is."""
+    """A call of the sequences that are `chosen` made ready on GPU `index`, sm_90: called as `ready.Ready` is."""
 
     def __init__(self, schedule: Schedule, form: Form, sequences: Sequences, rows: int, capacity: int, leaf: int,
                  index: int, chosen=None):

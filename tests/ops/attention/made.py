@@ -3,7 +3,7 @@ import torch
 from common import HERE, INF, NAN
 
 from kernels.ops.attention import Sequences
-from kernels.ops.attention.op import numbers
+from kernels.ops.attention.inputs import numbers
 
 
 def one(keys, heads=2, kv_heads=1, width=64, dtype=torch.bfloat16, seed=0, device=HERE):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.ops.attention import Sequences
-from kernels.ops.attention.op import Queries
+from kernels.ops.attention.inputs import Queries
 from kernels.ops.attention.work import FIELDS, work_of
 
 
@@ -79,7 +79,7 @@ def test_slots_stay_when_sequences_are_taken_and_rows_do_not():
 
 
 def test_neighbouring_queries_stay_one_sequence():
-    s = Queries(10, 8)
+    s = Queries([8], [18])
     assert s.queries.tolist() == [8] and s.keys.tolist() == [18]
     some = s[torch.tensor([0, 1, 2, 5, 4, 5, 6])]
     assert some.queries.tolist() == [3, 1, 3] and some.keys.tolist() == [13, 16, 17] and not any(some.place)
