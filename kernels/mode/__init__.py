@@ -12,7 +12,7 @@ of, gradients in the backward passes' own products and sums, casts of autocast b
     switch      the key, the thread's state, what a refusal is      products    mm and its like
     reductions  sums, softmax, norms and their gradients            attention   scaled_dot_product_attention
     elements    functions of one number that a CPU's loops move     refused     what moves bits and has no order here
-    compiling   what torch.compile traces while the mode is on
+    kept        the short way of a call like one before             compiling   what torch.compile traces in the mode
 
 On a CUDA GPU the rules call schedules, on a CPU the specifications: the same bits, and slow.
 """

@@ -29,6 +29,7 @@ from ..ops.bmm import bmm
 from ..ops.matmul.order import Order
 from ..ops.mean import sum
 from ..ops.softmax import log_softmax, softmax
+from .kept import as_efficient, as_flash, as_rows, keep_attention, nothing, of_rows
 from .masks import Seen, of_mask, without_mask
 from .products import how, supported
 from .switch import Unsupported, rule
@@ -56,8 +57,7 @@ def _check(q, k, v, dropout) -> bool:
 
 def attend(q, k, v, seen: Seen, scale: float | None, lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """q (B, H, Q, D), k and v (B, KV, K, D) -> y (B, H, Q, D), and with `lse` (B, H, Q) float32."""
-    usual = scale is None or math.isclose(scale, 1 / math.sqrt(q.shape[3]), rel_tol=1e-12)  # D ** -0.5 may differ
-    if q.dtype != torch.float32 and q.shape[3] <= WIDEST and v.shape == k.shape and usual:
+    if _has_op(q, k, v, scale):
         return _by_op(q, k, v, seen, lse)
     found = [_one(q[b], k[b, :, start:], v[b, :, start:], seen.hidden(b), scale, lse)
              for b, start in enumerate(seen.starts)]
@@ -65,10 +65,15 @@ def attend(q, k, v, seen: Seen, scale: float | None, lse: bool) -> tuple[torch.T
     return y, torch.stack([e for *_, e in found]) if lse and found else None
 
 
+def _has_op(q, k, v, scale) -> bool:
+    usual = scale is None or math.isclose(scale, 1 / math.sqrt(q.shape[3]), rel_tol=1e-12)  # D ** -0.5 may differ
+    return q.dtype != torch.float32 and q.shape[3] <= WIDEST and v.shape == k.shape and usual
+
+
 def _by_op(q, k, v, seen, lse):
     """This suite's attention on one row a query, (B * Q, H, D)."""
-    rows = q.transpose(1, 2).reshape(-1, q.shape[1], q.shape[3])
-    cached = [seen.shifted(t.transpose(1, 2)) for t in (k, v)]
+    rows, *cached = as_rows(q, k, v)
+    cached = [seen.shifted(t) for t in cached]
     given = rows if seen.rows is None else rows[seen.rows]
     found = how(q, attention_prefill)(given, *cached, seen.sequences, seen.window, lse)
     y, sums = found if lse else (found, None)
@@ -77,8 +82,7 @@ def _by_op(q, k, v, seen, lse):
         if lse:
             sums = torch.full(rows.shape[:2], -math.inf, dtype=torch.float32, device=q.device).index_copy_(
                 0, seen.rows, sums)
-    shape = (q.shape[0], q.shape[2], q.shape[1])
-    return y.view(*shape, -1).transpose(1, 2), sums.view(shape).transpose(1, 2) if lse else None
+    return of_rows(y, sums, q.shape[0], q.shape[2])
 
 
 def _weights(q, k, hidden, scale):
@@ -132,8 +136,11 @@ def _backward(dy, q, k, v, out, seen: Seen, scale):
 def _forward(query, key, value, mask, dropout_p, is_causal, scale, lse=True):
     if not _check(query, key, value, dropout_p):
         return NotImplemented
-    y, sums = attend(query, key, value, _seen(query, key, mask, is_causal), scale, lse)
-    return y, query.new_empty(0, dtype=torch.float32) if sums is None else sums
+    seen = _seen(query, key, mask, is_causal)
+    made = keep_attention(query, key, value, (is_causal, scale, lse), seen) \
+        if mask is None and _has_op(query, key, value, scale) else None
+    y, sums = attend(query, key, value, seen, scale, lse) if made is None else made.looked_at(query, key, value)
+    return y, nothing(query, torch.float32) if sums is None else sums
 
 
 def _gradients(dy, query, key, value, out, mask, dropout_p, is_causal, scale):
@@ -154,8 +161,8 @@ def _cpu_backward(grad_out, query, key, value, out, logsumexp, dropout_p, is_cau
 
 @rule("_scaled_dot_product_efficient_attention")
 def _efficient(query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, *, scale=None):
-    found = _forward(query, key, value, attn_bias, dropout_p, is_causal, scale, compute_log_sumexp)
-    return found if found is NotImplemented else (*found, *(_nothing(query) for _ in range(2)))
+    return as_efficient(query, key, _forward(query, key, value, attn_bias, dropout_p, is_causal, scale,
+                                             compute_log_sumexp))
 
 
 @rule("_scaled_dot_product_efficient_attention_backward")
@@ -167,19 +174,16 @@ def _efficient_backward(grad_out_, query, key, value, attn_bias, out, logsumexp,
     return found if found is NotImplemented else (*found, None)
 
 
-def _nothing(x):
-    return torch.empty(0, dtype=torch.int64, device=x.device)
-
-
 @rule("_scaled_dot_product_flash_attention")
 def _flash(query, key, value, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
-    return _nine(query, key, _forward(query, key, value, None, dropout_p, is_causal, scale))
+    return as_flash(query, key, _forward(query, key, value, None, dropout_p, is_causal, scale))
 
 
 @rule("_scaled_dot_product_cudnn_attention")
 def _cudnn(query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, return_debug_mask=False,
            *, scale=None):
-    return _nine(query, key, _forward(query, key, value, attn_bias, dropout_p, is_causal, scale, compute_log_sumexp))
+    return as_flash(query, key, _forward(query, key, value, attn_bias, dropout_p, is_causal, scale,
+                                         compute_log_sumexp))
 
 
 @rule("_scaled_dot_product_cudnn_attention_backward")
@@ -187,13 +191,6 @@ def _cudnn_backward(grad_out, query, key, value, out, logsumexp, philox_seed, ph
                     cum_seq_k, max_q, max_k, dropout_p, is_causal, *, scale=None):
     mask = attn_bias if attn_bias is not None and attn_bias.numel() else None
     return _gradients(grad_out, query, key, value, out, mask, dropout_p, is_causal, scale)
-
-
-def _nine(query, key, found):
-    if found is NotImplemented:
-        return found
-    none = [_nothing(query) for _ in range(5)]
-    return (*found, *none[:2], query.shape[2], key.shape[2], *none[2:])
 
 
 @rule("_scaled_dot_product_flash_attention_backward")

@@ -14,6 +14,7 @@ from functools import cache, wraps
 import torch
 
 from .elements import ONE, TWO
+from .kept import short
 from .switch import RULES, active, guarded, op_of
 
 _LIBRARY: list[torch.library.Library] = []
@@ -26,7 +27,7 @@ def _opaque(name: str):
         _LIBRARY.append(torch.library.Library("same_bits_mode", "FRAGMENT"))
     op, own = op_of(name), "aten_" + name.replace(".", "_")
     _LIBRARY[0].define(own + str(op._schema)[str(op._schema).index("("):])
-    _LIBRARY[0].impl(own, guarded(name, op, RULES[name]), "CompositeExplicitAutograd")
+    _LIBRARY[0].impl(own, guarded(name, op, RULES[name], short(name, op)), "CompositeExplicitAutograd")
     made = getattr(torch.ops.same_bits_mode, own).default
     torch.library.register_fake(made, lambda *arguments, **named: op(*arguments, **named), lib=_LIBRARY[0])
     return made

@@ -12,6 +12,7 @@ import torch
 from ..op import DTYPES
 from ..ops.bmm import bmm
 from ..ops.matmul.op import matmul
+from .kept import keep
 from .switch import Unsupported, rule
 
 _DTYPES = frozenset(DTYPES.values())
@@ -43,7 +44,10 @@ def supported(**tensors: torch.Tensor) -> bool:
 def _mm(self, mat2):
     if not _fits(self, mat2, 2) or not supported(self=self, mat2=mat2):
         return NotImplemented
-    return how(self, matmul)(self, mat2.t())
+    weight = mat2.t()
+    y = how(self, matmul)(self, weight)
+    keep("mm", (self, mat2), (), matmul.call, (self, weight, None, None))
+    return y
 
 
 def _fits(left, right, dimensions: int) -> bool:
@@ -72,7 +76,10 @@ def _addmm(self, mat1, mat2, *, beta=1, alpha=1):
     if not _fits(mat1, mat2, 2) or not supported(mat1=mat1, mat2=mat2, self=self):
         return NotImplemented
     if beta == alpha == 1 and self.shape == mat2.shape[1:]:
-        return how(mat1, matmul)(mat1, mat2.t(), self)
+        weight = mat2.t()
+        y = how(mat1, matmul)(mat1, weight, self)
+        keep("addmm", (mat1, mat2, self), (), matmul.call, (mat1, weight, self, None))
+        return y
     return combined(self, how(mat1, matmul)(mat1, mat2.t()), beta, alpha)
 
 

@@ -19,6 +19,7 @@ from ..ops.mean import mean, sum
 from ..ops.rms_norm import rms_norm
 from ..ops.rms_norm_gradient import rms_norm_gradient
 from ..ops.softmax import log_softmax, softmax
+from .kept import keep
 from .products import how, supported
 from .switch import Unsupported, rule
 
@@ -30,7 +31,11 @@ def _reduced(op, x, dim, keepdim, dtype):
         return NotImplemented
     if dtype is not None and x.dtype != dtype:
         return NotImplemented  # integers, asked for as such
-    return how(x, op)(x, None if dim is None else tuple(dim), keepdim)
+    dim = None if dim is None else tuple(dim)
+    y = how(x, op)(x, dim, keepdim)
+    if dim is not None:
+        keep(op.name, (x,), (*dim, keepdim), op.call, (x, dim, keepdim))
+    return y
 
 
 @rule("sum.dim_IntList")
@@ -66,13 +71,16 @@ def _log_softmax(self, dim, half_to_float):
 def _over(op, x, dim, half_to_float):
     if not supported(self=x):
         return NotImplemented
-    return how(x, op)(x, dim, torch.float32 if half_to_float else None)
+    dtype = torch.float32 if half_to_float else None
+    y = how(x, op)(x, dim, dtype)
+    keep(op.name, (x,), (dim, half_to_float), op.call, (x, dim, dtype))
+    return y
 
 
 def _rows(x, normalized_shape, *others):
-    """x and the weights beside it as (rows, D) and (D,)."""
-    width = math.prod(normalized_shape)
-    if not width:
+    """x and the weights beside it as (rows, D) and (D,). What does not fit is PyTorch's to refuse."""
+    width, last = math.prod(normalized_shape), torch.Size(normalized_shape)
+    if not width or x.shape[x.dim() - len(last) :] != last or any(t is not None and t.shape != last for t in others):
         return NotImplemented
     named = dict(zip(("weight", "bias"), others, strict=False))
     if not supported(input=x, **{name: t for name, t in named.items() if t is not None}):
@@ -117,6 +125,9 @@ def _layer_norm(input, normalized_shape, weight, bias, eps):
         return given
     kept = input.dim() - len(normalized_shape)
     y, middle, rstd = how(input, layer_norm)(*given, eps)
+    if len(normalized_shape) == 1 and weight is not None and bias is not None:
+        keep("native_layer_norm", (input, weight, bias), (eps, *normalized_shape), layer_norm.call,
+             (input, weight, bias, eps))
     small = (*input.shape[:kept], *[1] * len(normalized_shape))
     return y.view(input.shape), middle.view(small), rstd.view(small)
 

@@ -133,9 +133,15 @@ def object_to(name: str, why: str) -> None:
         warnings.warn(f"{text}; it runs as PyTorch runs it, and the batch may move its bits", MovesBits, stacklevel=3)
 
 
-def guarded(name: str, op, function: Callable) -> Callable:
-    """`function` as a kernel of the dispatcher: without the key and without gradients, which come from above."""
+def guarded(name: str, op, function: Callable, short: Callable) -> Callable:
+    """`function` as a kernel of the dispatcher: without the key and without gradients, which come from above.
+
+    `short` (kept.py) is asked first, outside of the guards: it gives the result, or None.
+    """
     def kernel(*arguments, **named):
+        found = short(*arguments, **named)
+        if found is not None:
+            return found
         with torch._C._ExcludeDispatchKeyGuard(_KEYS):
             if _without_numbers((*arguments, *named.values())):
                 return op(*arguments, **named)
@@ -169,11 +175,12 @@ def _install() -> None:
         if _LIBRARIES:
             return
         from . import attention, compiling, elements, overloads, products, reductions, refused  # noqa: F401 - for rules
+        from .kept import short
 
         everywhere, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
         everywhere.fallback(torch.library.fallthrough_kernel, "Fake")
         for name, function in RULES.items():
             if (op := op_of(name)) is not None:
-                aten.impl(name, guarded(name, op, function), "Fake")
+                aten.impl(name, guarded(name, op, function, short(name, op)), "Fake")
         compiling.hook()
         _LIBRARIES.extend((everywhere, aten))

@@ -143,7 +143,10 @@ def test_a_result_of_another_dtype_is_pytorchs_to_refuse():
 
 
 @pytest.mark.parametrize("call", [lambda: X @ X, lambda: torch.bmm(Q[0], Q[0]), lambda: torch.mv(X, X[:, 0]),
-                                  lambda: torch.addmm(B, X, X), lambda: torch.dot(X[0], W[:, 0])])
+                                  lambda: torch.addmm(B, X, X), lambda: torch.dot(X[0], W[:, 0]),
+                                  lambda: torch.native_layer_norm(X, (40,), B, None, 1e-5),
+                                  lambda: torch.native_layer_norm(X, (240,), None, None, 1e-5),
+                                  lambda: torch.native_layer_norm(X.view(2, 3, 40), (120,), None, None, 1e-5)])
 def test_shapes_that_do_not_fit_are_pytorchs_to_refuse(call):
     with batch_invariant(strict=True), pytest.raises(RuntimeError, match=r"size|shape|tensor"):
         call()

@@ -85,9 +85,12 @@ def example_prompts(lengths=(6, 1, 4), below: int = VOCABULARY) -> list[torch.Te
             for i, n in enumerate(lengths)]
 
 
-def padded(prompts: list[torch.Tensor], left: bool = False) -> dict[str, torch.Tensor]:
-    """A model's arguments by name: the prompts side by side, padded on the right or the left, and their positions."""
-    length, device = max(map(len, prompts)), prompts[0].device
+def padded(prompts: list[torch.Tensor], left: bool = False, length: int = 0) -> dict[str, torch.Tensor]:
+    """A model's arguments by name: the prompts side by side, padded on the right or the left, and their positions.
+
+    length  to pad to, at least the longest prompt's, which is the default
+    """
+    length, device = max(length, *map(len, prompts)), prompts[0].device
     ids, mask = (torch.zeros(len(prompts), length, dtype=torch.int64, device=device) for _ in range(2))
     for row, prompt in enumerate(prompts):
         ids[row, own(prompt, length, left)] = prompt
