@@ -25,7 +25,9 @@ lab: $(READY) ## open the notebooks in JupyterLab
 		--LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb $(ARGS)
 
 # OMP_NUM_THREADS: two workers with two threads each would wait for one another on two cores
+# PYTHONDONTWRITEBYTECODE: without compiled files each of a hundred processes would compile the suite anew
 # loadfile: what a file's tests share is made once; tests/conftest.py says which files run first
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(READY) $(SITE) ## check style and types, run all tests
 	$(BIN)/ruff check kernels figures tests  # not what a reader keeps beside them
 	$(BIN)/mypy

@@ -23,10 +23,27 @@ if runtime.where() == "INTERPRETER":
     quick_interpreter.hurry()
 
 
-# What takes longest runs first, so that no worker waits at the end; notebooks not beside what itself uses all cores.
-LONGEST = ("lab/notebook/test_notebooks.py", "ops/test_every_op.py", "figures/test_figures.py", "ops/test_op.py",
-           "lab/proofs/test_generated_code.py", "ops/matmul/test_matmul.py", "figures/test_sizes.py",
-           "ops/matmul/test_shared.py", "ops/test_softmax.py")
+# What takes longest runs first, so that no worker waits at the end. The third file waits for the worker of the first:
+# what itself uses all cores, as a browser does, does not run beside the notebooks, which have two minutes each.
+LONGEST = ("lab/notebook/test_notebooks.py", "ops/test_every_op.py", "ops/test_op.py", "figures/test_sizes.py",
+           "figures/test_figures.py", "test_readme.py", "test_frame.py", "lab/proofs/test_generated_code.py",
+           "test_lab_in_browser.py", "lab/site/test_site_pages.py", "ops/attention/test_code.py",
+           "ops/matmul/test_matmul.py", "ops/matmul/test_shared.py", "ops/test_softmax.py", "ops/matmul/test_tuning.py")
+ONE_SITE = "tests/lab/site/"  # built once for the tests of this folder
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """--dist loadfile, by which the files that share a site run on one worker."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class BySite(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return ONE_SITE if nodeid.startswith(ONE_SITE) else super()._split_scope(nodeid)
+
+    return BySite(config, log)
 
 
 def pytest_ignore_collect(collection_path, config):

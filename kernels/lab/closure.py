@@ -106,6 +106,7 @@ def _value(node: ast.AST, scope: dict[str, Any]) -> Any:
     return getattr(owner, node.attr, None) if ours else None
 
 
+@cache  # one function is part of many kernels
 def tree(text: str) -> str:
     """Code as text that is the same in every version of Python: empty fields are left out."""
     return "\n".join(map(_plain, _body(ast.parse(text))))

@@ -5,6 +5,7 @@ Two runs give the same bytes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import matplotlib as mpl
 import numpy as np
@@ -98,17 +99,23 @@ def caption(figure: Figure, text: str, y: float | None = None) -> Text:
 
 def wrapped(text: str, inches: float, points: float, weight: str = "normal") -> str:
     """The text in lines no wider than this, by the widths of its letters; its own lines stay apart."""
-    font, lines = FontProperties(family="DejaVu Sans", size=points, weight=weight), []
+    lines = []
     for paragraph in text.split("\n"):
         line = ""
         for word in paragraph.split():
             longer = f"{line} {word}".strip()
-            if line and text_to_path.get_text_width_height_descent(longer, font, False)[0] > 70 * inches:
+            if line and _width(longer, points, weight) > 70 * inches:
                 lines.append(line)
                 longer = word
             line = longer
         lines.append(line)
     return "\n".join(lines)
+
+
+@lru_cache(1 << 14)  # a quarter of a figure's time otherwise, and a widget draws its words again and again
+def _width(line: str, points: float, weight: str) -> float:
+    font = FontProperties(family="DejaVu Sans", size=points, weight=weight)
+    return text_to_path.get_text_width_height_descent(line, font, False)[0]
 
 
 def token_axis(axes: Axes, tokens: Sequence[int], log: bool = False) -> None:

@@ -45,6 +45,7 @@ def browser():
 def page(browser):
     """A page of the browser; in the end no script may have failed, warned, or asked another machine for anything."""
     opened, wrong = browser.new_page(), []
+    opened.set_default_timeout(120_000)  # ms: other tests run beside these, and a slow page is no fault
     opened.on("console", lambda said: wrong.append(said.text) if said.type in ("error", "warning") else None)
     opened.on("pageerror", lambda error: wrong.append(str(error)))
     opened.on("request", lambda asked: None if asked.url.startswith(OWN) else wrong.append(asked.url))

@@ -166,7 +166,6 @@ def test_a_link_to_a_deck_leads_there_and_another_is_text():
 
 
 @pytest.mark.browser
-@pytest.mark.serial
 def test_a_deck_opens_without_a_network_and_leads_on_by_keyboard(page, tmp_path):
     path, = slides.build(tmp_path / "slides", ("00",))
     text = path.read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ from kernels.lab import records
 from kernels.lab.proofs.digests import DIGESTS
 from kernels.lab.site import proof
 
-pytestmark = [pytest.mark.browser, pytest.mark.serial]
+pytestmark = pytest.mark.browser
 
 VERDICT = "document.getElementById('proof-verdict').dataset.state"
 

@@ -6,8 +6,6 @@ import pytest
 from kernels.lab.site import build, faults
 from kernels.lab.site.faults import Page
 
-pytestmark = [pytest.mark.serial]  # one build for these tests and those of the browser
-
 
 @pytest.fixture(scope="session")
 def notebook(site):
