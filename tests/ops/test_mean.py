@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from common import HERE, both, dtypes, every_dtype, needs_triton, numbers, tensors_and_dims, waits_first
+from compiling import compile_ahead
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ import kernels
 from kernels import OPS, runtime
 from kernels.arithmetic.sums import tree_width
 from kernels.bits import check_invariance, same_bits
-from kernels.lab.proofs.generated_code import TARGETS, Job, compile_ahead
+from kernels.lab.proofs.generated_code import TARGETS, Job
 from kernels.op import DTYPES, Shape
 from kernels.ops.mean import ENOUGH_PROGRAMS, Schedule, _dims, _schedule, _view
 

@@ -15,12 +15,13 @@ from common import (
     rounds_every_product,
     waits_first,
 )
+from compiling import compile_ahead
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import OPS, runtime
 from kernels.bits import ADVERSARIAL, adversarial, check_invariance, same_bits
-from kernels.lab.proofs.generated_code import TARGETS, compile_ahead, jobs
+from kernels.lab.proofs.generated_code import TARGETS, jobs
 from kernels.op import DTYPES
 from kernels.ops.rotary.op import Schedule
 

@@ -12,6 +12,7 @@ from importlib import import_module
 import pytest
 import torch
 from common import HERE, INF, NAN, both, every_dtype, needs_triton, views, waits_first
+from compiling import compile_ahead
 from reference import SOFTMAX as TOLERANCE
 from reference import softmax as pencil
 
@@ -19,7 +20,7 @@ from kernels import OPS, runtime
 from kernels.arithmetic.elementary import exp, log
 from kernels.arithmetic.sums import ordered_sum, tree_width
 from kernels.bits import check_invariance, elements_differ, same_bits
-from kernels.lab.proofs.generated_code import TARGETS, Job, compile_ahead
+from kernels.lab.proofs.generated_code import TARGETS, Job
 from kernels.op import DTYPES, Shape
 from kernels.ops.softmax import Schedule
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from common import HERE, INF, NAN, both, every_dtype, needs_compiler, needs_triton, numbers, views, waits_first
+from compiling import compile_ahead
 from reference import sigmoid
 
 from kernels import OPS
 from kernels.bits import hashed, same_bits
-from kernels.lab.proofs.generated_code import TARGETS, compile_ahead, jobs
+from kernels.lab.proofs.generated_code import TARGETS, jobs
 from kernels.op import DTYPES
 from kernels.ops.swiglu import Schedule
 
