@@ -170,13 +170,16 @@ def stored(data: Timed, name: str, folder) -> Fitted:
     return Fitted(known.rates, cost.Tile(*(quantity[at] for quantity in ways.tile)), data.tiles)
 
 
-def write(fits: dict[str, Fitted], machine: dict, path: Path) -> None:
-    """The file that the ops read: four digits of each quantity. `fits` by dtype; the rates are bfloat16's."""
+def write(fits: dict[str, Fitted], machine: dict, path: Path, lockstep: bool) -> None:
+    """The file that the ops read: four digits of each quantity. `fits` by dtype; the rates are bfloat16's.
+
+    `lockstep`: whether schedules that walk so are among what was timed; only then are they chosen.
+    """
     lines = {dtype: {str(tile): [*(float(f"{q[i]:.4g}") for q in fit.tile[:-1]), int(fit.tile.held[i])]
                      for i, tile in enumerate(fit.tiles)} for dtype, fit in fits.items()}
     rates = {name: float(f"{rate:.4g}") for name, rate in fits["bfloat16"].rates._asdict().items()}
     known = {name: machine[name] for name in ("device", "triton", "torch") if name in machine}
-    text = json.dumps({**known, "rates": rates, "tiles": lines}, indent=1)
+    text = json.dumps({**known, "lockstep": lockstep, "rates": rates, "tiles": lines}, indent=1)
     records.write_atomic(path, _on_one_line(text) + "\n")
     cost.quantities.cache_clear()
 
@@ -207,7 +210,7 @@ def main(argv=None) -> int:
             print(f"{dtype}, {'not fitted' if name else 'fitted'}: {words(part)}")
     if not a.check:
         path = a.out / "schedules" / f"{tables_name(a.machine)}_cost.json"
-        write(fits, records.read_machine(folder), path)
+        write(fits, records.read_machine(folder), path, bool(rows.schedule.str.endswith(" lockstep").any()))
         print(path)
     return 0
 

@@ -63,7 +63,7 @@ def _few(ranked: list[Schedule], most: int) -> list[Schedule]:
 
 @cache
 def _rough_ways(dtype) -> cost.Ways:
-    return cost.Ways.of(design.rough_tiles(dtype))
+    return cost.Ways.of(design.rough_tiles(dtype), lockstep=True)
 
 
 def wanted(most: int, dtypes: Iterable[str] = tuple(DTYPES)) -> dict[tuple, list[Schedule]]:

@@ -160,6 +160,7 @@ def _cached(rows: torch.Tensor, sequences: Sequences, capacity: int) -> torch.Te
     cache = torch.zeros(count * size, *rows.shape[1:], dtype=rows.dtype, device=rows.device)
     if rows.device.type != "meta":
         for i, (pages, keys) in enumerate(zip(sequences.pages, sequences.keys.tolist(), strict=True)):
-            place = (torch.from_numpy(pages.copy())[:, None] * size + torch.arange(size)).flatten()[:keys]
+            first = torch.from_numpy(pages * size)[:, None]
+            place = (first + torch.arange(size, dtype=torch.int64, device="cpu")).flatten()[:keys]
             cache[place.to(rows.device)] = rows[i * capacity : i * capacity + keys]
     return cache.unflatten(0, (count, size))

@@ -168,8 +168,9 @@ class Ways(NamedTuple):
     tile: Tile
 
     @classmethod
-    def of(cls, tiles: dict[Schedule, Tile]) -> Ways:
-        every = [(s, known) for tile, known in tiles.items() for s in variants(tile)]
+    def of(cls, tiles: dict[Schedule, Tile], lockstep: bool = False) -> Ways:
+        """`lockstep`: whether schedules that walk so were timed, and may be chosen."""
+        every = [(s, known) for tile, known in tiles.items() for s in variants(tile) if lockstep or not s.lockstep]
         return cls([s for s, _ in every], Sizes(*columns(Sizes.of(s) for s, _ in every)),
                    Tile(*columns(known for _, known in every)))
 
@@ -197,8 +198,8 @@ def load(name: str, folder=None) -> Quantities | None:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         return Quantities(Rates(**{what: _positive(rate) for what, rate in raw["rates"].items()}), {
-            dtype: Ways.of({Schedule.parse(line): Tile(*map(_positive, numbers)) for line, numbers in lines.items()})
-            for dtype, lines in raw["tiles"].items()})
+            dtype: Ways.of({Schedule.parse(line): Tile(*map(_positive, numbers)) for line, numbers in lines.items()},
+                           raw.get("lockstep") is True) for dtype, lines in raw["tiles"].items()})
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:

@@ -75,13 +75,17 @@ def test_the_words_tell_what_the_choice_costs():
                     r"fastest: 1\.414\), 0\.50 at worst, below 0\.95 at 1 and below 0\.85 at 1", cost_fit.words(chosen))
 
 
-def test_what_is_written_is_what_the_ops_read(made, tmp_path):
+@pytest.mark.parametrize("lockstep", [False, True])
+def test_what_is_written_is_what_the_ops_read(lockstep, made, tmp_path):
+    """Schedules in lockstep among it only if such were timed."""
     path = tmp_path / "h200_cost.json"
-    cost_fit.write({"bfloat16": made.fitted}, {"device": "NVIDIA H200", "triton": "3.6.0"}, path)
+    cost_fit.write({"bfloat16": made.fitted}, {"device": "NVIDIA H200", "triton": "3.6.0"}, path, lockstep)
     known, form = cost.load("h200", tmp_path), Form.of(3328, 1792, 200, torch.bfloat16)
     assert json.loads(path.read_text())["device"] == "NVIDIA H200"
     ways = known.ways["bfloat16"]
-    there = cost.Ways.of({t: cost.Tile(*(q[i] for q in made.fitted.tile)) for i, t in enumerate(made.fitted.tiles)})
+    there = cost.Ways.of({t: cost.Tile(*(q[i] for q in made.fitted.tile)) for i, t in enumerate(made.fitted.tiles)},
+                         lockstep)
+    assert ways.schedules == there.schedules and any(s.lockstep for s in ways.schedules) == lockstep
     np.testing.assert_allclose(cost.predicted(ways, form, known.rates),
                                cost.predicted(there, form, made.fitted.rates), rtol=2e-3)
 
