@@ -36,7 +36,7 @@ def data(tmp_path):
     COST_TIMES.merge(tmp_path / "h200", pd.concat([known.rows, default.assign(repeats=5)]))
     (tmp_path / "h200" / "machine.json").write_text(json.dumps({"device": "NVIDIA H200", "torch": "2.11.0"}))
     (tmp_path / "schedules").mkdir()
-    cost_fit.write({"bfloat16": fitted}, {}, tmp_path / "schedules" / "h200_cost.json")
+    cost_fit.write({"bfloat16": fitted}, {}, tmp_path / "schedules" / "h200_cost.json", False)
     return tmp_path
 
 
