@@ -24,7 +24,7 @@ from ..ops.matmul.call import CALL as MATMUL
 from ..ops.matmul.plan import Plan
 from ..ops.mean import mean, sum
 from ..ops.softmax import log_softmax, softmax
-from ..runtime import current_stream
+from ..runtime import current_device, current_stream
 from .masks import Seen
 from .overloads import ON_A_CPU_ALONE
 
@@ -131,11 +131,12 @@ class _Attention:
         self.strides = queries * heads * width, width, heads * width, 1
 
     def at_once(self, q, k, v) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """y (B, H, Q, D) and its sums (B, H, Q) of tensors of the form; None on a stream or alignment that is new."""
+        """y (B, H, Q, D) and its sums (B, H, Q) of tensors of the form; None on a stream or alignment that is new, and
+        where another GPU is the current one."""
         device, (_, heads, queries, _) = q.device, self.shape
         pq, pk, pv = q.data_ptr(), k.data_ptr(), v.data_ptr()
         ready = self.sequences.ready.get((self.plan, current_stream(self.plan.index), not (pq | pk | pv) & 15))
-        if ready is None:
+        if ready is None or current_device() != self.plan.index:
             return None
         y = torch.empty_strided(self.shape, self.strides, dtype=q.dtype, device=device)
         sums = torch.empty_strided(self.shape[:3], (queries * heads, 1, heads), dtype=torch.float32,

@@ -251,6 +251,7 @@ def attention(gpu, monkeypatch):
             (ctypes.c_float * 20).from_address(sums)[:] = range(20)
     monkeypatch.setattr(attention_call.Plan, "on_gpu", on_gpu)
     monkeypatch.setattr(kept, "current_stream", lambda index: 7)
+    monkeypatch.setattr(kept, "current_device", lambda: 0)
     return launched
 
 
@@ -286,6 +287,10 @@ def test_attention_keeps_what_a_call_says_apart(attention, monkeypatch):
         assert [kind for kind, *_ in attention] == ["looked at"] * 3
         assert EFFICIENT(Q, K, K, None, False, 0.0, True)[1].numel() == 0
         assert [kind for kind, *_ in attention] == ["looked at"] * 3 + ["launched"]
+        monkeypatch.setattr(kept, "current_device", lambda: 1)
+        CALLS["flash"](Q, K)  # another GPU is the current one
+        assert attention[-1][0] == "looked at"
+        monkeypatch.setattr(kept, "current_device", lambda: 0)
         monkeypatch.setattr(kept, "current_stream", lambda index: 8)
         CALLS["flash"](Q, K)  # another stream
         assert attention[-1][0] == "looked at"

@@ -35,7 +35,8 @@ from .. import bench, provenance, records
 from .batches import pool, random_batches
 from .measure import find_moving_ops
 
-HOW, OPS = ("eager", "compiled", "find", "batches", "compiled_batches"), ("default", "invariant")
+TIMED = ("eager", "compiled", "find")
+HOW, OPS = (*TIMED, "batches", "compiled_batches"), ("default", "invariant")
 TOKENS = {"cuda": (1, 2, 4, 8, 16, 32, 64, 512, 1024, 2048, 4096), "cpu": (1, 2, 4, 8)}
 REQUESTS = 4  # of a batch
 BATCHES = 200
@@ -95,7 +96,7 @@ def prompts(model, requests: int, tokens: int) -> torch.Tensor:
     return (hashed(place, 7) % model.config.vocab_size).view(requests, tokens)
 
 
-def mode_cost(name: str, tokens: Sequence[int], how: Sequence[str] = HOW[:3], dtype: str = "bfloat16",
+def mode_cost(name: str, tokens: Sequence[int], how: Sequence[str] = TIMED, dtype: str = "bfloat16",
               repeats: int = 11, on_row: Callable[[dict], None] = lambda row: None,
               skip: frozenset[tuple] = frozenset(), batches: int = BATCHES) -> list[dict]:
     """Rows of MODE_COST, each handed to `on_row` as it is measured. Raises ValueError for counts, ways or a dtype."""
@@ -194,7 +195,7 @@ def main(argv=None) -> int:
     device = runtime.device()
     parser.add_argument("--model", choices=list(PRESETS), default="llama-3.1-8b" if runtime.HAS_GPU else "tiny")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS[device.type]))
-    parser.add_argument("--how", nargs="+", choices=HOW, default=list(HOW[:3]))
+    parser.add_argument("--how", nargs="+", choices=HOW, default=list(TIMED))
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--batches", type=int, default=BATCHES, help="random ones, of the ways named so")

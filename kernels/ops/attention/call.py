@@ -13,7 +13,7 @@ import torch
 from ...call import Call
 from ...launch import Launch, Step
 from ...op import dtype_name
-from ...runtime import contiguous_strides, current_stream, require_triton
+from ...runtime import contiguous_strides, current_device, current_stream, require_triton
 from ..matmul.counters import Counters
 from . import blocks, fused, order, spread, walk
 from .choice import choose, shares
@@ -140,6 +140,9 @@ class Plan:
 
     def on_gpu(self, q, k, v, sequences, window, lse):
         """One call."""
+        if current_device() != self.index:
+            with torch.cuda.device(self.index):
+                return self.on_gpu(q, k, v, sequences, window, lse)
         sequences = Sequences.of(sequences)
         if self.copies:
             q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))

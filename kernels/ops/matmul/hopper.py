@@ -188,6 +188,7 @@ def kernel(a_desc, b_desc, more_desc, y_ptr, bias_ptr, work_ptr, flag_ptr, M, N,
     other. Programs walk tiles; launched with 4 warps, which are the first consumer. With PINGPONG a tile has one
     consumer, and the two take turns: one stores while the other multiplies. With CUT a tile's segments follow each
     other; with HALVES half of their sum waits in shared memory, because the registers have no room for a second tile.
+    With STREAM chains are shared out evenly, with STREAM 2 in lockstep (hopper_walk.py).
     With SPLIT the chains of a tile's segments are left for a second kernel to add. The wide side has B_TILE and MORE
     columns, two powers of 2 (or one, and 0), because a tensor core's instruction may be 160 wide and Triton's tensors
     may not.
