@@ -24,7 +24,7 @@ from .. import bench
 
 COLUMNS = ("heads", "queries", "requests", "context", "page", "clock", "contender", "us_p20", "us_p50", "us_p80",
            "same_bits")
-DEFAULT = (schedules.BLOCKS, Schedule("spread", 16, 4, 3), *schedules.FUSED, schedules.HOPPER_FEW)
+DEFAULT = (schedules.BLOCKS, Schedule("spread", 16, 4, 3), schedules.HOPPER_FEW)
 
 
 def shape_of(heads: str, context: int, page: int = 0, width: int = 128) -> str:

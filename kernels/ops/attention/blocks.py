@@ -16,7 +16,6 @@ from .join import join_step, partial_rows
 from .leaf import add_block, add_lanes, finish, keys_at, rows_of, scores_of, spans
 from .order import BLOCK
 from .schedule import Schedule
-from .signals import wait_for
 from .walk import tile_of
 from .work import FIELDS, Work
 
@@ -95,35 +94,11 @@ def values_kernel(q_ptr, k_ptr, v_ptr, pages_ptr, work_ptr, part_ptr, o_ptr, lse
 
     Its m, l and acc are left in `part` as in spread.py, or are the result, if every tile has one leaf.
     """
-    m, total, acc, line_ptr, head, value, position, at, real, least, newest, row = chained(
-        tl.program_id(0), part_ptr, q_ptr, k_ptr, v_ptr, pages_ptr, work_ptr, part_ptr, q_token, q_head, k_batch, k_row,
-        k_head, v_batch, v_row, v_head, table_width, window, scale, scores_at, HEADS, GROUP, D, WIDTH, PAGE, WINDOW,
-        ADDER, ROWS, HEIGHT, LEAF, PARTS, 0, PDL)
-    if DIRECT:
-        finish(m, total, acc, o_ptr, lse_ptr, at, real, value, D, LSE)
-    else:
-        tl.store(part_ptr + row[:, None] * WIDTH + value[None, :], acc, mask=real[:, None])
-        if tl.program_id(0) % PARTS == 0:
-            m_ptr = part_ptr + tl.cast(count, tl.int64) * WIDTH
-            tl.store(m_ptr + row, m, mask=real)
-            tl.store(m_ptr + count + row, total, mask=real)
-
-
-@device_function
-def chained(number, counter_ptr, q_ptr, k_ptr, v_ptr, pages_ptr, work_ptr, part_ptr, q_token, q_head, k_batch, k_row,
-            k_head, v_batch, v_row, v_head, table_width, window, scale, scores_at, HEADS: tl.constexpr,
-            GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
-            ADDER: tl.constexpr, ROWS: tl.constexpr, HEIGHT: tl.constexpr, LEAF: tl.constexpr, PARTS: tl.constexpr,
-            PIECES: tl.constexpr, PDL: tl.constexpr):
-    """(m, l, acc) of share `number` % PARTS of v's columns, for one leaf and kv head, and what is known of its rows.
-
-    PIECES: by how many programs of this launch its scores are made, which are waited for; 0: by the launch before.
-    """
     KV_HEADS: tl.constexpr = HEADS // GROUP
     VALUES: tl.constexpr = WIDTH // PARTS
-    value = number % PARTS * VALUES + tl.arange(0, VALUES)
-    head = number // PARTS % KV_HEADS
-    line_ptr = work_ptr + number // (PARTS * KV_HEADS) * _FIELDS
+    value = tl.program_id(0) % PARTS * VALUES + tl.arange(0, VALUES)
+    head = tl.program_id(0) // PARTS % KV_HEADS
+    line_ptr = work_ptr + tl.program_id(0) // (PARTS * KV_HEADS) * _FIELDS
     q, position, at, real, least, newest = tile_of(line_ptr, q_ptr, q_token, q_head, head, HEADS, GROUP, D, WIDTH, ROWS)
     k_ptr, v_ptr, pages_ptr = spans(line_ptr, k_ptr, v_ptr, pages_ptr, head, k_batch, k_head, v_batch, v_head,
                                     table_width, PAGE)
@@ -140,9 +115,7 @@ def chained(number, counter_ptr, q_ptr, k_ptr, v_ptr, pages_ptr, work_ptr, part_
         place = keys_at(pages_ptr, key, there, v_batch, v_row, PAGE, True)
         blocks = blocks + (rows_of(v_ptr, place, there, value, D, WIDTH == D, True, True),)
     # scores_kernel lets this one begin only after its own wait: whatever wrote values has ended, and L2 holds them
-    if PIECES > 0:
-        wait_for(counter_ptr + number // PARTS, PIECES, PARTS)
-    elif PDL:
+    if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     scores = ()
@@ -150,7 +123,7 @@ def chained(number, counter_ptr, q_ptr, k_ptr, v_ptr, pages_ptr, work_ptr, part_
         inner = LEAF - (i + 1) * _BLOCK + tl.arange(0, _BLOCK)
         seen = _seen((leaf + 1) * (LEAF // _BLOCK) - i - 1, newest, oldest) & (leaf >= 0)
         scores = scores + (tl.load(part_ptr + scores_at + row[:, None] * LEAF + inner[None, :],
-                                   mask=real[:, None] & seen, other=_NONE, cache_modifier=".cg" if PIECES > 0 else ""),)
+                                   mask=real[:, None] & seen, other=_NONE),)
     m = tl.full([ROWS], _NONE, tl.float32)
     tops = (m,)
     for i in tl.static_range(LEAF // _BLOCK):
@@ -161,4 +134,11 @@ def chained(number, counter_ptr, q_ptr, k_ptr, v_ptr, pages_ptr, work_ptr, part_
     for i in tl.static_range(LEAF // _BLOCK):
         top, sums, acc = add_block(scores[i], tops[i + 1], blocks[i], tops[i], sums, acc, scale, ADDER)
     total = add_lanes(sums)
-    return m, total, acc, line_ptr, head, value, position, at, real, least, newest, row
+    if DIRECT:
+        finish(m, total, acc, o_ptr, lse_ptr, at, real, value, D, LSE)
+    else:
+        tl.store(part_ptr + row[:, None] * WIDTH + value[None, :], acc, mask=real[:, None])
+        if tl.program_id(0) % PARTS == 0:
+            m_ptr = part_ptr + tl.cast(count, tl.int64) * WIDTH
+            tl.store(m_ptr + row, m, mask=real)
+            tl.store(m_ptr + count + row, total, mask=real)

@@ -14,8 +14,7 @@ from ...call import Call
 from ...launch import Launch, Step
 from ...op import dtype_name
 from ...runtime import contiguous_strides, current_device, current_stream, require_triton
-from ..matmul.counters import Counters
-from . import blocks, fused, order, spread, walk
+from . import blocks, order, spread, walk
 from .choice import choose, shares
 from .form import Form
 from .ready import Both, Ready, pointers
@@ -120,7 +119,7 @@ def _hopper_spread():
 def launches(schedule: Schedule, form: Form, sequences: Sequences, leaf: int) -> tuple[list[Step], Work]:
     """The launches of a schedule of kind walk, spread or blocks, and the tables that they read."""
     work = work_of(sequences, schedule.rows, form.group, form.window, schedule.kind != "walk", leaf)
-    return (fused if schedule.fused else KINDS[schedule.kind]).steps(schedule, form, work), work
+    return KINDS[schedule.kind].steps(schedule, form, work), work
 
 
 class Plan:
@@ -182,13 +181,10 @@ class Plan:
 
     def _ready_to_launch(self, schedule, form, sequences):
         steps, work = launches(schedule, form, sequences, self.call.leaf)
-        counters = fused.counters(schedule, form, work) if schedule.fused else 0
-        if counters > Counters.SLICE:
-            raise ValueError(f"a fused schedule has at most {Counters.SLICE} counters, these sequences need {counters}")
         made = (schedule, form.table, *(step.programs for step in steps), work.slots, work.most, len(work.tiles))
         if made not in self.made:
             self.made[made] = tuple((Launch(step, self.index), pointers(step)) for step in steps)
-        return Ready(self.made[made], sequences, work, steps[0].leaves, counters)
+        return Ready(self.made[made], sequences, work, steps[0].leaves)
 
     def interpret(self, q, k, v, sequences, window, lse):
         """Triton's interpreter is wrong for bfloat16: it gets float32 copies, and torch rounds."""
@@ -209,9 +205,6 @@ class Plan:
             pages = work.tiles if sequences.table is None else sequences.put(sequences.table)
             memory |= {"pages_ptr": pages, "work_ptr": work.tiles, "leaves_ptr": work.leaves,
                        "part_ptr": torch.empty(max(steps[0].leaves, 1), dtype=torch.float32, device="cpu")}
-            if schedule.fused:
-                memory["counter_ptr"] = torch.zeros(fused.counters(schedule, form, work), dtype=torch.int32,
-                                                    device="cpu")
             for step in steps:
                 step.interpret(memory)
         y = memory["o_ptr"].to(q.dtype)

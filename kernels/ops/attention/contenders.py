@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import partial
+from functools import partial, wraps
 
 import numpy as np
 import torch
@@ -110,7 +110,20 @@ def extras(call) -> dict[str, Callable]:
         return call.run_schedule(FROZEN, q, k, v, sequences, window, lse)
 
     backends = {name: partial(sdpa, backend=backend) for name, backend in BACKENDS.items()}
-    return {"frozen": frozen, **backends, "flash_attention_3": flash_attention_3}
+    return {"frozen": frozen, **backends, "flash_attention_3": _told_of_pages(flash_attention_3)}
+
+
+def _told_of_pages(function: Callable) -> Callable:
+    """`function`, which says in words of ours if its build takes no keys in pages: that is known from a call alone."""
+    @wraps(function)
+    def call(*given, **named):
+        try:
+            return function(*given, **named)
+        except RuntimeError as error:
+            if "not support paged KV" not in str(error):
+                raise
+        raise Unavailable(f"{function.__name__}: this build of the package takes no keys in pages")
+    return call
 
 
 def flash_attention_3(q, k, v, sequences: Sequences, window: int = 0, lse: bool = False):

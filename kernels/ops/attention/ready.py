@@ -6,8 +6,6 @@ from operator import itemgetter
 import torch
 
 from ...launch import Step
-from ...runtime import current_stream
-from ..matmul.counters import COUNTERS
 from .sequences import Sequences
 from .work import Work
 
@@ -20,10 +18,10 @@ def pointers(step: Step) -> itemgetter:
 class Ready:
     """A call of certain sequences: its launches, and the addresses of the tables that they read."""
 
-    __slots__ = ("launches", "scratch", "counters", "tiles", "leaves", "pages", "kept")
+    __slots__ = ("launches", "scratch", "tiles", "leaves", "pages", "kept")
 
-    def __init__(self, made, sequences: Sequences, work: Work, scratch: int, counters: int = 0):
-        self.launches, self.scratch, self.counters = made, scratch, counters
+    def __init__(self, made, sequences: Sequences, work: Work, scratch: int):
+        self.launches, self.scratch = made, scratch
         self.tiles = work.tiles.data_ptr()
         self.leaves = self.tiles if work.leaves is None else work.leaves.data_ptr()
         pages = work.tiles if sequences.table is None else sequences.put(sequences.table)
@@ -36,11 +34,6 @@ class Ready:
         if self.scratch:
             part = torch.empty(self.scratch, dtype=torch.float32, device=device)
             known["part_ptr"] = part.data_ptr()
-        if self.counters:
-            known["counter_ptr"] = COUNTERS.take(device.index, current_stream(device.index), self.counters)
-            if not known["counter_ptr"]:  # captured, and none left: zeros of the graph's own, set again at each replay
-                zeros = torch.zeros(self.counters, dtype=torch.int32, device=device)
-                known["counter_ptr"] = zeros.data_ptr()
         for launch, taken in self.launches:
             launch(low, *taken(known))
 

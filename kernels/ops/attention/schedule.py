@@ -24,7 +24,6 @@ class Schedule:
     rows    of a tile: queries x heads that share a head of k
     warps, stages  warps a program, blocks of keys in flight; blocks: programs that make a block's scores
     parts   spread, blocks: so many programs a leaf, each with its share of v's columns, and all the scores
-    fused   spread, blocks: one launch, whose programs count instead of launches that follow each other
     """
 
     kind: str = "walk"
@@ -32,7 +31,6 @@ class Schedule:
     warps: int = 4
     stages: int = 2
     parts: int = 1
-    fused: bool = False
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -42,28 +40,25 @@ class Schedule:
             value = getattr(self, name)
             if type(value) is not int or value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
-        if type(self.fused) is not bool or self.fused and self.kind not in PARTS:
-            raise ValueError(f"fused must be True or False, and False for kind {self.kind}, got {self.fused!r}")
         if self.kind in ON_HOPPER and (self.rows, self.warps, self.stages) not in ON_HOPPER[self.kind]:
             raise ValueError(f"a schedule of kind {self.kind} has rows, warps and stages of one of "
                              f"{ON_HOPPER[self.kind]}, got '{self}'")
 
     def __str__(self):
         return (f"{self.kind} {self.rows} warps={self.warps} stages={self.stages}"
-                + (f" parts={self.parts}" if self.parts > 1 else "") + " fused" * self.fused)
+                + (f" parts={self.parts}" if self.parts > 1 else ""))
 
     @classmethod
     def parse(cls, text: str) -> Schedule:
         """The schedule that prints as `text`. Raises ValueError for any other text."""
-        found = re.fullmatch(r"(\w+) (\d+) warps=(\d+) stages=(\d+)(?: parts=(\d+))?( fused)?", str(text))
+        found = re.fullmatch(r"(\w+) (\d+) warps=(\d+) stages=(\d+)(?: parts=(\d+))?", str(text))
         if not found:
             raise ValueError(f"a schedule must read like 'spread 16 warps=4 stages=3', got {text!r}")
-        kind, *numbers, fused = found.groups()
-        return cls(kind, *(int(n) for n in numbers if n is not None), fused=fused is not None)
+        kind, *numbers = found.groups()
+        return cls(kind, *(int(n) for n in numbers if n is not None))
 
 
 BLOCKS = Schedule("blocks", 16, 4, 1, parts=8)
-FUSED = Schedule("blocks", 16, 4, 1, parts=8, fused=True), Schedule("spread", 16, 4, 3, fused=True)
 SMALL_SPREAD = Schedule("spread", 16, 4, 1)
 HOPPER, HOPPER_FEW, HOPPER_MANY = (Schedule(kind, *sizes) for kind, known in ON_HOPPER.items() for sizes in known)
 
@@ -94,5 +89,5 @@ def tested(index: int = -1) -> list[Schedule]:
     """Every schedule that tests hold to the specification's bits; all that `choose` can give are among them."""
     found = [*(Schedule(kind, rows, 4, stages) for kind in ("walk", "spread") for rows, stages in ((16, 3), (64, 2))),
              Schedule("walk", 16, 4, 2), Schedule("walk", 128, 8, 2), Schedule("walk", 64, 4, 1), SMALL_SPREAD,
-             Schedule("spread", 16, 2, 2, parts=2), BLOCKS, *FUSED]
+             Schedule("spread", 16, 2, 2, parts=2), BLOCKS]
     return [*found, HOPPER, HOPPER_FEW, HOPPER_MANY] if is_hopper(index) else found

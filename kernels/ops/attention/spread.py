@@ -5,7 +5,7 @@ import torch
 
 from ...arithmetic.elementary import for_kernels
 from ...launch import Step
-from ...runtime import device_function, tl, triton
+from ...runtime import tl, triton
 from .form import Form
 from .join import join_step, partial_rows
 from .leaf import one_leaf, spans, wholly_seen
@@ -41,30 +41,11 @@ def spread_kernel(q_ptr, k_ptr, v_ptr, pages_ptr, work_ptr, part_ptr, q_token, q
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    m, part, acc, line_ptr, head, value0, position, at, real, least, newest = spread_leaf(
-        tl.program_id(0), q_ptr, k_ptr, v_ptr, pages_ptr, work_ptr, q_token, q_head, k_batch, k_row, k_head, v_batch,
-        v_row, v_head, table_width, window, scale, HEADS, GROUP, D, WIDTH, PAGE, WINDOW, ADDER, ROWS, LEAF, PARTS,
-        STAGES)
-    row = (tl.load(line_ptr + 7).to(tl.int64) * (HEADS // GROUP) + head) * ROWS + tl.arange(0, ROWS)
-    value = value0 + tl.arange(0, WIDTH // PARTS)
-    tl.store(part_ptr + row[:, None] * WIDTH + value[None, :], acc, mask=real[:, None])
-    if value0 == 0:
-        m_ptr = part_ptr + tl.cast(count, tl.int64) * WIDTH
-        tl.store(m_ptr + row, m, mask=real)
-        tl.store(m_ptr + count + row, part, mask=real)
-
-
-@device_function
-def spread_leaf(number, q_ptr, k_ptr, v_ptr, pages_ptr, work_ptr, q_token, q_head, k_batch, k_row, k_head, v_batch,
-                v_row, v_head, table_width, window, scale, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-                WIDTH: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, ADDER: tl.constexpr, ROWS: tl.constexpr,
-                LEAF: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr):
-    """(m, l, acc) of share `number` % PARTS of v's columns, for one leaf and kv head, and what is known of its rows."""
     KV_HEADS: tl.constexpr = HEADS // GROUP
     VALUES: tl.constexpr = WIDTH // PARTS
-    value0 = number % PARTS * VALUES
-    line_ptr = work_ptr + number // (PARTS * KV_HEADS) * _FIELDS
-    head = number // PARTS % KV_HEADS
+    value0 = tl.program_id(0) % PARTS * VALUES
+    line_ptr = work_ptr + tl.program_id(0) // (PARTS * KV_HEADS) * _FIELDS
+    head = tl.program_id(0) // PARTS % KV_HEADS
     q, position, at, real, least, newest = tile_of(line_ptr, q_ptr, q_token, q_head, head, HEADS, GROUP, D, WIDTH, ROWS)
     length = tl.load(line_ptr + 4)
     k_ptr, v_ptr, pages_ptr = spans(line_ptr, k_ptr, v_ptr, pages_ptr, head, k_batch, k_head, v_batch, v_head,
@@ -81,4 +62,10 @@ def spread_leaf(number, q_ptr, k_ptr, v_ptr, pages_ptr, work_ptr, q_token, q_hea
         m, part, acc = one_leaf(q, k_ptr, v_ptr, pages_ptr, k_batch, k_row, v_batch, v_row, leaf, newest, oldest,
                                 length, position, window, scale, value0, VALUES, D, PAGE, WINDOW, True, LEAF, STAGES,
                                 ADDER)
-    return m, part, acc, line_ptr, head, value0, position, at, real, least, newest
+    row = (tl.load(line_ptr + 7).to(tl.int64) * KV_HEADS + head) * ROWS + tl.arange(0, ROWS)
+    value = value0 + tl.arange(0, VALUES)
+    tl.store(part_ptr + row[:, None] * WIDTH + value[None, :], acc, mask=real[:, None])
+    if value0 == 0:
+        m_ptr = part_ptr + tl.cast(count, tl.int64) * WIDTH
+        tl.store(m_ptr + row, m, mask=real)
+        tl.store(m_ptr + count + row, part, mask=real)

@@ -18,10 +18,10 @@ def lines(capsys, *argv):
 
 def test_each_schedule_has_a_line_and_one_that_cannot_says_why(capsys):
     found = lines(capsys, "--requests", "1", "--contexts", "60", "--page", "16", "--schedules",
-                  "spread 16 warps=4 stages=3 fused", "hopper_spread 64 warps=4 stages=3", "--contenders", "triton",
+                  "spread 16 warps=4 stages=3", "hopper_spread 64 warps=4 stages=3", "--contenders", "triton",
                   "cuda")
     assert [row["contender"] for row in found] == [
-        "spread 16 warps=4 stages=3 fused", "hopper_spread 64 warps=4 stages=3", "triton", "cuda"]
+        "spread 16 warps=4 stages=3", "hopper_spread 64 warps=4 stages=3", "triton", "cuda"]
     assert {(row["heads"], row["requests"], row["context"], row["page"]) for row in found} == {("2/1", "1", "60", "16")}
     assert found[0]["same_bits"] == found[2]["same_bits"] == "True" and float(found[0]["us_p50"]) > 0
     assert runtime.HAS_GPU or "sm_90" in found[1]["same_bits"] and not found[1]["us_p50"]

@@ -21,7 +21,7 @@ TARGETS = (80, 90)
 JOBS = [(str(s), target, 128, 0, 0, "bfloat16") for s in schedules.tested() for target in TARGETS]
 JOBS += [("walk 16 warps=4 stages=3", 90, 80, 16, 100, "float16"),  # pages, a window, columns that are not there
          ("spread 16 warps=4 stages=3", 80, 64, 16, 100, "float16"),
-         *((str(s), 90, 80, 16, 1100, "float16") for s in (schedules.BLOCKS, *schedules.FUSED)),
+         (str(schedules.BLOCKS), 90, 80, 16, 100, "float16"),
          (str(schedules.HOPPER), 90, 64, 0, 0, "bfloat16"), (str(schedules.HOPPER_FEW), 90, 128, 16, 0, "bfloat16"),
          (str(schedules.HOPPER_MANY), 90, 64, 0, 0, "float16")]
 
@@ -43,14 +43,12 @@ def all_codes(compiled):
 
 def makes_scores_alone(job, number):
     """Whether a launch does nothing but scores: no weights, no sums."""
-    schedule = Schedule.parse(job[0])
-    return schedule.kind == "blocks" and not schedule.fused and number == 0
+    return Schedule.parse(job[0]).kind == "blocks" and number == 0
 
 
 def takes_leaves(job, number):
     """Whether a launch takes rows through the blocks of leaves."""
-    schedule = Schedule.parse(job[0])
-    return number == (1 if schedule.kind == "blocks" and not schedule.fused else 0)
+    return number == (1 if Schedule.parse(job[0]).kind == "blocks" else 0)
 
 
 def test_every_schedule_compiles(compiled):
@@ -80,10 +78,8 @@ def test_fused_multiply_adds_are_those_of_the_order(compiled):
         assert set(fused) == (set() if makes_scores_alone(job, number) else {"fma.rn.f32"}), (job, number)
         if job[2] != 128 or not takes_leaves(job, number):
             continue
-        # eight blocks written out, or two loops, one masked
-        scores = (8 if schedule.kind == "blocks" else 2) * held(schedule, 128)
-        joined = (1 if schedule.kind == "walk" else 8) * held(schedule, 128 // schedule.parts)  # of eight leaves
-        least = scores + (joined if schedule.kind == "walk" or schedule.fused else 0)
+        scores = (8 if number else 2) * held(schedule, 128)  # eight blocks written out, or two loops, one masked
+        least = scores + (held(schedule, 128) if schedule.kind == "walk" else 0)
         assert least < fused["fma.rn.f32"] <= least + 2 * 4 * 16 + 16 * (FUSED_IN_LOG + 2), (job, fused)
 
 
@@ -156,40 +152,3 @@ def test_launches_wait_before_they_touch_memory(compiled):
         assert len([what for what, _ in early if not values or ".cg" not in what]) <= (16 if values else 6 if number
                                                                                       else 0), (job, number, early)
         assert not values or any(".cg" in what for what, _ in early), job
-
-
-def position(ptx, what):
-    """Where an instruction is in the code; it is there once."""
-    found = [at.start() for at in re.finditer(what, ptx)]
-    assert len(found) == 1, (what, found)
-    return found[0]
-
-
-RELEASE, ACQUIRE, BOTH = (rf"\b(?:atom|red|ld)\.global\.gpu\.{order}[\w.]*"
-                          for order in ("release", "acquire", "acq_rel"))
-
-
-def test_a_fused_launch_says_when_its_numbers_are_stored_and_waits_before_it_loads_them(compiled):
-    """Each thread's scores are stored, then a barrier, then one thread releases. Values are loaded, then it acquires,
-    then a barrier, then scores are loaded, not through L1. The same at a leaf's end: stored, both, loaded."""
-    fused = {job: codes for job, codes in compiled.items() if Schedule.parse(job[0]).fused}
-    assert len(fused) >= 2 * 2 + 2
-    for job, (code,) in fused.items():
-        ptx, blocks = code.ptx, Schedule.parse(job[0]).kind == "blocks"
-        part = depend_on(5, ptx)
-        both = position(ptx, BOTH)
-        stores = [m.start() for m in re.finditer(r"\bst\.global", ptx) if part & set(
-            re.findall(r"%\w+", ptx[m.start():ptx.index("]", m.start())]))]
-        loads = {m.start(): m[0] for m in re.finditer(r"\bld\.global[\w.]*", ptx) if part & set(
-            re.findall(r"%\w+", ptx[m.start():ptx.index("]", m.start())]))}
-        assert all(".cg" in what for what in loads.values()), job
-        assert "bar.sync" in ptx[max(at for at in stores if at < both):both] and any(at > both for at in loads), job
-        assert len(re.findall(RELEASE, ptx)) == len(re.findall(ACQUIRE, ptx)) == blocks, job
-        if blocks:
-            release, acquire = position(ptx, RELEASE), position(ptx, ACQUIRE)
-            made = max(at for at in stores if at < release)
-            assert "bar.sync" in ptx[made:release], job
-            first = min(at for at in loads if at > acquire)
-            assert "bar.sync" in ptx[acquire:first] and not any(release < at < acquire for at in loads), job
-            values = [m.start() for m in re.finditer(r"\bld\.global\.(?:L1::no_allocate\.)?cg", ptx)]
-            assert len([at for at in values if at < acquire]) >= 8, job  # all of a leaf's values are on their way

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from kernels import attention_chunk, attention_decode, attention_prefill
 from kernels.bits import same_bits
+from kernels.lab.closure import of_functions
 from kernels.lab.sweep import estimate
 from kernels.op import Shape
 from kernels.ops.attention import Sequences, contenders
 from kernels.ops.attention.inputs import MIX, STEP, Queries
+from kernels.runtime import Unavailable
 
 SMALL = "H=2,KV=1,D=8"
 POINTS = ((attention_decode, 3, f"{SMALL},context=50"), (attention_prefill, 40, SMALL),
@@ -147,6 +149,22 @@ def test_flash_attention_3_is_told_where_keys_lie(page, monkeypatch):
     given_ = attention_chunk.inputs(131, f"{SMALL},context=30,mixed{page}")
     assert same_bits(contenders.flash_attention_3(*given_), attention_chunk.python(*given_))
     assert told == {"most": 16, "causal": True, "splits": 0}
+
+
+@pytest.mark.parametrize("said, error, words", [
+    ("mha_fwd, flash_api.cpp:1228, This flash attention build does not support paged KV.\n", Unavailable,
+     "^flash_attention_3: this build of the package takes no keys in pages$"),
+    ("mha_fwd: out of memory", RuntimeError, "^mha_fwd: out of memory$")])
+def test_a_build_of_flash_attention_3_without_pages_is_told_in_a_line(said, error, words, monkeypatch):
+    def kvcache(*_, **__):
+        raise RuntimeError(said)
+    monkeypatch.setitem(sys.modules, "fa3_fwd_interface", SimpleNamespace(
+        flash_attn_func=None, flash_attn_with_kvcache=kvcache))
+    with pytest.raises(error, match=words) as caught:
+        attention_chunk.implementation("flash_attention_3")(*attention_chunk.inputs(3, f"{SMALL},context=30,page=16"))
+    assert type(caught.value) is error
+    assert of_functions(attention_chunk.implementation("flash_attention_3")) == of_functions(
+        contenders.flash_attention_3), "its rows stay those of this code"
 
 
 def test_a_shape_of_pages_is_written_as_it_is_read():

@@ -254,7 +254,9 @@ def test_on_hopper_many_queries_walk_and_few_spread(monkeypatch):
         == ["hopper"]
     assert kinds([5], [200]) == kinds([64], [9000]) == kinds([4] * 8, [8192] * 8) == kinds([5], [900], page=16) \
         == ["hopper_spread"]
-    assert kinds([1] * 40, [5000] * 40) == ["walk"]  # memory is busy anyway
+    assert kinds([1] * 40, [5000] * 40) == kinds([1] * 128, [1025] * 128) == ["walk"]  # memory is busy anyway
+    assert kinds([1] * 128, [1024] * 128) == kinds([1] * 8, [1025] * 8) == kinds([1] * 128, [1025] * 128, page=16) \
+        == ["hopper_spread"]
     assert kinds([1] * 40, [5000] * 39 + [50000]) == ["hopper_spread"]
     for plain in (kinds([200], [200], bulk=False), kinds([200], [200], window=9), kinds([200], [200], width=68),
                   kinds([200], [200], page=24), kinds([1], [9000], heads=24), kinds([1] * 20, [3000] * 20, heads=24)):
@@ -263,13 +265,15 @@ def test_on_hopper_many_queries_walk_and_few_spread(monkeypatch):
 
 
 def test_on_hopper_few_rows_on_few_leaves_have_scores_made_first(monkeypatch):
-    """8 heads of keys and two leaves are 16 programs, where an H200 has 132."""
+    """8 heads of keys and two leaves are 16 programs, where an H200 has 132. A leaf of few blocks is done sooner."""
     def kinds(*given, **named):
         return [kind for kind, _ in shares_on_hopper(monkeypatch, *given, **named)]
-    assert kinds([1], [200]) == kinds([1], [2048]) == kinds([4], [900], page=16) == kinds([1, 2], [1024, 1000]) \
+    assert kinds([1], [641]) == kinds([1], [2048]) == kinds([4], [900], page=16) == kinds([1, 2], [5, 641]) \
         == kinds([0, 1], [9000, 2000]) == ["blocks"]
     assert kinds([1], [2049]) == kinds([1, 1], [1025, 9]) == kinds([1] * 4, [1024] * 4) == kinds([5], [900]) \
         == ["hopper_spread"]
+    assert kinds([1], [640]) == kinds([1, 2], [5, 640]) == kinds([0, 1], [9000, 512]) == kinds([4], [512], page=16) \
+        == kinds([16], [200], heads=8) == ["hopper_spread"]
 
 
 def test_on_hopper_a_mixed_batch_is_two_launches(monkeypatch):
