@@ -7,7 +7,7 @@ from ...launch import Step
 from ...runtime import tl, triton
 from .product import Product
 from .schedule import Schedule
-from .tiles import add_segments, dot, finish, keep_segment, memory, place
+from .tiles import add_segments, dot, finish, for_k, keep_segment, memory, place
 
 __all__ = ["memory", "pointer_kernel", "step", "suits"]
 
@@ -21,7 +21,7 @@ def step(s: Schedule, product: Product) -> Step:
     given = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "y_ptr"), product.dtype)
     strides = dict(zip(("x_stride", "x_step", "weight_stride", "weight_step"),
                        (*product.x_strides, *product.weight_strides), strict=True))
-    return Step(pointer_kernel, product.programs(s),
+    return Step(for_k(product.k, pointer_kernel), product.programs(s),
                 {**given, "partial_ptr": torch.float32, "counter_ptr": torch.int32},
                 {**product.sizes, **strides, **product.segments},
                 {"BLOCK_M": s.block_m, "BLOCK_N": s.block_n, "BLOCK_K": s.block_k, "GROUP": s.group, "SWAP": s.swap,

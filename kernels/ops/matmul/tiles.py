@@ -15,6 +15,15 @@ def memory(schedule: Schedule, product: Product) -> tuple[int, int]:
     return product.programs(schedule) * schedule.block_m * schedule.block_n, product.tiles(schedule)
 
 
+def for_k(k: int, kernel):
+    """The kernel, compiled so that Triton does not know a k of 1.
+
+    It would take the 1 for a constant and unroll the loop over k. A product that begins at zero would then meet the
+    addition of the bias, and Triton makes of both a product that begins at the bias: the tensor core cuts that sum off.
+    """
+    return kernel if k != 1 else triton.jit(do_not_specialize=["M", "K"])(kernel.fn)
+
+
 @device_function
 def place(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
     """Tile number -> first token, first weight row: GROUP tiles of tokens pass over the weights together."""

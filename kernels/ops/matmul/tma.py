@@ -8,7 +8,7 @@ from ...runtime import tl, triton
 from .descriptors import tiles_of
 from .product import Product
 from .schedule import Schedule, Unsuitable, holds_odd
-from .tiles import add_segments, dot, finish, keep_segment, memory, place
+from .tiles import add_segments, dot, finish, for_k, keep_segment, memory, place
 
 __all__ = ["memory", "step", "suits", "tma_kernel"]
 
@@ -29,7 +29,7 @@ def step(s: Schedule, product: Product) -> Step:
     x = tiles_of(p.dtype, (p.m, p.k), p.x_strides, (s.block_m, s.block_k))
     weight = tiles_of(p.dtype, (p.n, p.k), p.weight_strides, (s.block_n, s.block_k))
     y = tiles_of(p.dtype, (p.m, p.n), (p.n, 1), (s.block_m, s.block_n)) if s.store else p.dtype
-    return Step(tma_kernel, p.programs(s),
+    return Step(for_k(p.k, tma_kernel), p.programs(s),
                 {"x_desc": x, "weight_desc": weight, "y": y, "bias_ptr": p.dtype, "partial_ptr": torch.float32,
                  "counter_ptr": torch.int32},
                 {**p.sizes, **p.segments},

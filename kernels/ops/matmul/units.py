@@ -23,6 +23,8 @@ def unit(*numbers: int) -> int:
 def told(step: Step, product: Product) -> Step:
     """The launch of a schedule for an order in sequence, told of what sizes and strides are multiples."""
     p, of_n = product, unit(product.n)
+    if p.k == 1:  # whose kernel is one of its own (tiles.for_k)
+        return step
     if step.kernel is not pointer.pointer_kernel:
         return step if of_n == 1 else _with(step, _by_bulk_copies(step), N_UNIT=of_n)
     in_line = p.x_strides[1] == p.weight_strides[1] == 1

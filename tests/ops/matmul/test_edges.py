@@ -254,6 +254,28 @@ def test_edges_have_the_trusted_schedules_bits(n, k):
         assert same_bits(OP.triton(x, weight), wanted)
 
 
+ONE_TILE = ("pointer 64x16x64 warps=4 stages=2 group=1", "pointer 64x16x64 warps=4 stages=2 group=1 swap",
+            "tma 64x16x64 warps=4 stages=2 group=1 copy", "hopper 64x16x64 warps=4 stages=4 group=1 persistent copy")
+
+
+@needs_compiler
+def test_a_bias_is_added_behind_the_tensor_core_where_k_is_one():
+    work = [Job("matmul", f"N={n},K=1,bias", "bfloat16", s, 90, second="copy" in s) for s in ONE_TILE for n in (64, 66)]
+    for code in compile_ahead(work):
+        assert code.float_adds >= 64 * 16 // 128, code.job  # one of every sum, in 128 threads
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [128, 130, 131])
+def test_a_bias_is_added_behind_the_tensor_core_where_k_is_one_on_a_gpu(n):
+    x, weight = (adversarial("wide", rows, 1, torch.bfloat16, HERE, rows) for rows in (300, n))
+    bias = OP.inputs(1, f"N={n},K=1,bias", torch.bfloat16, HERE)[2]
+    wanted = specified(x.cpu(), weight.cpu(), bias.cpu(), order(n, 1))
+    for s in (TRUSTED, *map(Schedule.parse, ONE_TILE)):
+        assert same_bits(OP.run_schedule(s, x, weight, bias).cpu(), wanted), s
+    assert same_bits(OP.triton(x, weight, bias).cpu(), wanted)
+
+
 @pytest.mark.gpu
 def test_a_trees_schedules_read_copies_too():
     x, weight, _ = OP.inputs(200, "N=96,K=1001", torch.bfloat16, HERE)

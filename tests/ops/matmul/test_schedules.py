@@ -226,7 +226,8 @@ def test_no_table_is_no_reason_to_warn(on_an_h200):
 
 
 def test_shipped_tables_are_sound():
-    """Every stored schedule suits its shape: its block of k divides the order's segments, and it fits in memory."""
+    """Every stored schedule suits its shape and token count: its block of k divides the order's segments, it fits in
+    memory, and in lockstep every program has a chain."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         shipped = [tables.load(path.stem, Schedule.parse) for path in sorted(tables.FOLDER.glob("*.json"))
@@ -237,8 +238,8 @@ def test_shipped_tables_are_sound():
         for section, dtype, (n, k), column in ((s, d, shape, column) for s, dtypes in table.items()
                                                for d, columns in dtypes.items() for shape, column in columns.items()):
             which = order(n, k) if section == "matmul" else shared_order(n, k)
-            p = Product(min(column), n, k, DTYPES[dtype], (k, 1), (k, 1), which, False)
-            for schedule in column.values():
+            for tokens, schedule in column.items():
+                p = Product(tokens, n, k, DTYPES[dtype], (k, 1), (k, 1), which, False)
                 assert which.segments == 1 or which.length % schedule.block_k == 0, (n, k, schedule)
                 held = schedule.waiting_bytes if which.segments > 1 and not schedule.split else 0
                 size = schedule.shared_bytes * DTYPES[dtype].itemsize // 2 + held
