@@ -11,8 +11,10 @@ flush  an event pair around an eager call after a read of three L2s' worth of me
 """
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -90,7 +92,7 @@ def _replay(contenders, inputs, cold, device, set_bytes, repeats):
         try:
             graphs[name] = _capture(function, arguments)
         except Exception as error:  # noqa: BLE001 - one contender's failure must not cost the others' points
-            results[name] = error
+            results[name] = _alone(error)
     evict = torch.zeros(3 * l2_bytes(device) // 4 if cold else 1, dtype=torch.float32, device=device)
     events = {name: [] for name in graphs}
     for _ in range(repeats + 1):
@@ -111,11 +113,39 @@ def _replay(contenders, inputs, cold, device, set_bytes, repeats):
 def _capture(function, sets):
     function(*(a.clone() if isinstance(a, torch.Tensor) else a for a in sets[0]))  # compiles and loads before capture
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for arguments in sets:  # results are dropped, so that the graph's pool gives their memory to the next call
-            function(*arguments)
+    graph, stream, failed = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), []
+    try:
+        with _uncollected(), torch.cuda.graph(graph):
+            try:
+                for arguments in sets:  # results are dropped, so that the graph's pool gives their memory to the next
+                    function(*arguments)
+            except Exception as error:  # noqa: BLE001 - kept, for the end of a broken capture raises another
+                failed.append(_alone(error))
+    except Exception as error:  # noqa: BLE001 - as above
+        failed.append(_alone(error))
+    finally:
+        torch.cuda.set_stream(stream)  # a capture that ends with an error leaves its own stream the current one
+    if failed:
+        raise failed[0]
     return graph
+
+
+@contextmanager
+def _uncollected():
+    """No garbage is collected meanwhile: if another graph is freed while one is captured, the capture is lost."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _alone(error: Exception) -> Exception:
+    """The exception without the frames it came through, whose inputs and graphs it would hold, in a circle."""
+    error.__cause__ = error.__context__ = None  # they have frames of their own
+    return error.with_traceback(None)
 
 
 def _pairs(contenders, arguments, flush, device, repeats):
@@ -125,20 +155,33 @@ def _pairs(contenders, arguments, flush, device, repeats):
         try:
             function(*arguments)
         except Exception as error:  # noqa: BLE001 - as above
-            results[name] = error
+            results[name] = _alone(error)
             del samples[name]
     for _ in range(repeats + 1):
-        for name, us in samples.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda.synchronize(device)
-            for _ in range(4 if flush else 0):  # keeps the device busy while the host queues the call
-                evict.sum()
-            start.record()
-            contenders[name](*arguments)
-            end.record()
-            torch.cuda.synchronize(device)
-            us.append(start.elapsed_time(end) * 1e3)
+        _round(samples, results, lambda name: _pair(contenders[name], arguments, evict if flush else None, device))
     return {**results, **{name: Timing(us[1:]) for name, us in samples.items()}}  # the first round only warms up
+
+
+def _round(samples, results, sample):
+    """One more sample of each contender; one that fails now gives its exception, and has no more rounds."""
+    for name in list(samples):
+        try:
+            samples[name].append(sample(name))
+        except Exception as error:  # noqa: BLE001 - in later calls too
+            results[name] = _alone(error)
+            del samples[name]
+
+
+def _pair(function, arguments, evict, device) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    for _ in range(0 if evict is None else 4):  # keeps the device busy while the host queues the call
+        evict.sum()
+    start.record()
+    function(*arguments)
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end) * 1e3
 
 
 def _call(contenders, arguments, device, repeats, budget_s=0.02):
@@ -148,11 +191,10 @@ def _call(contenders, arguments, device, repeats, budget_s=0.02):
             function(*arguments)
             queue[name] = int(np.clip(budget_s / max(_wall(function, arguments, device, 1), 1e-7), 1, 200))
         except Exception as error:  # noqa: BLE001 - as above
-            results[name] = error
+            results[name] = _alone(error)
     samples = {name: [] for name in queue}
     for _ in range(repeats):
-        for name, calls in queue.items():
-            samples[name].append(1e6 * _wall(contenders[name], arguments, device, calls))
+        _round(samples, results, lambda name: 1e6 * _wall(contenders[name], arguments, device, queue[name]))
     return {**results, **{name: Timing(us) for name, us in samples.items()}}
 
 

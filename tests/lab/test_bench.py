@@ -1,5 +1,8 @@
 """The clocks, on a GPU and a host clock that are played: what is timed, on which inputs, and in which unit."""
+import gc
+import weakref
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,12 +17,13 @@ L2 = 4096  # bytes
 class Device:
     """A GPU whose work takes the time that it is told, and a host that waits for it in `synchronize`.
 
-    The host's clock counts seconds, the device's milliseconds. `did` is what happened, in order.
+    The host's clock counts seconds, the device's milliseconds. `did` is what happened, in order. A capture that was
+    `broken` ends with an error, and its stream stays the current one, as with torch.
     """
 
     def __init__(self):
         self.host = self.device = self.queued = 0.0
-        self.did, self.graph = [], None
+        self.did, self.graph, self.broken, self.stream = [], None, False, "the caller's"
 
     def work(self, ms, note):
         """A kernel: captured if a graph is being made, queued otherwise."""
@@ -58,14 +62,21 @@ def gpu(monkeypatch):
 
     @contextmanager
     def capture(graph):
+        before, gpu.stream, gpu.broken = gpu.stream, "the capture's", False
         gpu.graph = graph.kernels = []
-        yield
-        gpu.graph = None
+        try:
+            yield
+        finally:
+            gpu.graph = None
+            if gpu.broken:
+                raise RuntimeError("operation failed due to a previous error during capture")
+            gpu.stream = before
 
     zeros, total = torch.zeros, torch.Tensor.sum
     monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **options: zeros(*size, **options))
     monkeypatch.setattr(torch.Tensor, "sum", lambda x: gpu.work(1000.0, f"evict {x.nbytes}") or total(x))
     for name, value in {"Event": Event, "CUDAGraph": Graph, "graph": capture, "synchronize": gpu.synchronize,
+                        "current_stream": lambda: gpu.stream, "set_stream": partial(setattr, gpu, "stream"),
                         "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=L2)}.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(bench.time, "perf_counter", lambda: gpu.host)
@@ -161,6 +172,101 @@ def test_a_contender_that_fails_costs_no_other(gpu, clock):
     contenders = {"broken": broken, "a": contender(gpu, 2.0, [])}
     found = bench.measure(contenders, lambda i: (torch.ones(4),), clock, device=CUDA, set_bytes=1, repeats=2)
     assert isinstance(found["broken"], IndexError) and len(found["a"].us) == 2
+
+
+def failing(gpu, calls, error, breaks=False):
+    """A function that fails at call number `calls`, with this error or none, and breaks the capture or does not."""
+    made = []
+
+    def function(x):
+        made.append(gpu.graph is not None)
+        gpu.work(1.0, "call")
+        if len(made) == calls:
+            gpu.broken = breaks
+            if error:
+                raise error
+    return function, made
+
+
+@pytest.mark.parametrize("device, clock", [(CUDA, "call"), (CUDA, "event"), (CUDA, "flush"), (CPU, "call")], ids=str)
+@pytest.mark.parametrize("calls", [2, 3, 6])
+def test_a_contender_that_fails_at_a_later_call_costs_no_other(gpu, device, clock, calls):
+    function, made = failing(gpu, calls, IndexError("no"))
+
+    def slow(x):  # one call a queue
+        gpu.host += 1.0
+        function(x)
+
+    contenders = {"a": contender(gpu, 2.0, []), "broken": slow, "b": contender(gpu, 3.0, [])}
+    found = bench.measure(contenders, lambda i: (torch.ones(4),), clock, device=device, set_bytes=1, repeats=5)
+    assert isinstance(found["broken"], IndexError) and len(made) == calls, "called no more"
+    assert len(found) == 3 and [len(found[name].us) for name in "ab"] == [5, 5]
+    if device.type == "cuda":
+        assert found["a"].us == pytest.approx([2000.0] * 5) and found["b"].us == pytest.approx([3000.0] * 5)
+
+
+@pytest.mark.parametrize("clock", ["cold", "graph"])
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_contender_that_fails_in_a_capture_costs_no_other(gpu, clock, breaks):
+    """Each is called once before; the first error is told, not the one with which torch ends a broken capture."""
+    function, captured = failing(gpu, 2, KeyError("part_ptr"), breaks)
+    silent, _ = failing(gpu, 2, None, breaks=True)
+    given = []
+    contenders = {"broken": function, "a": contender(gpu, 2.0, given), "silent": silent, "b": contender(gpu, 3.0, [])}
+    found = bench.measure(contenders, lambda i: (torch.ones(4),), clock, device=CUDA, set_bytes=4 * L2, repeats=2)
+    assert captured == [False, True] and isinstance(found["broken"], KeyError)
+    assert isinstance(found["silent"], RuntimeError) and "previous error" in str(found["silent"])
+    assert [found["a"].us, found["b"].us] == [[2000.0 * n for n in (2, 3)], [3000.0 * n for n in (2, 3)]]
+    assert (gpu.stream, gpu.graph) == ("the caller's", None) and len(given) > 1
+
+
+@pytest.mark.parametrize("clock, calls", [(clock, calls) for clock in bench.CLOCKS for calls in (1, 2)])
+def test_what_a_contender_that_failed_has_held_is_freed_at_once(gpu, monkeypatch, clock, calls):
+    """A graph that only a later collection frees would be freed within another capture, which breaks that one."""
+    held, graphs, made, given = [], [], torch.cuda.CUDAGraph, []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graphs.append(weakref.ref(graph := made())) or graph)
+
+    def inputs(i):
+        held.append(weakref.ref(x := torch.ones(4)))
+        return (x,)
+
+    def broken(x):
+        given.append(gpu.work(1.0, "call"))
+        if len(given) == calls:
+            try:
+                raise IndexError("first")
+            except IndexError as error:
+                raise KeyError("second") from error
+
+    works = contender(gpu, 2.0, SimpleNamespace(append=id))  # which keeps nothing
+    gc.disable()
+    try:
+        found = bench.measure({"a": works, "broken": broken, "b": works}, inputs, clock, device=CUDA,
+                              set_bytes=4 * L2, repeats=2)
+        assert isinstance(found["broken"], KeyError) and len(given) == calls and len(found["b"].us) == 2
+        assert [kept for kept in held + graphs if kept() is not None] == []
+        assert held and len(graphs) == ((1 + calls) if clock in ("cold", "graph") else 0)
+    finally:
+        gc.enable()
+
+
+def test_no_garbage_is_collected_within_a_capture(gpu):
+    def function(x):
+        gpu.work(1.0, "call")
+        found.append((gpu.graph is not None, gc.isenabled()))
+
+    def measure():
+        found.clear()
+        bench.measure({"a": function}, lambda i: (torch.ones(4),), "cold", device=CUDA, set_bytes=4 * L2, repeats=1)
+        return set(found), gc.isenabled()
+
+    found = []
+    assert measure() == ({(False, True), (True, False)}, True)
+    gc.disable()
+    try:
+        assert measure() == ({(False, False), (True, False)}, False)
+    finally:
+        gc.enable()
 
 
 def test_clocks_are_a_devices_and_others_are_refused():

@@ -244,6 +244,12 @@ def test_a_cpu_redoes_thousands_of_a_gpus_rows(name):
     assert digests.redo(narrowest) == narrowest.digest
 
 
+def test_a_cpu_redoes_the_sums_of_several_gpus():
+    points = [r for _, r in digests.sweep_points() if r.op == "all_reduce"]
+    assert len(points) > 10 and all("gpus=" in r.shape for r in points)
+    assert {r for r in points if digests.redo(r) != r.digest} == set()
+
+
 def many_rows():
     for machine in records.machines(digests.DIGESTS.file):
         table = records.load(digests.DIGESTS, machine)

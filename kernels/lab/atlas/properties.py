@@ -239,12 +239,14 @@ def _captured(call, arguments):
         for _ in range(3):
             call(*arguments)
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             result = call(*arguments)
     except RuntimeError as error:
         raise runtime.Unavailable(f"cannot be captured: {str(error).splitlines()[0]}") from None
+    finally:
+        torch.cuda.set_stream(stream)  # a capture that ends with an error leaves its own stream the current one
     return result, graph
 
 

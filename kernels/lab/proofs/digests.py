@@ -22,6 +22,8 @@ import torch
 
 from ... import OPS, bits, runtime
 from ...op import DTYPES, Op, Shape
+from ...ops.all_reduce import all_reduce
+from ...ops.matmul.shared import joined
 from .. import older, provenance, records
 from .certificates import CERTIFICATES
 
@@ -156,8 +158,9 @@ def check_sweeps(out=records.DATA, every: int = 1) -> tuple[int, list[str]]:
 
 def quick_points(out=records.DATA, most_bytes: int = 1 << 22) -> list[tuple]:
     """The `sweep_points` that touch up to `most_bytes`."""
+    ops = {**OPS, all_reduce.name: all_reduce}
     return [(machine, row) for machine, row in sweep_points(out)
-            if OPS[row.op].work(row.tokens, row.shape, DTYPES[row.dtype]).bytes <= most_bytes]
+            if ops[row.op].work(row.tokens, row.shape, DTYPES[row.dtype]).bytes <= most_bytes]
 
 
 def sweep_points(out=records.DATA) -> list[tuple]:
@@ -172,6 +175,9 @@ def sweep_points(out=records.DATA) -> list[tuple]:
 
 def redo(row) -> str:
     """The digest that the specification gives on this machine's CPU at one point of a token sweep."""
+    if row.op == all_reduce.name:  # every GPU's part is made here, and none is sent
+        parts = [all_reduce.inputs(row.tokens, row.shape, rank=i)[0] for i in range(Shape.parse(row.shape)["gpus"])]
+        return bits.digest(joined(parts, None, DTYPES[row.dtype]))[:16]
     op = OPS[row.op]
     return bits.digest(op.python(*op.inputs(row.tokens, row.shape, DTYPES[row.dtype])))[:16]
 

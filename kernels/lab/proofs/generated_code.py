@@ -20,7 +20,7 @@ from ... import OPS, runtime
 from ...op import DTYPES, Shape
 from .. import provenance
 
-TOKENS = 300  # of the arguments that are compiled for
+TOKENS, PROGRAMS = 300, 132  # of the arguments that are compiled for; of a launch, at most
 TARGETS = (80, 90, 100)
 WITHOUT_LINES = {"TRITON_DISABLE_LINE_INFO": "1"}  # a quarter of the time goes into what only a debugger reads
 _BFLOAT16_ONES = {"1065369472", "16256", "0x3F803F80", "0x3F80"}  # two of them in 32 bits, or one
@@ -117,8 +117,13 @@ class Code:
 
 def jobs(op: str, shape, dtype: str, targets=TARGETS, **options) -> list[Job]:
     """Every schedule of an op at one shape and dtype, for every target."""
-    return [Job(op, str(Shape.parse(shape)), dtype, str(schedule), target, **options)
+    return [Job(op, str(Shape.parse(shape)), dtype, str(schedule), target, **{"tokens": _tokens(schedule), **options})
             for schedule in OPS[op].schedules(shape, DTYPES[dtype]) for target in targets]
+
+
+def _tokens(schedule) -> int:
+    """TOKENS, or as many as give every program of a product in lockstep a chain."""
+    return PROGRAMS * schedule.block_m if getattr(schedule, "lockstep", False) else TOKENS
 
 
 def compile_ahead(work: list[Job], sass: bool = False, workers: int = 2) -> list[Code]:

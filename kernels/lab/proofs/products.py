@@ -11,6 +11,7 @@ most --forms of them, compiled in processes of their own. A CPU runs schedules b
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -37,20 +38,22 @@ DRAWS = 2  # token counts of each schedule on one weight and input
 
 
 class Tally(NamedTuple):
-    """Of one form: cases, how many differ, and the first that does, in words."""
+    """Of one form: cases, how many differ, the first that does, in words, and (n, k, tokens) of the largest."""
 
     cases: int
     differ: int
     first: str
+    largest: tuple[int, int, int]
 
 
 def compared(seed: int, of_kind: list[Form], cases: int, scale: Scale, device, until: float = float("inf")
-             ) -> list[Tally]:
+             ) -> list[Tally | Exception]:
     """What `cases` cases of each form give, or as many as begin before `until` of time.monotonic.
 
-    The forms share a kind. Nothing waits for the GPU before the last case.
+    The forms share a kind; one that fails gives its exception, and the others go on. Nothing waits for the GPU before
+    the last case.
     """
-    kind, given, flags = of_kind[0].kind, [], []
+    kind, given, flags, failed = of_kind[0].kind, [], [], {}
     rows = max(scale.most(f.schedule) for f in of_kind)
     for number in range(-(-cases // DRAWS)):
         if time.monotonic() > until:
@@ -58,18 +61,26 @@ def compared(seed: int, of_kind: list[Form], cases: int, scale: Scale, device, u
         draw = Random(f"{seed} {kind} {number}")
         case = case_of(draw, kind, rows, scale, device)
         for form in of_kind * DRAWS:
-            tokens = tokens_of(draw, form, scale)
-            y = op.run_schedule(form.schedule, case.x[:tokens], case.weight, case.bias)
+            tokens = tokens_of(draw, form, scale)  # for one that failed too: the others' cases stay the same
+            if form.number in failed:
+                continue
+            try:
+                y = op.run_schedule(form.schedule, case.x[:tokens], case.weight, case.bias)
+            except Exception as error:  # noqa: BLE001 - one form's failure must not cost the others
+                failed[form.number] = error.with_traceback(None)  # which would hold the case
+                continue
             flags.append((bits.bits(y) != bits.bits(case.trusted[:tokens])).sum())
-            given.append((form.number, number, tokens))
+            given.append((form.number, number, tokens, case.weight.shape))
     differ = torch.stack(flags).tolist() if flags else []
     found = list(zip(given, differ, strict=True))
-    return [_tally(seed, form, rows, scale, device, [f for f in found if f[0][0] == form.number]) for form in of_kind]
+    return [failed[form.number] if form.number in failed else
+            _tally(seed, form, rows, scale, device, [f for f in found if f[0][0] == form.number]) for form in of_kind]
 
 
 def _tally(seed, form, rows, scale, device, found) -> Tally:
-    moved = [(count, *which[1:]) for which, count in found if count]
-    return Tally(len(found), len(moved), told(seed, form, rows, scale, device, *moved[0]) if moved else "")
+    moved = [(count, *which[1:3]) for which, count in found if count]
+    largest = max(((*weight, tokens) for (_, _, tokens, weight), _ in found), key=math.prod, default=(0, 0, 0))
+    return Tally(len(found), len(moved), told(seed, form, rows, scale, device, *moved[0]) if moved else "", largest)
 
 
 def told(seed: int, form: Form, rows: int, scale: Scale, device, count: int, number: int, tokens: int) -> str:
@@ -83,14 +94,15 @@ def told(seed: int, form: Form, rows: int, scale: Scale, device, count: int, num
 
 
 def row_of(seed: int, form: Form, tally: Tally) -> dict:
-    """The row of a form."""
-    kind, (n, k) = form.kind, form.kind.sizes[-1]
+    """The row of a form. Its source is that of the largest case: in lockstep a schedule refuses other token counts."""
+    kind, (n, k, tokens) = form.kind, tally.largest
     shape = Shape(N=n, K=k, bias=True) if kind.bias else Shape(N=n, K=k)
-    launched = provenance.launches(op, str(form.schedule), kind.dtype, str(shape), 300)
+    ran = n and k and tokens  # else nothing was launched
+    launched = provenance.launches(op, str(form.schedule), kind.dtype, shape, tokens) if ran else []
     return {"seed": seed, "form": form.number, "dtype": kind.dtype, "bias": kind.bias,
             "weights": f"N {_sizes(kind, 0)}, K {_sizes(kind, 1)}", "segments": "several" if kind.cut else "one",
-            "schedule": str(form.schedule), **tally._asdict(), "triton": runtime.triton.__version__,
-            "recorded_at": records.now(), "source": closure.of_launches(launched)}
+            "schedule": str(form.schedule), "cases": tally.cases, "differ": tally.differ, "first": tally.first,
+            "triton": runtime.triton.__version__, "recorded_at": records.now(), "source": closure.of_launches(launched)}
 
 
 def _sizes(kind: Kind, side: int) -> str:
@@ -132,11 +144,27 @@ def record(folder, a, scale: Scale, device) -> tuple[int, int, list[str]]:
         except Exception as error:  # noqa: BLE001 - one kind's failure must not cost the others
             wrong.append(f"{group[0].kind}: {type(error).__name__}: {str(error)[:200]}")
             continue
-        PRODUCTS.merge(folder, [row_of(a.seed, f, t) for f, t in zip(group, tallies, strict=True) if t.cases])
-        cases, differ = cases + sum(t.cases for t in tallies), differ + sum(t.differ for t in tallies)
-        wrong += [t.first for t in tallies if t.differ]
+        rows, bad = _rows(a.seed, group, tallies)
+        PRODUCTS.merge(folder, rows)
+        done = [t for t in tallies if isinstance(t, Tally)]
+        cases, differ = cases + sum(t.cases for t in done), differ + sum(t.differ for t in done)
+        wrong += [*bad, *(t.first for t in done if t.differ)]
         say(f"{i + 1} of {len(todo)} kinds: {cases:,} cases in {time.monotonic() - begun:.0f} s, {differ} differ")
     return cases, differ, wrong
+
+
+def _rows(seed: int, group: list[Form], tallies: list[Tally | Exception]) -> tuple[list[dict], list[str]]:
+    """The rows of these forms, and in words what is wrong with those that have none."""
+    rows, wrong = [], []
+    for form, tally in zip(group, tallies, strict=True):
+        try:
+            if isinstance(tally, Exception):
+                raise tally
+            if tally.cases:
+                rows.append(row_of(seed, form, tally))
+        except Exception as error:  # noqa: BLE001 - as in `compared`
+            wrong.append(f"{form.kind} {form.schedule}: {type(error).__name__}: {str(error)[:200]}")
+    return rows, wrong
 
 
 def _compiled(todo: list[list[Form]], workers, device) -> tuple[list[list[Form]], list[str]]:

@@ -91,7 +91,8 @@ def schedules(kind: Kind, scale: Scale, tma: bool) -> list[Schedule]:
     every = dict.fromkeys(replace(s, copy=copied and s.kind != "pointer") for s in found if tma or s.kind == "pointer")
     some = kind.sizes[::max(len(kind.sizes) // 3, 1)] + kind.sizes[-1:]
     return [s for s in every if least(s, kind) <= scale.most(s)
-            and all(suits(s, kind, n, k, scale.most(s)) for n, k in some)]
+            and all(suits(s, kind, n, k, tokens) for n, k in (kind.sizes if s.lockstep else some)
+                    for tokens in {least(s, kind) or scale.most(s), scale.most(s)})]
 
 
 def least(schedule: Schedule, kind: Kind) -> int:

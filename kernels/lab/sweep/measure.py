@@ -58,12 +58,12 @@ def sweep(wanted: Sweep, *, done: pd.DataFrame | None = None, stop: threading.Ev
 
     `done` are rows already recorded: points they cover with this code are skipped, unless `again` is wanted; a
     contender's bits are compared with those at the largest count it is recorded at. `stop`, once set, ends the sweep
-    after the contender that runs. `on_error(where, exception)` is called with each contender that fails,
-    `on_start(what)` with what is about to be measured, in words. Raises MemoryError, before anything is allocated,
-    for points that cannot fit.
+    after the contender that runs. `on_error(where, exception)` is called with each contender that fails, once and not
+    in every pass, `on_start(what)` with what is about to be measured, in words. Raises MemoryError, before anything is
+    allocated, for points that cannot fit.
     """
     samples: dict[tuple, bench.Timing] = {}
-    watch = _Watch(on_error or _print_error, on_start or (lambda what: None), stop or threading.Event())
+    watch = _Watch(_once(on_error or _print_error), on_start or (lambda what: None), stop or threading.Event())
     checker = Checker(wanted, done, watch.on_start)
     todo = to_measure(wanted, done)
     refuse_too_large(wanted, todo, largest_recorded(wanted, done))
@@ -90,6 +90,17 @@ def _largest(wanted, done) -> dict[tuple[str, str, str], int]:
     if done is None or not len(done):
         return {}
     return done[done.op == wanted.op.name].groupby(["implementation", "dtype", "shape"]).tokens.max().to_dict()
+
+
+def _once(tell: Callable[[str, Exception], None]) -> Callable[[str, Exception], None]:
+    """`tell`, but not again of the same kind of error at the same place."""
+    told = set()
+
+    def call(where, error):
+        if (where, type(error)) not in told:
+            told.add((where, type(error)))
+            tell(where, error)
+    return call
 
 
 def _print_error(where, error):

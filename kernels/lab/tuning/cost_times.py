@@ -11,7 +11,6 @@ A point that is in the file is not timed again, but for tiles that the design go
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -132,8 +131,6 @@ def measure(folder, points: dict, seconds: float, repeats: int = 5, progress: Ca
     """Time points until `seconds` have passed, into COST_TIMES, weight by weight; how many rows there are now."""
     deadline = time.monotonic() + seconds
     todo = wanting(points, COST_TIMES.read(folder))
-    gc.collect()
-    gc.freeze()  # the capture of a graph collects garbage, and modules are none
     for (dtype, n, k), group in groupby(todo, lambda point: point[:3]):
         weights = cache(partial(_weight, dtype, n, k))
         rows, begun = [], time.monotonic()

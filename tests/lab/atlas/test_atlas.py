@@ -4,6 +4,8 @@ import importlib
 import itertools
 import json
 import re
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -151,6 +153,35 @@ def test_a_graph_replays_the_bits_of_the_eager_call_and_a_host_call_is_no_part_o
     assert atlas.test("mm", "bfloat16", "threads")["verdict"] == "not applicable"
     assert verdict(lambda x: x + next(calls), "graph") == "varies"
     assert verdict(lambda x: x * x.sum().item(), "graph").startswith("not here: cannot be captured")
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_capture_leaves_the_callers_stream_the_current_one(fails, monkeypatch):
+    """On a GPU that is played: a capture that ends with an error leaves its own stream, as with torch."""
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    @contextmanager
+    def capture(graph, capture_error_mode):
+        now[0] = Stream()
+        yield
+        now[0] = callers
+
+    def call(x):
+        if fails and now[0] is not callers:
+            raise RuntimeError("not while a stream is captured\nand more")
+        return x
+
+    callers = Stream()
+    now = [callers]
+    for name, value in {"Stream": Stream, "stream": nullcontext, "CUDAGraph": object, "graph": capture,
+                        "current_stream": lambda: now[0], "set_stream": partial(now.__setitem__, 0)}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    with pytest.raises(runtime.Unavailable, match="^cannot be captured: not while a stream is captured$") \
+            if fails else nullcontext():
+        assert properties._captured(call, (3,))[0] == 3
+    assert now == [callers]
 
 
 def test_a_difference_seen_once_is_not_recorded_as_a_finding():

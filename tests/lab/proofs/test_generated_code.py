@@ -1,13 +1,16 @@
 """The code the compiler makes of each schedule: the additions that the order asks for, and nothing fused."""
+from dataclasses import replace
 from math import ceil, log2
 
 import pytest
 from compiling import compile_ahead
 
-from kernels import runtime
+from kernels import OPS, runtime
 from kernels.arithmetic.sums import CHUNK, tree_width
-from kernels.lab.proofs.generated_code import TARGETS, Job, jobs
+from kernels.lab import provenance
+from kernels.lab.proofs.generated_code import TARGETS, TOKENS, Job, jobs
 from kernels.op import DTYPES, Shape
+from kernels.ops.matmul.schedule import Schedule
 from kernels.ops.rms_norm import rms_norm
 
 pytestmark = pytest.mark.skipif(not runtime.HAS_TRITON, reason="compiling ahead of time needs Triton")
@@ -52,6 +55,18 @@ def expected_additions(job):
     columns = (chunks if schedule.streaming else chunks - 1) * held  # a loop starts from zeros
     tree = groups * (together - 1) + groups * 5 + int(log2(warps_in_row)) + rows * (repeats - 1)
     return residual + columns, tree + rows  # and one addition of eps a row
+
+
+def test_a_product_in_lockstep_is_compiled_for_a_token_count_that_it_takes(monkeypatch):
+    """An H200 chooses such schedules for many tokens; two rows of programs would lack chains at 300."""
+    found = [Schedule.parse(f"hopper 192x192x64 warps=12 stages=4 group=8 persistent store stream{way}")
+             for way in ("", " lockstep")]
+    monkeypatch.setitem(OPS, "matmul", replace(OPS["matmul"], schedules=lambda shape, dtype: found))
+    plain, locked = jobs("matmul", "N=7168,K=8192", "bfloat16", targets=(90,))
+    assert plain.tokens == TOKENS < locked.tokens == 132 * 192
+    for job in (plain, locked):
+        assert provenance.launches(OPS[job.op], job.schedule, job.dtype, job.shape, job.tokens)
+    assert jobs("matmul", "N=7168,K=8192", "bfloat16", targets=(90,), tokens=400)[1].tokens == 400
 
 
 def names(codes):

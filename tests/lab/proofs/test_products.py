@@ -7,13 +7,16 @@ import pytest
 import torch
 
 from kernels import runtime
+from kernels.lab import closure
 from kernels.lab.proofs import products
 from kernels.lab.proofs import products_drawn as drawn
 from kernels.lab.proofs.certificates import TRUSTED, rows_of
 from kernels.lab.proofs.products_drawn import Form, Kind, Scale
-from kernels.op import Op
+from kernels.op import DTYPES, Op
 from kernels.ops.matmul.order import order
+from kernels.ops.matmul.product import Product, product_of
 from kernels.ops.matmul.schedule import Schedule
+from kernels.ops.matmul.steps import steps
 
 needs_interpreter = pytest.mark.skipif(bool(runtime.WHY_NOT) or runtime.HAS_GPU,
                                        reason=runtime.WHY_NOT or "runs Triton's interpreter")
@@ -62,7 +65,25 @@ def test_tokens_are_none_one_and_edges_of_tiles():
     locked, wide = replace(streams, lockstep=True), Kind("bfloat16", True, ((2049, 64), (2561, 64)))
     counts = [drawn.tokens_of(draw, Form(0, wide, locked), drawn.ON_GPU) for _ in range(500)]
     few = rows_of(locked, 2049)
+    assert not drawn.suits(locked, wide, 2049, 64, 300)
     assert few in counts and min(counts) == few and 3400 >= max(counts) > 3000 and len(set(counts)) > 100
+
+
+@pytest.mark.skipif(not runtime.HAS_TRITON, reason="kernels say what they can carry out")
+def test_a_form_in_lockstep_is_drawn_only_where_it_is_carried_out(monkeypatch):
+    """At every weight and token count that can be drawn, on a GPU of 132 multiprocessors or fewer."""
+    kinds = [drawn.kind_of(Random(i), drawn.ON_GPU) for i in range(40)]
+    every = [Form(0, kind, s) for kind in kinds if not kind.cut and min(kind.sizes)[0] >= 2048
+             for s in drawn.schedules(kind, drawn.ON_GPU, tma=True) if s.lockstep]
+    assert len({f.kind for f in every}) > 2 and len({f.schedule for f in every}) > 10
+    for i, (kind, schedule) in enumerate(f[1:] for f in every):
+        counts = {drawn.tokens_of(Random(j), every[i], drawn.ON_GPU) for j in range(5)}
+        for n, k in {kind.sizes[0], kind.sizes[-1]}:
+            p = Product(0, n, k, DTYPES[kind.dtype], (k, 1), (k, 1), order(n, k), kind.bias)
+            for count in counts | {drawn.least(schedule, kind), 3400}:
+                assert all(steps(schedule, replace(p, m=count, multiprocessors=sms)) for sms in (132, 128, 114))
+    monkeypatch.setattr(drawn, "rows_of", lambda schedule, n: 1)  # at which none has a chain for every program
+    assert not any(s.lockstep for s in drawn.schedules(every[0].kind, drawn.ON_GPU, tma=True))
 
 
 # what is compared
@@ -71,7 +92,7 @@ def test_tokens_are_none_one_and_edges_of_tiles():
 @needs_interpreter
 def test_a_schedule_that_keeps_its_bits_differs_nowhere():
     tally, = products.compared(0, [Form(0, KIND, GOOD)], 6, SMALL, CPU)
-    assert tally == (6, 0, "")
+    assert tally[:3] == (6, 0, "")
 
 
 @needs_interpreter
@@ -87,7 +108,7 @@ def test_one_bit_is_counted_and_told(monkeypatch):
 
     monkeypatch.setattr(Op, "run_schedule", off)
     good, wrong = products.compared(0, [Form(3, KIND, GOOD), Form(4, KIND, bad)], 8, SMALL, CPU)
-    assert good == (8, 0, "") and wrong.cases == 8 and 0 < wrong.differ <= 8
+    assert good[:3] == (8, 0, "") and wrong.cases == 8 and 0 < wrong.differ <= 8
     assert re.fullmatch(rf"N=\d+,K=\d+,bias=True,bfloat16 \w+ case \d+ tokens=\d {re.escape(str(bad))}: 1 elements; "
                         r"row \d, column \d+: \S+ for \S+", wrong.first), wrong.first
 
@@ -104,7 +125,7 @@ def test_there_are_rows_of_no_numbers(monkeypatch):
     monkeypatch.setattr(drawn, "EMPTY", 1.0)
     shapes = {drawn.case_of(Random(i), KIND, 5, SMALL, CPU).weight.shape for i in range(20)}
     assert {0 in shape for shape in shapes} == {True} and len({shape.index(0) for shape in shapes}) == 2
-    assert products.compared(0, [Form(0, KIND, GOOD)], 4, SMALL, CPU)[0] == (4, 0, "")
+    assert products.compared(0, [Form(0, KIND, GOOD)], 4, SMALL, CPU)[0][:3] == (4, 0, "")
 
 
 # the command
@@ -157,6 +178,77 @@ def test_a_kind_that_fails_costs_no_other(few, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Op, "run_schedule", fails)
     assert products.main(few) == 1 and "RuntimeError: out of registers" in capsys.readouterr().out
     assert products.PRODUCTS.read(tmp_path / "here").form.tolist() == [1]
+
+
+@needs_interpreter
+def test_a_form_that_fails_costs_no_other_of_its_kind(few, tmp_path, monkeypatch, capsys):
+    """It fails at its third case; the other's cases are those that it has beside a form that does not fail."""
+    real, bad, ran = Op.run_schedule, Schedule("pointer", 32, 16, 32, 1, 2), []
+    monkeypatch.setattr(products, "forms", lambda *given: [Form(0, KIND, bad), Form(1, KIND, GOOD)])
+
+    def fails(op, schedule, x, weight, *rest):
+        if schedule != TRUSTED:
+            ran.append((schedule, *x.shape, *weight.shape))
+        if schedule == bad and fail and sum(s == bad for s, *_ in ran) > 2:
+            raise RuntimeError("out of registers")
+        return real(op, schedule, x, weight, *rest)
+
+    monkeypatch.setattr(Op, "run_schedule", fails)
+    fail = False
+    products.compared(0, products.forms(), 8, SMALL, CPU)
+    whole, fail = [given for given in ran if given[0] == GOOD], True
+    ran.clear()
+    assert products.main([*few, "--cases", "16"]) == 1
+    assert [given for given in ran if given[0] == GOOD] == whole and len(whole) == 8
+    assert f"{bad}: RuntimeError: out of registers" in (said := capsys.readouterr().out) and "0 of 8 cases" in said
+    assert products.PRODUCTS.read(tmp_path / "here").form.tolist() == [1]
+
+
+LOCKED = Schedule("hopper", 128, 256, 64, warps=8, stages=3, persistent=True, store=True, stream=True, lockstep=True)
+
+
+@pytest.mark.skipif(not runtime.HAS_TRITON or runtime.HAS_GPU, reason="kernels say what they can carry out")
+@pytest.mark.parametrize("sms", [132, 128])
+def test_the_row_of_a_form_in_lockstep_is_of_the_code_that_ran(few, tmp_path, monkeypatch, capsys, sms):
+    """A GPU is played, whose products are zeros; like a GPU it refuses what it cannot carry out."""
+    kind, ran = Kind("bfloat16", False, ((2049, 64), (2561, 64))), {}
+
+    def run(op, schedule, x, weight, bias):
+        if x.numel() and weight.numel():
+            assert steps(schedule, product_of(x, weight, bias, None, sms))
+            ran.setdefault(schedule, []).append((len(x) * weight.numel(), len(x), *weight.shape))
+        return torch.zeros(len(x), len(weight), dtype=x.dtype)
+
+    def case(draw, kind, rows, *_):
+        n, k = draw.choice(kind.sizes)
+        x, weight = torch.zeros(rows, k, dtype=torch.bfloat16), torch.zeros(n, k, dtype=torch.bfloat16)
+        return drawn.Case("", x, weight, None, torch.zeros(rows, n, dtype=torch.bfloat16))
+
+    monkeypatch.setattr(Op, "run_schedule", run)
+    monkeypatch.setattr(products, "case_of", case)
+    monkeypatch.setattr(products, "ON_CPU", drawn.ON_GPU)
+    monkeypatch.setattr(products, "forms", lambda *given: [Form(0, kind, LOCKED), Form(1, kind, GOOD)])
+    assert products.main(few) == 0 and "0 of 8 cases differ" in capsys.readouterr().out
+    rows = products.PRODUCTS.read(tmp_path / "here").set_index("schedule")
+    assert rows.cases.tolist() == [4, 4] and min(m for _, m, *_ in ran[LOCKED]) > 300
+    for schedule, found in ran.items():
+        _, m, n, k = max(found)
+        step = steps(schedule, Product(m, n, k, torch.bfloat16, (k, 1), (k, 1), order(n, k), False))
+        assert rows.source[str(schedule)] == closure.of_launches(step), "the largest case of its own"
+
+
+@needs_interpreter
+def test_a_row_that_cannot_be_written_costs_no_other(few, tmp_path, monkeypatch, capsys):
+    real = products.row_of
+    monkeypatch.setattr(products, "row_of", lambda seed, form, tally: real(seed, form, tally) if form.number else {}[0])
+    assert products.main(few) == 1 and f"{GOOD}: KeyError: 0" in capsys.readouterr().out
+    assert products.PRODUCTS.read(tmp_path / "here").form.tolist() == [1]
+
+
+@pytest.mark.skipif(not runtime.HAS_TRITON, reason="a row names the version of Triton")
+def test_a_form_whose_cases_were_all_empty_launched_nothing():
+    row = products.row_of(0, Form(0, KIND, LOCKED), products.Tally(4, 0, "", (0, 20, 5)))
+    assert row["source"] == closure.of_launches([]) and row["cases"] == 4
 
 
 def test_what_does_not_compile_is_told_and_left_out(monkeypatch):

@@ -105,6 +105,27 @@ def test_bits_are_compared_within_a_shape_and_dtype(measured, monkeypatch):
             for point in product(NAMES, shapes, TOKENS)}
 
 
+def test_a_contender_that_refuses_a_point_is_told_once_and_not_in_every_pass(measured, monkeypatch):
+    """Of each point, of each clock, and of another kind of error."""
+    def refuses(x, weight, residual=None):
+        calls.append(len(x))
+        raise TypeError("no") if len(calls) == 2 * len(TOKENS) * 4 else RuntimeError("not " + "again" * len(calls))
+
+    calls, told, given = [], [], wanted(replace(OP, extras={"refuses": refuses}), implementations=("refuses", "python"),
+                                        passes=3)
+    rows = [r for point in sweep.sweep(given, on_error=lambda *of: told.append(of), progress=False) for r in point]
+    assert {r["implementation"] for r in rows} == {"python"} and len(calls) == 3 * len(EVERY)
+    places = [f"refuses at {tokens} tokens, {shape}, {dtype}" for dtype, shape, tokens in EVERY]
+    assert [where for where, _ in told] == [*places, places[-1]] and isinstance(told[-1][1], TypeError)
+
+    told.clear()
+    timed = bench.measure
+    monkeypatch.setattr(bench, "measure", lambda *given, **options: timed(*given, **options) | {"cuda": KeyError("no")})
+    list(sweep.sweep(wanted(passes=3), on_error=lambda where, error: told.append(where), progress=False))
+    assert told == [f"cuda at {tokens} tokens, {shape}, {dtype}, {clock}" for dtype, shape, tokens in EVERY
+                    for clock in CLOCKS]
+
+
 # resumed
 
 
