@@ -1,6 +1,7 @@
 """Find the fastest schedules of the matrix product on this GPU, prove their bits, and keep them.
 
     python -m kernels tune --shape 4096,4096 28672,4096 --tokens 1 16 64 256 1024 4096
+    python -m kernels tune --best 24    what the model of time expects to be fastest, in place of lists of candidates
     python -m kernels tune --gpus 8 --shape 4096,4096 4096,14336    the order that up to eight GPUs can share
 
 Candidates of all shapes are compiled and compared with a trusted schedule (proofs/certificates.py): one that does
@@ -25,9 +26,12 @@ from filelock import FileLock
 
 from ... import bits, runtime, tables
 from ...op import DTYPES, Shape, dtype_name
+from ...ops.matmul import cost
+from ...ops.matmul.choice import choose
 from ...ops.matmul.op import matmul as op
 from ...ops.matmul.order import shared_order
 from ...ops.matmul.schedule import Schedule
+from ...ops.matmul.ways import Form
 from .. import bench, records
 from ..proofs.certificates import CERTIFICATES, SECTIONS, TRUSTED, certificates, check_trusted, prove_all, stand_in
 from .candidates import candidates
@@ -35,6 +39,17 @@ from .shared_candidates import shared_candidates
 
 TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 FEW, NEARLY = 64, 1.03  # up to FEW tokens, a schedule with pointers may take NEARLY times as long as the fastest
+
+
+def expected(n: int, k: int, tokens: int, dtype: torch.dtype, index: int, most: int) -> list[Schedule]:
+    """The `most` schedules that the model expects to be fastest on GPU `index`, and the one that is chosen today.
+
+    Raises ValueError where this GPU has no such model.
+    """
+    found = cost.best(Form.of(n, k, tokens, dtype), most, index)
+    if not found:
+        raise ValueError("there is no model of time for this GPU: python -m kernels.lab.tuning.cost_fit, or no --best")
+    return list(dict.fromkeys([*found, next(choose("matmul", Shape(N=n, K=k), dtype, tokens, index))]))
 
 
 # timing
@@ -182,11 +197,17 @@ def main(argv=None) -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--gpus", type=int, choices=sorted(SECTIONS.values()), default=1,
                         help="the most GPUs that may ever share the order (default: 1)")
+    parser.add_argument("--best", type=int, help="time so many that the model of time expects to be fastest, and those "
+                        "chosen today, in place of the lists of candidates")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     parser.add_argument("--workers", type=int)
     parser.add_argument("--out", default=records.DATA, help="the data folder")
     parser.add_argument("--machine", help="the folder's name under it (default: from the device)")
     a = parser.parse_args(argv)
+    if a.best is not None and (a.best < 1 or a.gpus > 1):
+        print("error: --best takes a number from 1, and the model of time knows the order of one GPU alone",
+              file=sys.stderr)
+        return 1
     if not runtime.HAS_GPU:
         print("error: schedules are tuned on a CUDA GPU, and there is none here", file=sys.stderr)
         return 1
@@ -203,8 +224,10 @@ def main(argv=None) -> int:
 def _tune_all(a, shapes, folder):
     dtype, device = DTYPES[a.dtype], runtime.device()
     tma, section = runtime.has_pdl(device.index), next(name for name, gpus in SECTIONS.items() if gpus == a.gpus)
-    found = candidates if a.gpus == 1 else shared_candidates
-    points = {(n, k, count): found(n, k, count, dtype, tma) for n, k in shapes for count in sorted(set(a.tokens))}
+    found = partial(candidates if a.gpus == 1 else shared_candidates, tma=tma)
+    if a.best:
+        found = partial(expected, index=device.index, most=a.best)
+    points = {(n, k, count): found(n, k, count, dtype) for n, k in shapes for count in sorted(set(a.tokens))}
     good = proved(points, dtype, a.workers, gpus=a.gpus)
     for n, k in shapes:
         chosen = tune(n, k, dtype, points, good, gpus=a.gpus)

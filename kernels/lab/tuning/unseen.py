@@ -10,7 +10,6 @@ sweeps over all points. Points that are in the file, recorded by this code, are 
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 import time
 from collections.abc import Iterator
@@ -77,6 +76,7 @@ def main(argv=None) -> int:
     parser.add_argument("--dtypes", nargs="+", choices=("float16", "bfloat16"), default=["float16", "bfloat16"])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), help="only these models' weights")
     parser.add_argument("--workers", type=int, help="processes that compile")
+    parser.add_argument("--again", action="store_true", help="time points that are recorded already: after a new fit")
     parser.add_argument("--say", action="store_true", help="measure nothing, and say what is recorded")
     parser.add_argument("--out", default=records.DATA, help="the data folder")
     parser.add_argument("--machine", help="the folder's name under it (default: from the device)")
@@ -90,16 +90,19 @@ def main(argv=None) -> int:
     return _record(a, records.open_machine(a.out, a.machine), runtime.device())
 
 
+def _wanted(a, names, folder) -> list[Point]:
+    shapes = {str(Shape(N=n, K=k)) for model in a.models or MODELS for n, k in MODELS[model]}
+    every = [p for p in points(a.dtypes) if p[1] in shapes]
+    return every if a.again else left(every, names, folder, a.repeats)
+
+
 def _record(a, folder, device) -> int:
     say, begun = partial(print, flush=True), time.monotonic()
     names = ("cuda", "triton", "frozen", *["online"] * a.online)
-    shapes = {str(Shape(N=n, K=k)) for model in a.models or MODELS for n, k in MODELS[model]}
-    todo = left([p for p in points(a.dtypes) if p[1] in shapes], names, folder, a.repeats)
+    todo = _wanted(a, names, folder)
     wrong = prepare(todo, device, 4 if a.online else 1, a.workers, say) if todo else []
     for point, schedule in wrong:
         say(f"  did not run, or moved a bit: {point} {schedule}")
-    gc.collect()
-    gc.freeze()  # the capture of a graph collects garbage, and modules are none
     say(f"{len(todo)} points to time, ready after {time.monotonic() - begun:.0f} s")
     done = Measuring(folder, todo, names, a.repeats, device).run(a.seconds, say) if todo else True
     records.note_machine(folder, UNSEEN.file)

@@ -16,6 +16,7 @@ from kernels.lab.tuning.candidates import candidates
 from kernels.lab.tuning.shared_candidates import shared_candidates
 from kernels.lab.tuning.tune import best_schedule, fastest, store
 from kernels.op import Op
+from kernels.ops.matmul import choice, cost, schedule
 from kernels.ops.matmul.order import order, shared_order
 from kernels.ops.matmul.schedule import Schedule
 
@@ -129,7 +130,37 @@ def test_an_interrupted_write_leaves_the_old_table(tmp_path, monkeypatch):
     assert path.read_bytes() == before and not list(tmp_path.glob("*.tmp"))
 
 
+# what the model of time expects
+
+
+def test_the_models_best_are_tried_beside_what_is_chosen_today(monkeypatch):
+    monkeypatch.setattr(tables, "slug", lambda index: "h200")
+    for module in (schedule, choice):
+        monkeypatch.setattr(module, "gpu", lambda index: ((9, 0), 132))
+    cost.quantities.cache_clear()
+    try:
+        few, more = (tune.expected(6144, 4096, 256, torch.bfloat16, 0, most) for most in (4, 12))
+        today = next(choice.choose("matmul", "N=6144,K=4096", torch.bfloat16, 256, 0))
+        monkeypatch.setattr(tune, "choose", lambda *asked: iter([TRUSTED, today]))  # which no model expects
+        other = tune.expected(6144, 4096, 256, torch.bfloat16, 0, 4)
+    finally:
+        cost.quantities.cache_clear()
+    assert more[:4] == few[:4] and len(set(more)) == len(more) in (12, 13)
+    assert today in few and today in more and other == [*more[:4], TRUSTED]
+
+
+def test_without_a_model_of_time_its_best_are_refused():
+    with pytest.raises(ValueError, match="no model of time for this GPU"):
+        tune.expected(6144, 4096, 256, torch.bfloat16, -1, 4)
+
+
 # the command
+
+
+@pytest.mark.parametrize("words", [["--best", "0"], ["--best", "8", "--gpus", "8"]])
+def test_the_models_best_need_a_number_and_the_order_of_one_gpu(words, capsys):
+    assert tune.main(["--shape", "64,64", *words]) == 1
+    assert "--best takes a number from 1" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(runtime.HAS_GPU, reason="without a GPU")

@@ -1,4 +1,5 @@
 """Unseen weights: in no table and in no fit; timed in sweeps, with what tuning keeps; told in words."""
+from argparse import Namespace
 from itertools import pairwise
 
 import numpy as np
@@ -69,6 +70,17 @@ def test_rows_are_those_of_a_token_sweep(measured):
     assert ours.groupby(["shape", "tokens"]).digest.nunique().max() == 1  # tuning changes no bit
     assert not learned.LEARNED  # and what it learned is not told to `triton`
     assert unseen.left(SMALL, NAMES, folder, 1) == SMALL[2:] and unseen.left(SMALL, NAMES, folder, 2) == SMALL
+
+
+@needs_triton
+@pytest.mark.parametrize("again, timed", [(False, SMALL[2:]), (True, SMALL)])
+def test_points_that_are_recorded_are_timed_again_if_wanted(again, timed, measured, monkeypatch):
+    other = ("bfloat16", "N=28,K=32", 3)
+    monkeypatch.setattr(unseen, "points", lambda dtypes: [*SMALL, other])
+    monkeypatch.setattr(unseen, "MODELS", {name: [tuple(Shape.parse(p[1]).values()) for p in found]
+                                           for name, found in (("small", SMALL), ("other", [other]))})
+    a = Namespace(models=["small"], dtypes=["bfloat16"], again=again, repeats=1)
+    assert unseen._wanted(a, NAMES, measured[0]) == timed
 
 
 @needs_triton
