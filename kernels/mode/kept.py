@@ -202,20 +202,23 @@ def _efficient(query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, 
         query, key, _attention(query, key, value, is_causal, scale, compute_log_sumexp))
 
 
+def _unused(x: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """Each a tensor of its own: torch.compile refuses results that share memory."""
+    return [nothing(x, torch.int64) for _ in range(count)]
+
+
 def as_flash(query, key, found):
     """(y, the logarithms of its sums) as the ops of flash and cuDNN return them; None or NotImplemented as it is."""
     if found is None or found is NotImplemented:
         return found
-    none = nothing(query, torch.int64)
-    return *found, None, None, query.shape[2], key.shape[2], none, none, none
+    return *found, None, None, query.shape[2], key.shape[2], *_unused(query, 3)
 
 
 def as_efficient(query, key, found):
     """(y, the logarithms of its sums) as the memory-efficient op returns them; None or NotImplemented as it is."""
     if found is None or found is NotImplemented:
         return found
-    none = nothing(query, torch.int64)
-    return *found, none, none
+    return *found, *_unused(query, 2)
 
 
 def short(name: str, op) -> Callable:

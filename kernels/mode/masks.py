@@ -87,18 +87,28 @@ def without_mask(batch: int, queries: int, keys: int, causal: bool, device: torc
 
 # what torch 2.10, for one, writes for False in a boolean mask before it calls cuDNN; rounded, in bfloat16, to -65536
 FOR_CUDNN = -65504.0
-_LAST: dict[str, tuple] = {}  # the last mask that was read: layers share it
+_LAST: dict[str, tuple] = {}  # the last mask that was read: layers share it, or each gets one like it
+COPIED = 1 << 22  # numbers of a mask that is kept, to be compared with the next one
 
 
 def of_mask(mask: torch.Tensor, batch: int, queries: int, keys: int, device: torch.device) -> Seen:
     """What a mask says. Raises Unsupported for one that is not of the kind above."""
     version = None if mask.is_inference() else mask._version
-    known = _LAST.get("mask")
-    if known and version is not None and known[0]() is mask and known[1:4] == (version, batch, (queries, keys)):
-        return known[4]
-    seen = _read(mask, batch, queries, keys, device)
-    _LAST["mask"] = (weakref.ref(mask), version, batch, (queries, keys), seen)
+    known, sizes = _LAST.get("mask"), (batch, queries, keys, device)
+    if known and known[3] == sizes:
+        if version is not None and known[0]() is mask and known[1] == version:
+            return known[4]
+        if _alike(known[2], mask):  # PyTorch makes each layer a mask of its own, of the one that it was given
+            return known[4]
+    seen = _read(mask, *sizes)
+    copy = mask.detach().clone() if mask.numel() <= COPIED else None
+    _LAST["mask"] = (weakref.ref(mask), version, copy, sizes, seen)
     return seen
+
+
+def _alike(copy: torch.Tensor | None, mask: torch.Tensor) -> bool:
+    """Whether a mask has the numbers of the last one: one wait for the GPU, where reading it takes many."""
+    return copy is not None and (copy.dtype, copy.device) == (mask.dtype, mask.device) and torch.equal(copy, mask)
 
 
 def _read(mask, batch, queries, keys, device) -> Seen:

@@ -31,6 +31,15 @@ X, MAT, BIAS = portable(6, 40), portable(24, 40, seed=1).t(), portable(1, 24, se
 PRODUCT = matmul.python(X, MAT.t())
 
 
+def test_no_two_results_share_memory():
+    """torch.compile refuses such results of an op."""
+    q = torch.zeros(1, 2, 3, 4)
+    for make in (kept.as_flash, kept.as_efficient):
+        tensors = [t for t in make(q, q, (q, q[..., 0].clone())) if isinstance(t, torch.Tensor)]
+        storages = {t.untyped_storage()._cdata for t in tensors}
+        assert len(tensors) > 3 and len(storages) == len(tensors)
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """Makes tensors say that they are on GPU 0. -> the calls of products' plans, as (weight, bias)."""

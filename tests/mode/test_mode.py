@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import bits, runtime
 from kernels.bits import portable, same_bits
-from kernels.mode import MovesBits, Refused, active, batch_invariant
+from kernels.mode import MovesBits, Refused, active, batch_invariant, masks
 from kernels.mode import attention as attention_rules
 from kernels.mode import switch as switch_module
 from kernels.mode.refused import KNOWN
@@ -304,6 +304,30 @@ def test_another_mask_of_the_same_shape_is_read_anew():
             z = F.scaled_dot_product_attention(Q, Q, Q, attn_mask=mask)
         assert (y[1, :, hidden - 1] == 0).all() and not (z[1, :, hidden - 1] == 0).all()
         assert same_bits(y[0], z[0])
+
+
+def test_a_mask_like_the_last_one_is_not_read_again(monkeypatch):
+    read = []
+    monkeypatch.setattr(masks, "_read", lambda mask, *sizes: read.append(mask.clone()) or object())
+    monkeypatch.setattr(masks, "_LAST", {})
+    mask = torch.ones(2, 1, 3, 4, dtype=torch.bool, device=DEVICE).tril()
+
+    def seen(given, batch=2):
+        return masks.of_mask(given, batch, 3, 4, DEVICE)
+    first = seen(mask)
+    assert seen(mask) is seen(mask.clone()) is seen(mask) is first and len(read) == 1
+    mask[1, :, :, 0] = False  # what is kept is a copy
+    other = seen(mask)
+    assert other is not first and len(read) == 2 and torch.equal(read[1], mask)
+    assert seen(mask, batch=1) is not other and seen(mask.float()) is not seen(mask[:, :, :, :3]) and len(read) == 5
+
+
+def test_a_large_mask_is_not_kept(monkeypatch):
+    monkeypatch.setattr(masks, "COPIED", 11)
+    monkeypatch.setattr(masks, "_LAST", {})
+    for shape, kept in (((1, 1, 3, 4), False), ((1, 1, 2, 4), True)):
+        masks.of_mask(torch.ones(shape, dtype=torch.bool, device=DEVICE), 1, *shape[2:], DEVICE)
+        assert (masks._LAST["mask"][2] is not None) == kept
 
 
 def test_queries_that_see_nothing_give_zeros():
