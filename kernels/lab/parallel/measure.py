@@ -139,7 +139,10 @@ def _graph(forward) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         forward()
-    return graph.replay
+
+    def replay(_held=forward):  # whose tensors the graph reads and writes
+        graph.replay()
+    return replay
 
 
 def _wall(run, model: Sharded) -> float:

@@ -1,6 +1,9 @@
 """The record of a model on several ranks: its chart, figure and widget; what is recorded here; older rows of a sum."""
+import gc
 import json
 import types
+import weakref
+from contextlib import nullcontext
 
 import matplotlib.colors
 import pandas as pd
@@ -10,7 +13,7 @@ import torch
 from figures import tensor_parallel
 from figures.page import PAGES
 from kernels.lab import older, records, style
-from kernels.lab.parallel import chart, sums
+from kernels.lab.parallel import chart, measure, sums
 from kernels.lab.parallel.measure import TENSOR_PARALLEL, Point, points, prompt_of
 from kernels.lab.parallel.widget import GpuChart
 from kernels.lab.proofs import model as proof
@@ -105,9 +108,11 @@ def test_without_a_record_the_widget_says_how_to_make_one(tmp_path):
 
 @pytest.mark.parametrize("machine", records.machines(TENSOR_PARALLEL.file))
 def test_the_recorded_digests_are_one_for_the_invariant_ops(machine):
+    """Every point of the byte model is there on several numbers of GPUs, and some point of any other model."""
     rows = chart.recorded(machine)
     ours = rows[rows.ops == "invariant"].groupby(["model", "phase", "batch", "context"])
-    assert rows.gpus.nunique() > 1 and (ours.logit_digest.nunique() == 1).all() and (ours.gpus.nunique() > 1).all()
+    several = ours.gpus.nunique() > 1
+    assert (ours.logit_digest.nunique() == 1).all() and several["byte"].all() and several.groupby("model").any().all()
     recorded = proof.recorded("cpu", GOLDEN).query("shared == 8 and form == 'window' and tokens == 64 and "
                                                    "part == 'logits'").digest.iloc[0]
     byte = rows.query("model == 'byte' and ops == 'invariant' and phase == 'prefill' and context == 64")
@@ -131,3 +136,24 @@ def test_rows_of_a_sum_are_older_by_the_code_of_all_reduce():
         "clock": "graph", "schedule": "one_shot block=512 warps=4"}
     rows = pd.DataFrame([{**made, "source": source} for source in (sums.source(), "0123456789ab")])
     assert older.mark(rows).older.tolist() == [False, True]
+
+
+@pytest.mark.parametrize("captured", [
+    lambda tensor: measure._graph(lambda: tensor.add_(1)),
+    lambda tensor: sums._run(lambda part, *_: part, tensor, torch.float32, types.SimpleNamespace(
+        device=torch.device("cuda"), group=None))[0]], ids=["forward", "sum"])
+def test_a_graph_holds_what_it_reads(captured, monkeypatch):
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {"Stream": lambda: stream, "current_stream": lambda: stream, "synchronize": lambda: None,
+                        "stream": lambda side: nullcontext(), "graph": lambda graph: nullcontext(),
+                        "CUDAGraph": lambda: types.SimpleNamespace(replay=lambda: None)}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    tensor = torch.zeros(3)
+    alive, replay = weakref.ref(tensor), captured(tensor)
+    del tensor
+    gc.collect()
+    replay()
+    assert alive() is not None
+    del replay
+    gc.collect()
+    assert alive() is None

@@ -213,6 +213,26 @@ def test_an_engine_is_warm_before_it_serves(monkeypatch):
     assert warm == [0]
 
 
+def test_steps_are_timed_of_an_engine_that_is_warm(monkeypatch):
+    def timed(step):
+        step()
+        did.append([len(request.tokens) for request in engines[0].scheduler.running])
+        return 1.0
+
+    def step(engine):
+        served.append([len(request.tokens) for request in engine.scheduler.running])
+        return step_as_ever(engine)
+
+    did, served, engines, step_as_ever = [], [], [], explore.Engine.step
+    monkeypatch.setattr(explore.Engine, "warm_up", lambda engine: engines.append(engine) or did.append(engine.tokens))
+    monkeypatch.setattr(explore.Engine, "step", step)
+    monkeypatch.setattr(explore, "_timed", timed)
+    assert explore._step_ms(Mix(2, 0.5, 4, 2, count=12), "default", steps=3) == 1.0
+    assert did[0] == 0 and len(did) == 1 + explore.WARM + 3
+    assert served[: len(served) // 2] == served[len(served) // 2:]  # it met each length before
+    assert not engines[0].scheduler.requests
+
+
 def test_the_command_records_predicted_beside_measured(tmp_path):
     asked = ["--batch", "2", "--tokens", "6", "--shares", "0", "1", "--windows", "4", "--groups", "2", "--out",
              str(tmp_path), "--machine", "here"]
