@@ -132,6 +132,31 @@ def medians(rows: pd.DataFrame) -> str:
     return f"medians of {rows.repeats.min():g} to {rows.repeats.max():g} samples"
 
 
+def other_runs(rows: pd.DataFrame, beside: str = "cuda") -> str:
+    """Whose rows were recorded over half a day apart from the default's at the same point, and at which token counts;
+    '' if none were. A ratio of such rows is of two runs.
+    """
+    import pandas as pd
+
+    at = rows.assign(at=pd.to_datetime(rows.recorded_at, errors="coerce", utc=True, format="ISO8601"))
+    at = at.pivot_table(index=["shape", "tokens"], columns="implementation", values="at", aggfunc="max")
+    if beside not in at:
+        return ""
+    found: dict[str, list[str]] = {}
+    for name in at.columns.drop(beside):
+        apart = (at[name] - at[beside]).abs() > pd.Timedelta(hours=12)
+        tokens = sorted(apart[apart].index.unique("tokens"))
+        if tokens:
+            found.setdefault(f"{tokens[0]}" + (f" to {tokens[-1]}" if len(tokens) > 1 else ""), []).append(name)
+    return "; ".join(f"{', '.join(names)} at {tokens} tokens" for tokens, names in found.items())
+
+
+def of_other_runs(rows: pd.DataFrame) -> str:
+    """The same as a line for the caption."""
+    said = other_runs(rows)
+    return f"\ntimed in another run than the default: {said}" if said else ""
+
+
 def named_once(panels) -> tuple[list, list]:
     """Handles and labels for one legend of several panels, which need not have the same lines."""
     found: dict = {}

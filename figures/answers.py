@@ -41,11 +41,16 @@ def draw(data=records.DATA, machine: str | None = None, page: Page = SCREEN) -> 
     (every, about), (speed, gpu) = totals(data, machine), _speed(data)
     phases = [phase for phase in PANELS if (speed.phase == phase).any()]
     panels = 1 + len(phases)
-    figure = page.figure(4.6 * panels if panels > 1 else 9, 4.2 if not page.narrow else 2.8 * panels)
-    axes = np.ravel(figure.subplots(*((panels, 1) if page.narrow else (1, panels)), squeeze=False))
+    more = max(0, len(every) - 5) if page.narrow else 0  # lines that need room of their own
+    figure = page.figure(4.6 * panels if panels > 1 else 9, 4.2 if not page.narrow else 2.8 * panels + 0.5 * more)
+    shape = {"height_ratios": [2.8 + 0.5 * more] + [2.8] * (panels - 1)} if page.narrow else {}
+    axes = np.ravel(figure.subplots(*((panels, 1) if page.narrow else (1, panels)), squeeze=False, **shape))
     _answers(axes[0], every)
     for place, phase in zip(axes[1:], phases, strict=True):
         _ratios(place, speed[speed.phase == phase], *PANELS[phase])
+        if not page.screen and phase == "decode":
+            style.thin_labels(place, sorted(speed[speed.phase == phase].batch.unique()),
+                              page.width / (1 if page.narrow else panels) - 1.2)
     around(figure, page, _claim(every, speed), _caption(every, about, speed, gpu, page), named_once(axes))
     return figure
 

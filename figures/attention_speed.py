@@ -16,7 +16,7 @@ OPS = {"attention_prefill": "prefill", "attention_decode": "decode", "attention_
 WHERE = {op: f"{'for' if op == 'attention_chunk' else 'in'} {said}" for op, said in OPS.items()}
 BESIDE = {"cuda": "SDPA", "flash_attention_3": "FlashAttention-3"}
 HEADS = "H=32,KV=8,D=128"
-MARKS = ("s", "P", "X", "*", "h", "<", "p", "d")  # of decode's contexts
+MARKS = ("s", "P", "X", "*", "h", "<", "p", "d", ">", "8")  # of decode's contexts
 WIDTHS = (2.4, 1.1)  # of lines on the longer and the shorter context
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 
@@ -26,7 +26,7 @@ def draw(data=records.DATA, machine: str | None = None, page: Page = SCREEN) -> 
     ours, ratio, clock = machine["ours"], relative(rows, machine["ours"]), rows.clock.iloc[0]
     ops = [op for op in OPS if op in set(ratio.index.unique("op"))]
     rows = rows[rows.op.isin(ops)]
-    figure = page.figure(13, 4.1 if page.screen else 2.5 * len(ops) if page.narrow else 3.3)
+    figure = page.figure(13, 4.1 if page.screen else 2.4 * len(ops) if page.narrow else 3.3)
     panels = (len(ops), 1) if page.narrow else (1, len(ops))
     for axes, op in zip(figure.subplots(*panels, squeeze=False).flat, ops, strict=True):
         mine = rows[rows.op == op]

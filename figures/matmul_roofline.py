@@ -4,7 +4,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from figures import CLOCKS, ends, medians, named_once, not_recorded, of_older_code
+from figures import CLOCKS, ends, medians, named_once, not_recorded, of_older_code, of_other_runs
 from figures.matmul_speed import panel_title, recorded
 from figures.page import SCREEN, Page, around
 from kernels import matmul
@@ -49,7 +49,8 @@ def draw(data=records.DATA, machine: str | None = None, page: Page = SCREEN) -> 
     around(figure, page, claim, f"weight N x K, {len(shapes)} of {weights} · {rows.dtype.iloc[0]} · "
            f"{machine['device']}, torch {machine['torch']} · clock `{clock}`: {CLOCKS[clock]}, {medians(rows)} · both "
            f"axes logarithmic{_measured(machine)}"
-           + not_recorded(names, rows.implementation) + not_recorded(CEILINGS, machine) + of_older_code(rows),
+           + not_recorded(names, rows.implementation) + not_recorded(CEILINGS, machine)
+           + of_other_runs(rows) + of_older_code(rows),
            None if page.screen else named_once(figure.axes))
     return figure
 

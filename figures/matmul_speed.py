@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
-from figures import CLOCKS, medians, named_once, not_recorded, of_older_code, pick, sweep_rows
+from figures import CLOCKS, medians, named_once, not_recorded, of_older_code, of_other_runs, pick, sweep_rows
 from figures.page import SCREEN, Page, around
 from kernels import matmul
 from kernels.lab import records, style
@@ -46,7 +46,7 @@ def draw(data=records.DATA, machine: str | None = None, page: Page = SCREEN) -> 
            f"{rows.dtype.iloc[0]} · {machine['device']}, torch {machine['torch']}\nclock `{clock}`: {CLOCKS[clock]}, "
            f"{medians(rows)} · tokens on a log axis, speed from zero · 1 is the speed of F.linear"
            f"{'' if machine['is_cpu'] else ' (cuBLAS)'}\n{_bits(rows, names)}"
-           + not_recorded([*names], rows.implementation) + of_older_code(rows),
+           + not_recorded([*names], rows.implementation) + of_other_runs(rows) + of_older_code(rows),
            None if page.screen else tuple(part[::-1] for part in named_once(grid.flat)))
     return figure
 

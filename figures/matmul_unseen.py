@@ -106,12 +106,15 @@ def _ours(speed) -> str:
 
 
 def _name_the_slowest(axes, speed):
+    """Where its token counts stand widest apart, so that its name covers no point; a line leads there."""
     column = speed[_ours(speed)].dropna()
     (shape, tokens), low = column.idxmin(), column.min()
-    late = tokens > np.sqrt(np.prod([float(t) for t in axes.get_xlim()])) if axes.get_xscale() == "log" else (
-        tokens > np.median(speed.index.get_level_values("tokens")))
-    axes.annotate(f"slowest: {_sizes(shape)}", (tokens, low), (-6 if late else 6, -11), textcoords="offset points",
-                  ha="right" if late else "left", fontsize=style.CAPTION)
+    counts = np.array(sorted(speed.index.unique("tokens")), dtype=float)
+    at = int(np.argmax(np.diff(np.log(counts)))) if len(counts) > 1 else 0
+    place = float(np.sqrt(counts[at] * counts[min(at + 1, len(counts) - 1)]))
+    axes.annotate(f"slowest: {_sizes(shape)}", (tokens, low), (place, low), ha="center", va="center",
+                  fontsize=style.CAPTION, zorder=5, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+                  arrowprops={"arrowstyle": "-", "color": style.GREY, "linewidth": 0.8})
 
 
 def slowest(speed, count: int) -> str:

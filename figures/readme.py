@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from figures import attention_speed, matmul_unseen, readme_model
+from figures import attention_speed, matmul_unseen, other_runs, readme_model
 from figures.atlas import machines_shown
 from figures.readme_model import table as _table
 from kernels import tables
@@ -15,6 +15,7 @@ from kernels.lab import older, records
 from kernels.lab.atlas import chart as atlas_chart
 from kernels.lab.atlas import measure as atlas
 from kernels.lab.proofs.certificates import CERTIFICATES
+from kernels.lab.proofs.products import PRODUCTS
 from kernels.lab.proofs.tensor_core import TENSOR_CORE
 from kernels.lab.tuning.unseen import speeds
 from kernels.op import Shape
@@ -55,9 +56,9 @@ def measured(data=records.DATA, machine: str = "h200") -> str:
     """The section's text, from one GPU's record."""
     rows = older.mark(records.load(machine=machine, out=data))
     parts = (_intro(rows, data, machine), _rows(rows), _softmax(rows), _behind(rows), _products(rows),
-             _unseen(data, machine), _attention(data, machine), _certificates(data), _tensor_core(data, machine),
-             _atlas(data), readme_model.model(data, machine))
-    return "\n" + "\n\n".join(parts) + "\n\n"
+             _unseen(data, machine), _attention(data, machine), _certificates(data), _random_products(data, machine),
+             _tensor_core(data, machine), _atlas(data), readme_model.model(data, machine))
+    return "\n" + "\n\n".join(part for part in parts if part) + "\n\n"
 
 
 def _intro(rows, data, machine) -> str:
@@ -140,7 +141,7 @@ def _reach(rows) -> str:
 def _behind(rows) -> str:
     """Every op, clock and contender beside which a schedule takes longer at some point."""
     lines = []
-    for op in ("rms_norm", "softmax", "log_softmax", "mean", "matmul", *attention_speed.OPS):
+    for op in ("rms_norm", "softmax", "log_softmax", "mean", "matmul", "all_reduce", *attention_speed.OPS):
         for clock in ("cold", "graph", "call"):
             us = rows[(rows.op == op) & (rows.clock == clock)].pivot_table(
                 index=["dtype", "shape", "tokens"], columns="implementation", values="us_p50")
@@ -182,7 +183,9 @@ def _products(rows) -> str:
             f"bits at {alike[chain].sum()} of {chain.sum()} points where our order is one chain, and at "
             f"{alike[~chain].sum()} of the other {(~chain).sum()}. It moved its own bits at "
             f"{moved.get('`cublas_no_split_k`', 0)} points, and took up to "
-            f"{slow.max():.1f} times as long as the default.")
+            f"{slow.max():.1f} times as long as the default."
+            + (f" Timed in another run than the default: {apart}; those ratios hold what differs between two runs."
+               if (apart := other_runs(cold)) else ""))
 
 
 def _unseen(data, machine) -> str:
@@ -191,8 +194,13 @@ def _unseen(data, machine) -> str:
                   f"and {of.min():.2f} at worst, below 0.90 at {(of < 0.9).sum()} of the {len(of)} points"
             for name, of in ((name, speed[name].dropna()) for name in speed)}
     tuned = f" With the schedules that `kernels.tuning` keeps: {said['online']}." if "online" in said else ""
+    whole = [Shape.parse(shape)["K"] % 8 == 0 for shape in speed.index.get_level_values("shape")]
+    eights = speed.triton[whole].dropna()
+    plain = (f" Where K is a multiple of 8, it has {_mean(eights):.2f}, and is below 0.85 at {(eights < 0.85).sum()} "
+             f"of {len(eights)} points.") if 0 < len(eights) < speed.triton.notna().sum() else ""
     return (f"Of {speed.index.unique('shape').size} weights of other models no table holds a schedule. Where it is "
-            f"chosen by a model of time, without having been timed, `matmul.triton` has {said['triton']}.{tuned}\n\n"
+            f"chosen by a model of time, without having been timed, `matmul.triton` has {said['triton']}.{plain}{tuned}"
+            "\n\n"
             "![](figures/matmul_unseen.png)")
 
 
@@ -238,6 +246,16 @@ def _certificates(data) -> str:
             f"{(~rows.older).sum()} of these rows are of today's kernels; the others prove schedules that are no "
             "longer stored. Each row keeps a hash of the kernels that it proved. A kernel that changes by one "
             "operation turns the tests red on a laptop, until a GPU has proved it again.")
+
+
+def _random_products(data, machine) -> str:
+    if machine not in records.machines(PRODUCTS.file, data):
+        return ""
+    rows = records.load(PRODUCTS, machine, data)
+    differ = rows.differ.sum()
+    return (f"{rows.cases.sum():,} products of random sizes, by {len(rows)} forms of weights and schedules, were "
+            f"compared with the trusted schedule: {f'{differ:,} differ' if differ else 'none differs'} "
+            "(`products.csv`).")
 
 
 def _tensor_core(data, machine) -> str:

@@ -45,7 +45,8 @@ def _answers(data, machine) -> str:
     said = []
     for name, mine in every.groupby("model", sort=True):
         counts = [f"{row.answers:,.0f} answer{'s' * (row.answers != 1)} to {row.requests:,.0f} requests with "
-                  f"{answers.named(row.ops)}" for row in mine.sort_values("ops").itertuples()]
+                  f"{answers.named(row.ops)}" + f" at temperature {row.temperature:g}" * (row.temperature > 0)
+                  for row in mine.sort_values(["temperature", "ops"]).itertuples()]
         said.append(f"{'the byte model' if name == 'byte' else name} gave {', '.join(counts)}")
     return ("One prompt asked for many times, with one seed, among strangers under random loads (`answers.csv`): "
             f"{'; '.join(said)}.\n\n![](figures/answers.png)")
@@ -68,23 +69,39 @@ def _speed(data, machine) -> str:
 
 def _parallel(data, machine) -> str:
     rows = parallel_chart.recorded(machine, data)
-    said = (f"{parallel_chart.claim(rows)} of its logits ({', '.join(rows.model.unique())}, "
-            f"{rows.groupby(['phase', 'batch', 'context']).ngroups} points, `tensor_parallel.csv`).")
+    both, lone = parallel_chart.compared(rows), parallel_chart.alone(rows)
+    said = (f"{parallel_chart.claim(rows)} of its logits ({', '.join(both.model.unique())}, "
+            f"{both.groupby(parallel_chart.POINT).ngroups} points, `tensor_parallel.csv`).")
+    more = _shared_time(rows)
+    if len(lone):
+        counts = " or ".join(map(str, sorted(lone.gpus.unique())))
+        more += (f" {lone.groupby(parallel_chart.POINT).ngroups} points of {', '.join(lone.model.unique())} are "
+                 f"recorded on {counts} GPUs alone, so their digests are compared with no other.")
     names = records.machines(TENSOR_PARALLEL.file, data)
     cpus = [name for name in names if records.is_cpu(name, records.read_machine(Path(data) / name))]
     prompts = {name: records.load(TENSOR_PARALLEL, name, data).query(
         "model == 'byte' and ops == 'invariant' and phase == 'prefill' and context == 64") for name in (machine, *cpus)}
     counts = sorted({gpus for name in cpus for gpus in prompts[name].gpus})
     if not counts or not len(prompts[machine]):
-        return said
+        return said + more
     digests = {digest for mine in prompts.values() for digest in mine.logit_digest}
     have = "the same digest" if len(digests) == 1 else f"{len(digests)} digests"
-    return f"{said} A prompt of 64 tokens has {have} there and on {', '.join(map(str, counts))} processes of a CPU."
+    return (f"{said} A prompt of 64 tokens has {have} there and on {', '.join(map(str, counts))} processes of a "
+            f"CPU.{more}")
+
+
+def _shared_time(rows) -> str:
+    """What a forward of the largest model takes with invariant ops on the most GPUs, beside the default's."""
+    large, most = _of_real_size(rows), rows.gpus.max()
+    ratio = parallel_chart.shares(large[large.gpus == most])
+    spans = [f"{phase} {mine.min():.2f} to {mine.max():.2f}" for phase, mine in ratio.groupby("phase")]
+    return (f" On {most} GPUs {large.model.iloc[0]}'s shape takes, with invariant ops, {' and '.join(spans)} times the "
+            "default's time.") if spans else ""
 
 
 def _mode(data, machine) -> str:
-    rows = records.load(MODE_COST, machine, data)
-    rows = rows[rows.how == "eager"]
+    every = records.load(MODE_COST, machine, data)
+    rows = every[every.how == "eager"]
     us = rows.pivot(index="tokens", columns="ops", values="us_p50")
     moved = (~rows.same_bits.astype(bool)).groupby(rows.ops).sum()
     ratio = us.invariant / us.default
@@ -92,7 +109,29 @@ def _mode(data, machine) -> str:
             f"batch_invariant():`, {ratio.min():.2f} to {ratio.max():.2f} times the default's time for prompts of "
             f"{us.index.min():,} to {us.index.max():,} tokens, eager, dispatching counted (`mode_cost.csv`). Beside "
             f"three other prompts the default moved the last logits of {moved.default} of {len(us)} prompts, the mode "
-            f"of {moved.invariant or 'none'}.")
+            f"of {moved.invariant or 'none'}.{_compiled(every)}{_batches(every)}")
+
+
+def _compiled(every) -> str:
+    us = every[every.how == "compiled"].pivot(index="tokens", columns="ops", values="us_p50")
+    if not {"invariant", "default"} <= set(us):
+        return ""
+    ratio = us.invariant / us.default
+    return (f" With each layer under `torch.compile` it takes {ratio.min():.2f} to {ratio.max():.2f} times the "
+            f"default's time, for {us.index.min():,} to {us.index.max():,} tokens.")
+
+
+def _batches(every) -> str:
+    """Of random batches: what moved, and what they took."""
+    said = []
+    for how, name in (("batches", "eager"), ("compiled_batches", "compiled")):
+        mine = every[every.how == how].set_index("ops")
+        if {"invariant", "default"} <= set(mine.index):
+            ratio = mine.us_p50["invariant"] / mine.us_p50["default"]
+            moved = [f"{ops} {'moved none' if mine.same_bits[row] else 'moved some'}"
+                     for ops, row in (("the mode", "invariant"), ("the default", "default"))]
+            said.append(f"{mine.repeats['invariant']:,} {name}, {' and '.join(moved)}, {ratio:.2f} times the time")
+    return f" Logits in random batches of four padded prompts: {'; '.join(said)}." if said else ""
 
 
 def _window(data, machine) -> str:

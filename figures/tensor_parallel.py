@@ -12,19 +12,32 @@ from kernels.lab.parallel import chart
 def draw(data=records.DATA, machine: str | None = None, page: Page = SCREEN) -> Figure:
     rows = chart.recorded(machine, data)
     device = described(data, rows.machine.iloc[0])["device"]
-    lines = len(rows.groupby(["ops", "phase", "batch", "context"]))
-    figure = page.figure(13, 0.9 + 0.55 * max(7, lines) if page.screen or not page.narrow else 7)
-    shape = {"height_ratios": [1.2, 1]} if page.narrow else {"width_ratios": [1.1, 1]}
-    left, right = figure.subplots(*((2, 1) if page.narrow else (1, 2)), **shape)
+    lines = len(chart.compared(rows).groupby(["ops", *chart.POINT]))
+    more = len(chart.alone(rows)) > 0 and len(chart.shares(rows)) > 0  # points that have no second number of GPUs
+    panels = 3 if more else 2
+    figure = page.figure(13 if panels == 2 else 15.5,
+                         0.9 + 0.55 * max(7, lines) if page.screen or not page.narrow else 7 + 3.5 * more)
+    shape = {"height_ratios": [1.2, 1, 1][:panels]} if page.narrow else {"width_ratios": [1.1, 1, 0.9][:panels]}
+    left, right, *third = figure.subplots(*((panels, 1) if page.narrow else (1, panels)), **shape)
     chart.digest_grid(left, rows)
-    if page.narrow:
+    chart.times(right, rows)
+    for axes in third:
+        chart.ratios(axes, rows)
+    if page.narrow or more and not page.screen:
         for text in left.texts:
             text.set(fontsize=7, text=text.get_text()[:4] + text.get_text()[-2:])  # four digits have room
-        left.tick_params(axis="y", labelsize=7)
-    chart.times(right, rows)
-    around(figure, page, chart.claim(rows), chart.caption(rows, device), named_once([right]), columns=3)
+        for axes in (left, *third):
+            axes.tick_params(axis="y", labelsize=7)
+    around(figure, page, chart.claim(rows), chart.caption(rows, device), named_once([right, *third]), columns=3)
     return figure
 
 
 def words(data=records.DATA, machine: str | None = None) -> str:
-    return chart.words(chart.recorded(machine, data))
+    rows = chart.recorded(machine, data)
+    found, said = chart.shares(rows), []
+    if len(chart.alone(rows)) and len(found):
+        for (model, phase), mine in found.groupby(["model", "phase"]):
+            low, high = f"{mine.min():.2f}", f"{mine.max():.2f}"
+            said.append(f"{model}, {phase} {low}{f' to {high}' * (low != high)}")
+    third = f" In a third panel, times the default's time with invariant ops: {'; '.join(said)}." if said else ""
+    return f"{chart.words(rows)}{third}"

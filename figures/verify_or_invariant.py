@@ -38,7 +38,10 @@ def draw(data=records.DATA, machine: str | None = None, page: Page = SCREEN) -> 
             axes.plot(100 * said.share, said.predicted_tokens_per_s, color=color, linestyle=":", linewidth=1,
                       label=f"_{way}, predicted")
     axes.plot([], [], color=style.GREY, linestyle=":", linewidth=1, label="predicted from one step and one pass")
-    axes.set(xlabel="Deterministic requests, %", ylabel="Tokens a second", ylim=(0, None), xlim=(-2, 102))
+    axes.set(xlabel="Deterministic requests, %", ylabel="Tokens a second", ylim=(0, None),
+             xlim=(-2, 100 * rows.share.max() + 2))
+    if rows.share.max() < 1:
+        axes.set_xticks(sorted(100 * rows.share.unique()))
     around(figure, page, _claim(rows), _caption(rows, about, page.newline), named_once([axes]))
     return figure
 
@@ -83,7 +86,23 @@ def _caption(rows, about, newline: str = " ") -> str:
     model = "The trained byte model" if one.model == "byte" else f"{one.model}, random weights"
     fixed = rows[rows.way == "invariant"].ops
     ops = f" The invariant ops are `{fixed.iloc[0]}`." if len(fixed) and fixed.iloc[0] != "invariant" else ""
+    most = f" Shares above {rows.share.max():.0%} were not measured." if rows.share.max() < 1 else ""
     return (f"{model}, {about['device'].removeprefix('NVIDIA ')}: {one.batch} requests at once, {one.tokens} tokens "
             f"each; verified in windows of {one.window} tokens, {one.group} to a pass.{newline}Medians of {PASSES} "
             f"passes in turns; prompts are read before the clock starts"
-            f"{', which counts the time of one thread' if about['is_cpu'] else ''}.{ops}")
+            f"{', which counts the time of one thread' if about['is_cpu'] else ''}.{ops}{most}"
+            + "".join(newline + said for said in (_flips(rows), _missed(rows)) if said))
+
+
+def _flips(rows) -> str:
+    """Why a model without training rolls back often."""
+    return ("The logits of random weights lie close together, so drafts flip far more often than a trained model's."
+            if rows.model.iloc[0] != "byte" and (rows.way == "verified").any() else "")
+
+
+def _missed(rows) -> str:
+    """Where the step that predicts the default took over twice as long as steps at work: its lines say little."""
+    loose = rows[rows.way == "loose"].dropna(subset="predicted_tokens_per_s")
+    times = (loose.tokens_per_s / loose.predicted_tokens_per_s).median() if len(loose) else 1
+    return (f"The step that predicts default ops was timed {times:.1f} times as long as steps at work, so their dotted "
+            "lines lie too low.") if times > 2 else ""

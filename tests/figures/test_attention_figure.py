@@ -126,3 +126,14 @@ def test_what_the_record_says():
     assert (beside[tokens >= 32] < 1).sum() >= 9
     assert rows[rows.implementation.isin(["triton", "frozen"])].same_bits.all()
     assert not rows[rows.implementation.isin([*attention_speed.BESIDE])].same_bits.all()
+
+
+def test_no_two_contexts_of_decode_have_one_mark(data):
+    more = [f"{HEADS},context={2 ** n}" for n in range(9, 15)] + ["H=8,KV=1,D=128,context=512"]
+    write(data, [point("attention_decode", name, shape, count) for name in TIMES for shape in more for count in (1, 8)])
+    rows, _ = attention_speed.recorded(data)
+    marks = [mark for _, mark in attention_speed._contexts(rows)]
+    assert len(marks) == len(set(marks)) == 8
+    ours, _ = attention_speed.recorded(records.DATA)
+    marks = [mark for _, mark in attention_speed._contexts(ours)]
+    assert len(marks) == len(set(marks)) == 9

@@ -150,3 +150,15 @@ def test_what_the_words_say_is_in_the_recorded_rows():
                            for shape in shown.index.unique("shape")])
     assert (shown.triton <= 1.05 * most).all(), "at most a few per cent above"
     assert ((shown.frozen < shown.triton).mean() > 0.9) and ((shown.tiled < shown.triton).mean() > 0.7)
+
+
+@pytest.mark.parametrize("figure", [matmul_speed, matmul_roofline])
+def test_a_contender_of_another_run_than_the_default_is_named(figure, data):
+    at = {"recorded_at": "2026-11-28T22:00:00Z"}
+    write(data, [point(name, shape, tokens) | at for name in SPEED for shape in matmul.shapes for tokens in TOKENS])
+    assert "another run" not in figure.draw(data).get_supxlabel()
+    write(data, [point(name, shape, tokens) | {"recorded_at": "2026-11-30T16:00:00Z"} for name in ("cuda", "triton")
+                 for shape in matmul.shapes for tokens in TOKENS if tokens >= 512])
+    said = figure.draw(data).get_supxlabel()
+    lacking = "cublas_no_split_k, frozen, tiled" if figure is matmul_speed else "frozen, tiled"
+    assert f"timed in another run than the default: {lacking} at 512 to 4096 tokens" in said

@@ -118,6 +118,26 @@ def test_the_words_hold_the_numbers(data):
     assert "held back 117 ms in the mean" in words, "of shares above none"
 
 
+def test_the_axis_ends_where_the_measurement_does(data):
+    mix(data / "h200", {"loose": [1] * 5, "verified": [1] * 5, "invariant": [2] * 5},
+        shares=(0.0, 0.2, 0.4, 0.6, 0.75), window=16)
+    figure = verify_or_invariant.draw(data)
+    assert figure.axes[0].get_xlim() == (-2, 77) and "Shares above 75% were not measured." in said(figure)
+
+
+def test_a_step_that_was_timed_too_slow_is_said(data):
+    assert "too low" not in said(verify_or_invariant.draw(data))
+    rows = MIX.read(data / "h200")
+    MIX.merge(data / "h200", rows.assign(predicted_tokens_per_s=rows.tokens_per_s / 5))
+    assert "timed 5.0 times as long as steps at work" in said(verify_or_invariant.draw(data))
+
+
+def test_random_weights_are_said_to_flip(data):
+    assert "drafts flip far more often" in said(verify_or_invariant.draw(data))
+    mix(machine(data, "cpu-avx2", CPU), {"loose": [9] * 4, "verified": [8] * 4, "invariant": [4] * 4}, model="byte")
+    assert "flip far" not in said(verify_or_invariant.draw(data, "cpu-avx2"))
+
+
 # rollbacks
 
 def test_shares_and_spans_are_those_of_the_rows(data):
@@ -138,6 +158,25 @@ def test_one_experiment_is_drawn_the_one_with_the_most_windows(data):
     rolled(data / "h200", {4: 900}, dtype="float32")
     rolled(data / "h200", {4: 0, 16: 2, 64: 2}, temperature=0.5)
     assert lines(rollbacks.draw(data).axes[0])["measured here"][0] == (4, 2.0)
+
+
+def test_of_several_machines_the_one_with_most_windows_is_drawn_and_the_others_are_told(data):
+    rolled(machine(data, "cpu-avx2", CPU), {4: 1, 16: 2, 64: 3, 128: 4})
+    rolled(data / "h200", {4: 0, 16: 0, 64: 0})
+    figure = rollbacks.draw(data)
+    assert len(lines(figure.axes[0])["measured here"]) == 4 and "AMD EPYC" in said(figure)
+    drafts = 3 * 1000
+    assert f"On the H200, W = 4 and 16 and 64: 0 of {drafts:,} drafts flipped." in said(figure)
+    assert "On the" not in said(rollbacks.draw(data, "h200")), "a machine that is named speaks alone"
+
+
+def test_without_a_flip_the_panel_says_so(tmp_path):
+    rolled(machine(tmp_path, "h200", GPU), {16: 0, 64: 0}, first_flips=0, first_tokens=1000, later_tokens=0)
+    rows = ROLLBACKS.read(tmp_path / "h200")
+    ROLLBACKS.merge(tmp_path / "h200", rows.assign(later_flips=0))
+    figure = rollbacks.draw(tmp_path)
+    assert [text.get_text() for text in figure.axes[1].texts] == ["no flip in 2,000 tokens"]
+    assert not len(figure.axes[1].get_yticks()) and "no flip in 2,000 tokens" in rollbacks.words(tmp_path)
 
 
 def test_one_window_and_no_flips_are_drawn(tmp_path):

@@ -115,6 +115,10 @@ def spans(axes: Axes, rows: pd.DataFrame) -> None:
     style.token_axis(axes, rows.window.tolist(), log=True)
     axes.set(xlabel="Window W (tokens)", ylabel="Tokens for each flip", ylim=(0, None),
              title="How long decode and verifier agree")
+    if not rows.flips.any():  # nothing to divide by: an empty scale would promise a curve
+        axes.text(0.5, 0.5, f"no flip in {rows.tokens.sum():,.0f} tokens", transform=axes.transAxes, ha="center",
+                  va="center")
+        axes.set(yticks=[], xlim=(rows.window.min() / 1.2, rows.window.max() * 1.2))
     axes.legend(loc="lower left")
 
 
@@ -128,9 +132,10 @@ def rollbacks_words(rows: pd.DataFrame) -> str:
     said = [f"{row.window}: {row.share:.1%}, {row.flips} flips" for row in rows.sort_values("window").itertuples()]
     total = rows[["first_tokens", "first_flips", "later_tokens", "later_flips"]].sum()
     return (f"{rollbacks_claim(rows)}. Left, tokens decoded again for one kept, over the window: {'; '.join(said)}. "
-            f"Right, tokens for each flip: up to a request's first one "
-            f"{total.first_tokens / max(total.first_flips, 1):,.0f} over all windows, behind it "
-            f"{total.later_tokens / max(total.later_flips, 1):,.0f}.")
+            + (f"Right, tokens for each flip: up to a request's first one "
+               f"{total.first_tokens / max(total.first_flips, 1):,.0f} over all windows, behind it "
+               f"{total.later_tokens / max(total.later_flips, 1):,.0f}." if rows.flips.any() else
+               f"Right, no flip in {rows.tokens.sum():,.0f} tokens."))
 
 
 def mix_chart(lines: Mapping[str, list[Served]], mix: Mix, points: Mapping[str, Served], title: str,
