@@ -92,7 +92,7 @@ def _replay(contenders, inputs, cold, device, set_bytes, repeats):
         try:
             graphs[name] = _capture(function, arguments)
         except Exception as error:  # noqa: BLE001 - one contender's failure must not cost the others' points
-            results[name] = _alone(error)
+            results[name] = without_frames(error)
     evict = torch.zeros(3 * l2_bytes(device) // 4 if cold else 1, dtype=torch.float32, device=device)
     events = {name: [] for name in graphs}
     for _ in range(repeats + 1):
@@ -120,9 +120,9 @@ def _capture(function, sets):
                 for arguments in sets:  # results are dropped, so that the graph's pool gives their memory to the next
                     function(*arguments)
             except Exception as error:  # noqa: BLE001 - kept, for the end of a broken capture raises another
-                failed.append(_alone(error))
+                failed.append(without_frames(error))
     except Exception as error:  # noqa: BLE001 - as above
-        failed.append(_alone(error))
+        failed.append(without_frames(error))
     finally:
         torch.cuda.set_stream(stream)  # a capture that ends with an error leaves its own stream the current one
     if failed:
@@ -142,7 +142,7 @@ def _uncollected():
             gc.enable()
 
 
-def _alone(error: Exception) -> Exception:
+def without_frames(error: Exception) -> Exception:
     """The exception without the frames it came through, whose inputs and graphs it would hold, in a circle."""
     error.__cause__ = error.__context__ = None  # they have frames of their own
     return error.with_traceback(None)
@@ -155,7 +155,7 @@ def _pairs(contenders, arguments, flush, device, repeats):
         try:
             function(*arguments)
         except Exception as error:  # noqa: BLE001 - as above
-            results[name] = _alone(error)
+            results[name] = without_frames(error)
             del samples[name]
     for _ in range(repeats + 1):
         _round(samples, results, lambda name: _pair(contenders[name], arguments, evict if flush else None, device))
@@ -168,7 +168,7 @@ def _round(samples, results, sample):
         try:
             samples[name].append(sample(name))
         except Exception as error:  # noqa: BLE001 - in later calls too
-            results[name] = _alone(error)
+            results[name] = without_frames(error)
             del samples[name]
 
 
@@ -191,7 +191,7 @@ def _call(contenders, arguments, device, repeats, budget_s=0.02):
             function(*arguments)
             queue[name] = int(np.clip(budget_s / max(_wall(function, arguments, device, 1), 1e-7), 1, 200))
         except Exception as error:  # noqa: BLE001 - as above
-            results[name] = _alone(error)
+            results[name] = without_frames(error)
     samples = {name: [] for name in queue}
     for _ in range(repeats):
         _round(samples, results, lambda name: 1e6 * _wall(contenders[name], arguments, device, queue[name]))

@@ -92,23 +92,28 @@ COPIED = 1 << 22  # numbers of a mask that is kept, to be compared with the next
 
 
 def of_mask(mask: torch.Tensor, batch: int, queries: int, keys: int, device: torch.device) -> Seen:
-    """What a mask says. Raises Unsupported for one that is not of the kind above."""
+    """What a mask says. Raises Unsupported for one that is not of the kind above.
+
+    On a GPU the same tensor is not read again unless PyTorch knows that it was written to: what a captured graph or a
+    kernel of one's own writes there is not seen.
+    """
     version = None if mask.is_inference() else mask._version
     known, sizes = _LAST.get("mask"), (batch, queries, keys, device)
     if known and known[3] == sizes:
-        if version is not None and known[0]() is mask and known[1] == version:
+        if mask.is_cuda and version is not None and known[0]() is mask and known[1] == version:
             return known[4]
         if _alike(known[2], mask):  # PyTorch makes each layer a mask of its own, of the one that it was given
             return known[4]
-    seen = _read(mask, *sizes)
     copy = mask.detach().clone() if mask.numel() <= COPIED else None
+    seen = _read(mask if copy is None else copy, *sizes)  # the copy, or another thread could write in between
     _LAST["mask"] = (weakref.ref(mask), version, copy, sizes, seen)
     return seen
 
 
 def _alike(copy: torch.Tensor | None, mask: torch.Tensor) -> bool:
     """Whether a mask has the numbers of the last one: one wait for the GPU, where reading it takes many."""
-    return copy is not None and (copy.dtype, copy.device) == (mask.dtype, mask.device) and torch.equal(copy, mask)
+    kinds = [(t.dtype, t.device, t.layout) for t in (copy, mask) if t is not None]
+    return len(kinds) == 2 and kinds[0] == kinds[1] and torch.equal(copy, mask)
 
 
 def _read(mask, batch, queries, keys, device) -> Seen:

@@ -1,6 +1,8 @@
 """One model on several GPUs: points without a second number of GPUs are compared with none, and their time is drawn."""
 import json
 
+import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 
 from figures import tensor_parallel
@@ -32,7 +34,7 @@ def test_a_point_on_one_number_of_gpus_has_no_verdict(data):
     rows = chart.recorded("h200", data)
     assert set(chart.compared(rows).model) == {"byte"} and set(chart.alone(rows).model) == {"llama-3.1-8b"}
     assert chart.claim(rows) == "One model on 1, 2 GPUs: default ops 2 digests, invariant ops 1 digest"
-    left, right, third = tensor_parallel.draw(data).axes
+    left, right, _ = tensor_parallel.draw(data).axes
     assert len(left.texts) == 4 and len(right.lines) == 2
     assert "On 2 GPUs alone: 2 of 3 points" in chart.caption(rows, "NVIDIA H200")
 
@@ -52,9 +54,20 @@ def test_it_is_drawn_for_every_page(page, data):
     assert len(tensor_parallel.draw(data, page=PAGES[page]).axes) == 3
 
 
-def test_without_a_second_number_of_gpus_all_are_drawn(data):
+def test_without_a_second_number_of_gpus_all_are_compared(data):
     rows = chart.recorded("h200", data)
     alone = rows[rows.gpus == 2]
     assert len(chart.compared(alone)) == len(alone) and not len(chart.alone(alone))
     assert chart.claim(alone) == "One model on 2 GPUs"
     assert chart.claim(rows[rows.gpus == 1]) == "One model on one GPU"
+    assert chart.claim(rows[rows.gpus == 1].assign(cpu=True)) == "One model on one process"
+
+
+def test_more_numbers_of_gpus_than_marks_and_rows_of_one_ops_are_drawn(data):
+    rows = chart.recorded("h200", data)
+    many = pd.concat([rows[rows.gpus == 1].assign(gpus=gpus) for gpus in (1, 2, 4, 8, 16)])
+    axes = plt.figure().subplots(1, 2)
+    chart.ratios(axes[0], many)
+    chart.ratios(axes[1], rows[rows.ops == "default"])
+    assert len(axes[0].lines) == 6 and len(axes[1].lines) == 1  # and the default's own
+    plt.close("all")

@@ -7,6 +7,7 @@ import threading
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -320,6 +321,44 @@ def test_a_mask_like_the_last_one_is_not_read_again(monkeypatch):
     other = seen(mask)
     assert other is not first and len(read) == 2 and torch.equal(read[1], mask)
     assert seen(mask, batch=1) is not other and seen(mask.float()) is not seen(mask[:, :, :, :3]) and len(read) == 5
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_what_is_kept_of_a_mask_is_what_was_read(before, monkeypatch):
+    """Another thread writes to the mask just before it is read, or behind."""
+    read = masks._read
+
+    def written_to(given, *sizes):
+        if before:
+            mask.fill_(True)
+        seen = read(given, *sizes)
+        mask.fill_(True)
+        return seen
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool, device=DEVICE).tril()
+    wanted = [read(given, 1, 3, 3, DEVICE).runs for given in (mask, torch.ones_like(mask))]
+    monkeypatch.setattr(masks, "_LAST", {})
+    monkeypatch.setattr(masks, "_read", written_to)
+    assert masks.of_mask(mask, 1, 3, 3, DEVICE).runs == wanted[0]
+    assert masks.of_mask(torch.ones_like(mask), 1, 3, 3, DEVICE).runs == wanted[1]
+
+
+@pytest.mark.skipif(runtime.HAS_GPU, reason="NumPy's memory is a CPU's")
+def test_a_mask_in_numpys_memory_is_read_anew():
+    memory = np.zeros((1, 1, 5, 5), dtype=np.float32)
+    mask = torch.from_numpy(memory)
+    with batch_invariant(strict=True):
+        F.scaled_dot_product_attention(Q, Q, Q, attn_mask=mask)
+        memory[:] = np.triu(np.full((5, 5), -np.inf), 1)
+        y = F.scaled_dot_product_attention(Q, Q, Q, attn_mask=mask)
+        z = F.scaled_dot_product_attention(Q, Q, Q, is_causal=True)
+    assert same_bits(y, z)
+
+
+def test_a_sparse_mask_behind_a_dense_one_is_refused_by_name():
+    dense = torch.ones(3, 3, device=DEVICE)
+    masks.of_mask(dense.tril() - 1 == 0, 1, 3, 3, DEVICE)
+    with pytest.raises(masks.Unsupported, match="has an order for masks of two dimensions"):
+        masks.of_mask((dense.tril() - 1 == 0).to_sparse(), 1, 3, 3, DEVICE)
 
 
 def test_a_large_mask_is_not_kept(monkeypatch):

@@ -4,6 +4,8 @@ Plain functions to a Figure, and one that says it in words; the figure, notebook
 """
 from __future__ import annotations
 
+from itertools import cycle
+
 import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
@@ -53,7 +55,8 @@ def claim(rows: pd.DataFrame) -> str:
         said.append(f"{ops} ops {low if low == high else f'{low} to {high}'} digest{'s' * (high != 1)}")
     counts = ", ".join(map(str, sorted(rows.gpus.unique())))
     if most == 1:
-        return "One model on one GPU" if counts == "1" else f"One model on {counts} {unit(rows)}"
+        one = {"processes": "process"}.get(unit(rows), "GPU")
+        return f"One model on one {one}" if counts == "1" else f"One model on {counts} {unit(rows)}"
     return f"One model on {counts} {unit(rows)}: {', '.join(said)}"
 
 
@@ -123,7 +126,7 @@ def times(axes: Axes, rows: pd.DataFrame) -> None:
 def shares(rows: pd.DataFrame) -> pd.Series:
     """Times the default's time that a forward takes with invariant ops, at each point and number of GPUs."""
     ms = rows.pivot(index=[*POINT, "gpus"], columns="ops", values="ms_p50")
-    return (ms.invariant / ms.default).dropna() if {"invariant", "default"} <= set(ms) else pd.Series(dtype=float)
+    return (ms.invariant / ms.default).dropna() if {"invariant", "default"} <= set(ms) else ms.iloc[:0].sum(axis=1)
 
 
 def ratios(axes: Axes, rows: pd.DataFrame) -> None:
@@ -131,8 +134,8 @@ def ratios(axes: Axes, rows: pd.DataFrame) -> None:
     found = shares(rows)
     points = list(dict.fromkeys(found.index.droplevel("gpus")))
     several = rows.model.nunique() > 1
-    looks = dict(zip(sorted(rows.gpus.unique()), (("o", "white"), ("D", style.BLUE), ("s", "white"), ("^", style.BLUE)),
-                     strict=False))
+    kinds = ("o", "white"), ("D", style.BLUE), ("s", "white"), ("^", style.BLUE)
+    looks = dict(zip(sorted(rows.gpus.unique()), cycle(kinds), strict=False))
     for gpus, mine in found.groupby("gpus"):
         marker, face = looks[gpus]
         axes.plot(mine.to_numpy(), [points.index(point) for point in mine.index.droplevel("gpus")], linestyle="none",

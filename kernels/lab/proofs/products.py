@@ -25,7 +25,7 @@ import torch
 from ... import bits, runtime
 from ...op import DTYPES, Shape
 from ...ops.matmul.op import matmul as op
-from .. import closure, provenance, records
+from .. import bench, closure, provenance, records
 from ..command import part
 from .certificates import check_trusted, prove_all
 from .products_drawn import ON_CPU, ON_GPU, Form, Kind, Scale, case_of, forms, tokens_of
@@ -38,20 +38,22 @@ DRAWS = 2  # token counts of each schedule on one weight and input
 
 
 class Tally(NamedTuple):
-    """Of one form: cases, how many differ, the first that does, in words, and (n, k, tokens) of the largest."""
+    """Of one form: cases, how many differ, the first that does, in words, (n, k, tokens) of the largest, and the error
+    that ended them."""
 
     cases: int
     differ: int
     first: str
     largest: tuple[int, int, int]
+    error: Exception | None = None
 
 
 def compared(seed: int, of_kind: list[Form], cases: int, scale: Scale, device, until: float = float("inf")
-             ) -> list[Tally | Exception]:
+             ) -> list[Tally]:
     """What `cases` cases of each form give, or as many as begin before `until` of time.monotonic.
 
-    The forms share a kind; one that fails gives its exception, and the others go on. Nothing waits for the GPU before
-    the last case.
+    The forms share a kind; one that fails keeps the cases it had, and the others go on. Nothing waits for the GPU
+    before the last case.
     """
     kind, given, flags, failed = of_kind[0].kind, [], [], {}
     rows = max(scale.most(f.schedule) for f in of_kind)
@@ -67,20 +69,29 @@ def compared(seed: int, of_kind: list[Form], cases: int, scale: Scale, device, u
             try:
                 y = op.run_schedule(form.schedule, case.x[:tokens], case.weight, case.bias)
             except Exception as error:  # noqa: BLE001 - one form's failure must not cost the others
-                failed[form.number] = error.with_traceback(None)  # which would hold the case
+                failed[form.number] = bench.without_frames(error)
                 continue
             flags.append((bits.bits(y) != bits.bits(case.trusted[:tokens])).sum())
             given.append((form.number, number, tokens, case.weight.shape))
     differ = torch.stack(flags).tolist() if flags else []
     found = list(zip(given, differ, strict=True))
-    return [failed[form.number] if form.number in failed else
-            _tally(seed, form, rows, scale, device, [f for f in found if f[0][0] == form.number]) for form in of_kind]
+    return [_tally(seed, form, rows, scale, device, [f for f in found if f[0][0] == form.number],
+                   failed.get(form.number)) for form in of_kind]
 
 
-def _tally(seed, form, rows, scale, device, found) -> Tally:
+def _tally(seed, form, rows, scale, device, found, error) -> Tally:
     moved = [(count, *which[1:3]) for which, count in found if count]
     largest = max(((*weight, tokens) for (_, _, tokens, weight), _ in found), key=math.prod, default=(0, 0, 0))
-    return Tally(len(found), len(moved), told(seed, form, rows, scale, device, *moved[0]) if moved else "", largest)
+    first = _told_or_not(seed, form, rows, scale, device, *moved[0]) if moved else ""
+    return Tally(len(found), len(moved), first, largest, error)
+
+
+def _told_or_not(seed, form, rows, scale, device, count, number, tokens) -> str:
+    try:
+        return told(seed, form, rows, scale, device, count, number, tokens)
+    except Exception as error:  # noqa: BLE001 - that bits moved is known without it
+        return (f"{form.kind} case {number} tokens={tokens} {form.schedule}: {count} elements; computed again: "
+                f"{type(error).__name__}: {str(error)[:200]}")
 
 
 def told(seed: int, form: Form, rows: int, scale: Scale, device, count: int, number: int, tokens: int) -> str:
@@ -146,24 +157,22 @@ def record(folder, a, scale: Scale, device) -> tuple[int, int, list[str]]:
             continue
         rows, bad = _rows(a.seed, group, tallies)
         PRODUCTS.merge(folder, rows)
-        done = [t for t in tallies if isinstance(t, Tally)]
-        cases, differ = cases + sum(t.cases for t in done), differ + sum(t.differ for t in done)
-        wrong += [*bad, *(t.first for t in done if t.differ)]
+        cases, differ = cases + sum(t.cases for t in tallies), differ + sum(t.differ for t in tallies)
+        wrong += [*bad, *(t.first for t in tallies if t.differ)]
         say(f"{i + 1} of {len(todo)} kinds: {cases:,} cases in {time.monotonic() - begun:.0f} s, {differ} differ")
     return cases, differ, wrong
 
 
-def _rows(seed: int, group: list[Form], tallies: list[Tally | Exception]) -> tuple[list[dict], list[str]]:
-    """The rows of these forms, and in words what is wrong with those that have none."""
+def _rows(seed: int, group: list[Form], tallies: list[Tally]) -> tuple[list[dict], list[str]]:
+    """The rows of these forms, and in words what failed: a form, or its row."""
     rows, wrong = [], []
     for form, tally in zip(group, tallies, strict=True):
+        errors = [tally.error] if tally.error else []
         try:
-            if isinstance(tally, Exception):
-                raise tally
-            if tally.cases:
-                rows.append(row_of(seed, form, tally))
+            rows += [row_of(seed, form, tally)] if tally.cases else []
         except Exception as error:  # noqa: BLE001 - as in `compared`
-            wrong.append(f"{form.kind} {form.schedule}: {type(error).__name__}: {str(error)[:200]}")
+            errors.append(error)
+        wrong += [f"{form.kind} {form.schedule}: {type(e).__name__}: {str(e)[:200]}" for e in errors]
     return rows, wrong
 
 

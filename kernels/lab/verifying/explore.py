@@ -165,6 +165,8 @@ def _submitted(engine: Engine, mix: Mix, verified: int) -> list:
 
 def _step_ms(mix: Mix, ops: str, steps: int = 6) -> float:
     """Of the second time that the requests are served: PyTorch's attention plans each length that it first meets."""
+    if mix.count <= WARM + steps:
+        raise ValueError(f"count must be more than {WARM + steps}, for so many steps are timed, got {mix.count}")
     engine, times = _engine(mix, ops, False), []
     engine.warm_up()  # as engines that are measured do
     for step in (engine.step, lambda: _timed(engine.step)):

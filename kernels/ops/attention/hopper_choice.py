@@ -14,7 +14,7 @@ BLOCK_US = {64: 1.0, 128: 1.5}  # a block of 128 keys for so many rows
 JOB_US = {64: 3.5, 128: 3.5}  # what a tile, or a leaf of one, costs besides
 SECOND_US = 3.0  # another launch
 ROW_US = 2 * 128 * 4 / 3e6  # a row of partial results, written and read again
-BLOCKS_MOST = 16  # leaves x heads of k, of few rows each, up to which three short launches take less time
+BLOCKS_MOST = 16  # leaves x heads of k, of few rows each, up to which a few short launches take less time
 ONE_LAUNCH_KEYS = 640  # but for so few keys: one launch takes 3.6 us and 0.0077 a key, short ones 8.3 and 0.001
 LONG_WALK = Schedule("walk", 16, 4, 2)  # for memory that is busy anyway, without partial results
 
@@ -43,7 +43,7 @@ def _leaves(queries, keys) -> int:
 def _is_long_decode(form, queries, keys) -> bool:
     """Few rows each, of many sequences of about one length: a program for each keeps all of memory busy.
 
-    With a second leaf, of one key even, it takes 0.94 to 0.98 of the time of a leaf a program.
+    With a second leaf, of one key even, it takes 0.94 to 0.98 of hopper_spread's time.
     """
     rows = queries * form.group
     return bool(form.page == 0 and len(keys) and rows.min() > 0 and rows.max() <= 16 and keys.min() > LEAF

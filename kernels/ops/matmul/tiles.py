@@ -1,6 +1,8 @@
 """What the kernels of a matrix product do with a tile: place it, multiply, add segments, store."""
 from __future__ import annotations
 
+from functools import cache
+
 from ...arithmetic.elementary import tl_fma
 from ...arithmetic.tensor_core import tl_chain
 from ...runtime import device_function, tl, triton
@@ -21,7 +23,12 @@ def for_k(k: int, kernel):
     It would take the 1 for a constant and unroll the loop over k. A product that begins at zero would then meet the
     addition of the bias, and Triton makes of both a product that begins at the bias: the tensor core cuts that sum off.
     """
-    return kernel if k != 1 else triton.jit(do_not_specialize=["M", "K"])(kernel.fn)
+    return kernel if k != 1 else _of_one(kernel)
+
+
+@cache
+def _of_one(kernel):
+    return triton.jit(do_not_specialize=["M", "K"])(kernel.fn)
 
 
 @device_function

@@ -12,6 +12,7 @@ from ...launch import Step
 from ...runtime import tl, triton
 from . import pointer, tma
 from .product import Product
+from .tiles import for_k
 
 
 def unit(*numbers: int) -> int:
@@ -23,7 +24,7 @@ def unit(*numbers: int) -> int:
 def told(step: Step, product: Product) -> Step:
     """The launch of a schedule for an order in sequence, told of what sizes and strides are multiples."""
     p, of_n = product, unit(product.n)
-    if p.k == 1:  # whose kernel is one of its own (tiles.for_k)
+    if step.kernel in (for_k(1, pointer.pointer_kernel), for_k(1, tma.tma_kernel)):
         return step
     if step.kernel is not pointer.pointer_kernel:
         return step if of_n == 1 else _with(step, _by_bulk_copies(step), N_UNIT=of_n)

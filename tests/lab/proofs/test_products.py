@@ -200,8 +200,31 @@ def test_a_form_that_fails_costs_no_other_of_its_kind(few, tmp_path, monkeypatch
     ran.clear()
     assert products.main([*few, "--cases", "16"]) == 1
     assert [given for given in ran if given[0] == GOOD] == whole and len(whole) == 8
-    assert f"{bad}: RuntimeError: out of registers" in (said := capsys.readouterr().out) and "0 of 8 cases" in said
-    assert products.PRODUCTS.read(tmp_path / "here").form.tolist() == [1]
+    assert f"{bad}: RuntimeError: out of registers" in (said := capsys.readouterr().out) and "0 of 10 cases" in said
+    rows = products.PRODUCTS.read(tmp_path / "here")
+    assert (rows.form.tolist(), rows.cases.tolist()) == ([0, 1], [2, 8])  # the first is not done
+
+
+@needs_interpreter
+def test_bits_that_moved_are_counted_though_their_form_fails_later(monkeypatch):
+    """It fails at its third case and when it is computed again to be told."""
+    real, bad, ran = Op.run_schedule, Schedule("pointer", 32, 16, 32, 1, 2), []
+
+    def off_then_fails(op, schedule, x, weight, *rest):
+        ran.append(schedule)
+        if schedule == bad and ran.count(bad) > 2:
+            raise RuntimeError("out of registers")
+        y = real(op, schedule, x, weight, *rest)
+        return y + 1 if schedule == bad else y
+
+    monkeypatch.setattr(Op, "run_schedule", off_then_fails)
+    monkeypatch.setattr(drawn, "EMPTY", 0.0)
+    wrong, good = products.compared(0, [Form(0, KIND, bad), Form(1, KIND, GOOD)], 8, SMALL, CPU)
+    assert good[:2] == (8, 0) and good.error is None and wrong.cases == 2 and 0 < wrong.differ <= 2
+    assert str(wrong.error) == "out of registers" and wrong.error.__traceback__ is None
+    assert "elements; computed again: RuntimeError: out of registers" in wrong.first
+    rows, said = products._rows(0, [Form(0, KIND, bad)], [wrong])
+    assert rows[0]["differ"] == wrong.differ and said == [f"{KIND} {bad}: RuntimeError: out of registers"]
 
 
 LOCKED = Schedule("hopper", 128, 256, 64, warps=8, stages=3, persistent=True, store=True, stream=True, lockstep=True)

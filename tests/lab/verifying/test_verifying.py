@@ -231,6 +231,8 @@ def test_steps_are_timed_of_an_engine_that_is_warm(monkeypatch):
     assert did[0] == 0 and len(did) == 1 + explore.WARM + 3
     assert served[: len(served) // 2] == served[len(served) // 2:]  # it met each length before
     assert not engines[0].scheduler.requests
+    with pytest.raises(ValueError, match="count must be more than 5.* got 5"):
+        explore._step_ms(Mix(2, 0.5, 4, 2, count=5), "default", steps=3)
 
 
 def test_the_command_records_predicted_beside_measured(tmp_path):

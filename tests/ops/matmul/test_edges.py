@@ -255,12 +255,14 @@ def test_edges_have_the_trusted_schedules_bits(n, k):
 
 
 ONE_TILE = ("pointer 64x16x64 warps=4 stages=2 group=1", "pointer 64x16x64 warps=4 stages=2 group=1 swap",
-            "tma 64x16x64 warps=4 stages=2 group=1 copy", "hopper 64x16x64 warps=4 stages=4 group=1 persistent copy")
+            "tma 64x16x64 warps=4 stages=2 group=1 copy", "tma 64x16x64 warps=4 stages=2 group=1 persistent store copy",
+            "hopper 64x16x64 warps=4 stages=4 group=1 persistent copy")
 
 
 @needs_compiler
 def test_a_bias_is_added_behind_the_tensor_core_where_k_is_one():
-    work = [Job("matmul", f"N={n},K=1,bias", "bfloat16", s, 90, second="copy" in s) for s in ONE_TILE for n in (64, 66)]
+    work = [Job("matmul", f"N={n},K=1,bias", "bfloat16", s, 90, second="copy" in s) for s in ONE_TILE for n in (64, 66)
+            if n == 64 or "store" not in s]  # which asks for rows of whole 16 bytes
     for code in compile_ahead(work):
         assert code.float_adds >= 64 * 16 // 128, code.job  # one of every sum, in 128 threads
 
@@ -271,7 +273,7 @@ def test_a_bias_is_added_behind_the_tensor_core_where_k_is_one_on_a_gpu(n):
     x, weight = (adversarial("wide", rows, 1, torch.bfloat16, HERE, rows) for rows in (300, n))
     bias = OP.inputs(1, f"N={n},K=1,bias", torch.bfloat16, HERE)[2]
     wanted = specified(x.cpu(), weight.cpu(), bias.cpu(), order(n, 1))
-    for s in (TRUSTED, *map(Schedule.parse, ONE_TILE)):
+    for s in (TRUSTED, *(Schedule.parse(line) for line in ONE_TILE if n == 128 or "store" not in line)):
         assert same_bits(OP.run_schedule(s, x, weight, bias).cpu(), wanted), s
     assert same_bits(OP.triton(x, weight, bias).cpu(), wanted)
 
