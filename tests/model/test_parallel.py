@@ -333,6 +333,18 @@ def test_a_process_that_left_the_ranks_outlives_its_parent(monkeypatch):
     assert ended == [1]
 
 
+def test_a_gpu_that_waited_in_vain_ends_its_process_with_a_word(monkeypatch, capsys):
+    ended = []
+    monkeypatch.setattr(sys.modules[parallel.join.__module__].os, "_exit", ended.append)
+    with parallel.ends_where_lost(Ranks(0, 2, CPU)):
+        raise RuntimeError("CUDA error: unspecified launch failure\nmore words")
+    assert ended == [1] and capsys.readouterr().err == ("error: rank 0 of 2 on cpu waited for a rank that ended or did "
+                                                        "not come in time (CUDA error: unspecified launch failure)\n")
+    with pytest.raises(RuntimeError, match="another"), parallel.ends_where_lost(Ranks(0, 2, CPU)):
+        raise RuntimeError("another")
+    assert ended == [1]
+
+
 # The command.
 
 @pytest.mark.parametrize("where", ["cache", "forward"])

@@ -240,7 +240,8 @@ def main(argv=None) -> int:
     ranks = parallel.join(a.device, a.timeout)
     try:
         folder = opened(a.out, a.machine) if a.record else None
-        record = (_sums if a.sums else _cells)(ranks, a, folder, _say if ranks.first else _nothing)
+        with parallel.ends_where_lost(ranks):
+            record = (_sums if a.sums else _cells)(ranks, a, folder, _say if ranks.first else _nothing)
         if a.record and ranks.first:
             print(record)
     finally:

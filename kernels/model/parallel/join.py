@@ -4,6 +4,8 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ... import runtime
+from ...ops.all_reduce import symmetric
 from ...ops.matmul.shared import SHARES
 
 COMMAND = "torchrun --standalone --nproc-per-node N -m kernels parallel"
@@ -65,6 +68,7 @@ def join(device: str | torch.device | None = None, timeout: float = TIMEOUT) -> 
     given = _variables()
     ranks = Ranks(given["RANK"], given["WORLD_SIZE"], _device(device, given["LOCAL_RANK"]))
     _settings()
+    symmetric.TIMEOUT_MS = int(1000 * timeout)
     _LEFT.clear()
     end_with_parent(_LEFT)
     if ranks.device.type == "cuda":
@@ -85,6 +89,19 @@ def leave() -> None:
     _LEFT.set()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def ends_where_lost(ranks: Ranks) -> Iterator[None]:
+    """End this process with a word where its GPU waited in vain for another rank's: a GPU that trapped does no more."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "launch failure" not in str(error):
+            raise
+        print(f"error: {ranks} waited for a rank that ended or did not come in time ({str(error).splitlines()[0]})",
+              file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def end_with_parent(left: threading.Event) -> None:
