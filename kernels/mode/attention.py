@@ -29,8 +29,8 @@ from ..ops.bmm import bmm
 from ..ops.matmul.order import Order
 from ..ops.mean import sum
 from ..ops.softmax import log_softmax, softmax
-from .kept import as_efficient, as_flash, as_rows, keep_attention, nothing, of_rows
-from .masks import Seen, of_mask, without_mask
+from .kept import as_cudnn, as_efficient, as_flash, as_rows, keep_attention, nothing, of_rows
+from .masks import Read, Seen, of_mask, without_mask
 from .products import how, supported
 from .switch import Unsupported, rule
 
@@ -38,6 +38,8 @@ from .switch import Unsupported, rule
 def _seen(q, k, mask, causal) -> Seen:
     if mask is not None and causal:
         raise Unsupported("has an order for a mask or is_causal, and both were given")
+    if isinstance(mask, Read):
+        return mask.seen
     shape = (q.shape[0], q.shape[2], k.shape[2])
     return without_mask(*shape, causal, q.device) if mask is None else of_mask(mask, *shape, q.device)
 
@@ -137,8 +139,9 @@ def _forward(query, key, value, mask, dropout_p, is_causal, scale, lse=True):
     if not _check(query, key, value, dropout_p):
         return NotImplemented
     seen = _seen(query, key, mask, is_causal)
-    made = keep_attention(query, key, value, (is_causal, scale, lse), seen) \
-        if mask is None and _has_op(query, key, value, scale) else None
+    read = None if mask is None else seen
+    made = keep_attention(query, key, value, (is_causal, scale, lse, read), seen) \
+        if _has_op(query, key, value, scale) else None
     y, sums = attend(query, key, value, seen, scale, lse) if made is None else made.looked_at(query, key, value)
     return y, nothing(query, torch.float32) if sums is None else sums
 
@@ -182,14 +185,14 @@ def _flash(query, key, value, dropout_p=0.0, is_causal=False, return_debug_mask=
 @rule("_scaled_dot_product_cudnn_attention")
 def _cudnn(query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, return_debug_mask=False,
            *, scale=None):
-    return as_flash(query, key, _forward(query, key, value, attn_bias, dropout_p, is_causal, scale,
+    return as_cudnn(query, key, _forward(query, key, value, attn_bias, dropout_p, is_causal, scale,
                                          compute_log_sumexp))
 
 
 @rule("_scaled_dot_product_cudnn_attention_backward")
 def _cudnn_backward(grad_out, query, key, value, out, logsumexp, philox_seed, philox_offset, attn_bias, cum_seq_q,
                     cum_seq_k, max_q, max_k, dropout_p, is_causal, *, scale=None):
-    mask = attn_bias if attn_bias is not None and attn_bias.numel() else None
+    mask = attn_bias if isinstance(attn_bias, Read) or attn_bias is not None and attn_bias.numel() else None
     return _gradients(grad_out, query, key, value, out, mask, dropout_p, is_causal, scale)
 
 

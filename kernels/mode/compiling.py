@@ -5,6 +5,8 @@ leaves to ATen reaches the rules when it runs. What it would lower or decompose 
 products, is traced as one opaque op for each rule, by a table of decompositions that is handed to this compilation
 alone: nothing of Inductor's is changed. AOTAutograd keeps compiled graphs by their code, which the mode is no part of,
 so compilations inside neither read nor fill that cache.
+
+CUDA graphs (mode="reduce-overhead") hold what is between calls of attention (compiled_attention.py).
 """
 from __future__ import annotations
 
@@ -12,25 +14,43 @@ from collections.abc import Callable
 from functools import cache, wraps
 
 import torch
+from torch.utils._pytree import tree_map_only
 
+from . import compiled_attention
+from .compiled_attention import schema_of
 from .elements import ONE, TWO
 from .kept import short
 from .switch import RULES, active, guarded, op_of
 
-_LIBRARY: list[torch.library.Library] = []
+
+@cache
+def _library() -> torch.library.Library:
+    return torch.library.Library("same_bits_mode", "FRAGMENT")
+
+
+def defined(own: str, schema: str, run: Callable, fake: Callable, between_graphs: bool = False):
+    """An op of torch.library, into which no decomposition looks; CUDA graphs may be told to leave it out."""
+    _library().define(own + schema, tags=(torch.Tag.cudagraph_unsafe,) if between_graphs else ())
+    _library().impl(own, run, "CompositeExplicitAutograd")
+    made = getattr(torch.ops.same_bits_mode, own).default
+    torch.library.register_fake(made, fake, lib=_library())
+    return made
 
 
 @cache
-def _opaque(name: str):
-    """A rule as an op of torch.library, with the schema of the op it stands for."""
-    if not _LIBRARY:
-        _LIBRARY.append(torch.library.Library("same_bits_mode", "FRAGMENT"))
-    op, own = op_of(name), "aten_" + name.replace(".", "_")
-    _LIBRARY[0].define(own + str(op._schema)[str(op._schema).index("("):])
-    _LIBRARY[0].impl(own, guarded(name, op, RULES[name], short(name, op)), "CompositeExplicitAutograd")
-    made = getattr(torch.ops.same_bits_mode, own).default
-    torch.library.register_fake(made, lambda *arguments, **named: op(*arguments, **named), lib=_LIBRARY[0])
-    return made
+def _opaque(name: str) -> Callable:
+    """A rule as an op of torch.library, with the schema of the op it stands for and results that are contiguous."""
+    if name.startswith("_scaled_dot_product"):
+        return compiled_attention.opaque(name, defined)
+    op = op_of(name)
+    kernel = guarded(name, op, RULES[name], short(name, op))
+
+    def run(*arguments, **named):
+        return tree_map_only(torch.Tensor, torch.Tensor.contiguous, kernel(*arguments, **named))
+
+    def fake(*arguments, **named):
+        return tree_map_only(torch.Tensor, lambda t: t.new_empty(t.shape), op(*arguments, **named))
+    return defined("aten_" + name.replace(".", "_"), schema_of(op), run, fake)
 
 
 def _decomposition(name: str, before: Callable | None) -> Callable:
@@ -57,6 +77,16 @@ def _writes(op) -> bool:
     return any(a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments)
 
 
+def _alike_once(module: torch.fx.GraphModule, *arguments, **named):
+    """Inductor's compilation of a graph in which alike calls are one: each layer's mask is made and read again else."""
+    from torch._functorch.compile_utils import fx_graph_cse
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    module.graph = fx_graph_cse(module.graph)
+    module.recompile()
+    return compile_fx_inner(module, *arguments, **named)
+
+
 def hook() -> None:
     """Let `torch.compile` with Inductor ask, at each compilation, whether the mode is on."""
     wrapper = torch._TorchCompileInductorWrapper
@@ -72,6 +102,6 @@ def hook() -> None:
 
         patches = {**self.config, **(named.get("config_patches") or {})}
         with functorch.patch(enable_autograd_cache=False):
-            return compile_fx(model, inputs, config_patches=patches,
+            return compile_fx(model, inputs, inner_compile=_alike_once, config_patches=patches,
                               decompositions=decompositions(select_decomp_table()))
     wrapper.__call__ = compile_graph

@@ -25,7 +25,7 @@ from ..ops.matmul.plan import Plan
 from ..ops.mean import mean, sum
 from ..ops.softmax import log_softmax, softmax
 from ..runtime import current_device, current_stream
-from .masks import Seen
+from .masks import Read, Seen
 from .overloads import ON_A_CPU_ALONE
 
 _TENSOR, _PARAMETER = torch.Tensor, torch.nn.Parameter
@@ -121,7 +121,7 @@ def _layer_norm(input, normalized_shape, weight, bias, eps):
 
 
 class _Attention:
-    """Attention without a mask, of tensors that lie as its op wants them: their addresses are all that it needs."""
+    """Attention of tensors that lie as its op wants them: their addresses are all that it needs."""
 
     __slots__ = ("plan", "sequences", "shape", "strides", "lse")
 
@@ -166,17 +166,19 @@ def of_rows(y, sums, batch: int, queries: int) -> tuple[torch.Tensor, torch.Tens
 
 
 def keep_attention(q, k, v, numbers: tuple, seen: Seen) -> _Attention | None:
-    """Leave a call of this suite's attention without a mask, or find it; None where tensors must be copied.
+    """Leave a call of this suite's attention, or find it; None where tensors must be copied or a window is seen.
 
-    numbers  is_causal, scale, and whether the logarithms of the sums are wanted
+    numbers  is_causal, scale, whether the logarithms of the sums are wanted, and what a mask said if there is one
     """
     key, rows = (numbers, form(q, k, v)), as_rows(q, k, v)
     if key in ATTENTION:
         return ATTENTION[key]
-    if not _can_keep(key[-1]) or seen.rows is not None or rows[0].data_ptr() != q.data_ptr():
+    if not _can_keep(key[-1]) or seen.window or any(seen.starts) or seen.rows is not None \
+            or rows[0].data_ptr() != q.data_ptr():
         return None
-    plan = attention_prefill.call.plan((*rows, seen.sequences.handle, 0, numbers[-1]))
-    return None if plan.copies else ATTENTION.keep(key, _Attention(plan, seen.sequences, tuple(q.shape), numbers[-1]))
+    lse = numbers[2]
+    plan = attention_prefill.call.plan((*rows, seen.sequences.handle, 0, lse))
+    return None if plan.copies else ATTENTION.keep(key, _Attention(plan, seen.sequences, tuple(q.shape), lse))
 
 
 def _attention(q, k, v, *numbers) -> tuple | None:
@@ -184,41 +186,57 @@ def _attention(q, k, v, *numbers) -> tuple | None:
     return None if found is None else found.at_once(q, k, v)
 
 
+def _is_unread(mask) -> bool:
+    return mask is not None and mask.__class__ is not Read
+
+
 @_short("_scaled_dot_product_flash_attention")
 def _flash(query, key, value, dropout_p=0.0, is_causal=False, return_debug_mask=False, *, scale=None):
-    return None if dropout_p else as_flash(query, key, _attention(query, key, value, is_causal, scale, True))
+    return None if dropout_p else as_flash(query, key, _attention(query, key, value, is_causal, scale, True, None))
 
 
 @_short("_scaled_dot_product_cudnn_attention")
 def _cudnn(query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, return_debug_mask=False,
            *, scale=None):
-    return None if dropout_p or attn_bias is not None else as_flash(
-        query, key, _attention(query, key, value, is_causal, scale, compute_log_sumexp))
+    return None if dropout_p or _is_unread(attn_bias) else as_cudnn(
+        query, key, _attention(query, key, value, is_causal, scale, compute_log_sumexp, attn_bias and attn_bias.seen))
 
 
 @_short("_scaled_dot_product_efficient_attention")
 def _efficient(query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, *, scale=None):
-    return None if dropout_p or attn_bias is not None else as_efficient(
-        query, key, _attention(query, key, value, is_causal, scale, compute_log_sumexp))
-
-
-def _unused(x: torch.Tensor, count: int) -> list[torch.Tensor]:
-    """Each a tensor of its own: torch.compile refuses results that share memory."""
-    return [nothing(x, torch.int64) for _ in range(count)]
+    return None if dropout_p or _is_unread(attn_bias) else as_efficient(
+        query, key, _attention(query, key, value, is_causal, scale, compute_log_sumexp, attn_bias and attn_bias.seen))
 
 
 def as_flash(query, key, found):
-    """(y, the logarithms of its sums) as the ops of flash and cuDNN return them; None or NotImplemented as it is."""
+    """(y, the logarithms of its sums) as flash's op returns them; None or NotImplemented as it is.
+
+    Random state that nobody asks for has a shape all the same, and no two results share memory: torch.compile wants so.
+    """
     if found is None or found is NotImplemented:
         return found
-    return *found, None, None, query.shape[2], key.shape[2], *_unused(query, 3)
+    return (*found, None, None, query.shape[2], key.shape[2], _state(query, 2), _state(query),
+            nothing(query, query.dtype))
+
+
+def as_cudnn(query, key, found):
+    """(y, the logarithms of its sums) as cuDNN's op returns them; None or NotImplemented as it is."""
+    if found is None or found is NotImplemented:
+        return found
+    return *found, None, None, query.shape[2], key.shape[2], *_scalars(query), None
 
 
 def as_efficient(query, key, found):
     """(y, the logarithms of its sums) as the memory-efficient op returns them; None or NotImplemented as it is."""
-    if found is None or found is NotImplemented:
-        return found
-    return *found, *_unused(query, 2)
+    return found if found is None or found is NotImplemented else (*found, *_scalars(query))
+
+
+def _state(x: torch.Tensor, *shape: int, dtype: torch.dtype = torch.uint64) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=x.device)
+
+
+def _scalars(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return _state(x, dtype=torch.int64), _state(x, dtype=torch.int64)
 
 
 def short(name: str, op) -> Callable:

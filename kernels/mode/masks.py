@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import count
 
 import numpy as np
 import torch
@@ -73,6 +74,37 @@ class Seen:
         return out
 
 
+@dataclass(frozen=True)
+class Read:
+    """A mask that was read before, as a compiled graph hands it on: what it says stands beside it."""
+
+    seen: Seen
+    mask: torch.Tensor
+
+
+READ: dict[int, Seen] = {}  # what compiled graphs have read, by a number, which they can carry
+_NUMBERS, KEPT = count(1), 256
+
+
+def number_of(mask: torch.Tensor, batch: int, queries: int, keys: int) -> int:
+    """Read a mask -> the number under which READ has what it says; 0 for one without an order.
+
+    A CUDA graph may have written to a mask unseen, so its numbers are compared each time.
+    """
+    try:
+        seen = of_mask(mask, batch, queries, keys, mask.device, compare=True)
+    except Unsupported:
+        return 0  # attention is given the mask too, and refuses it by name
+    for number in reversed(READ):
+        if READ[number] is seen:
+            return number
+    number = next(_NUMBERS)
+    READ[number] = seen
+    for old in list(READ)[:-KEPT]:
+        READ.pop(old, None)
+    return number
+
+
 @lru_cache(64)
 def without_mask(batch: int, queries: int, keys: int, causal: bool, device: torch.device) -> Seen:
     """All keys, or as is_causal says: query i sees key i and those before it."""
@@ -91,16 +123,17 @@ _LAST: dict[str, tuple] = {}  # the last mask that was read: layers share it, or
 COPIED = 1 << 22  # numbers of a mask that is kept, to be compared with the next one
 
 
-def of_mask(mask: torch.Tensor, batch: int, queries: int, keys: int, device: torch.device) -> Seen:
+def of_mask(mask: torch.Tensor, batch: int, queries: int, keys: int, device: torch.device,
+            compare: bool = False) -> Seen:
     """What a mask says. Raises Unsupported for one that is not of the kind above.
 
-    On a GPU the same tensor is not read again unless PyTorch knows that it was written to: what a captured graph or a
-    kernel of one's own writes there is not seen.
+    On a GPU the same tensor is not read again unless PyTorch knows that it was written to, or `compare` is set: what a
+    captured graph or a kernel of one's own writes there is not seen.
     """
     version = None if mask.is_inference() else mask._version
     known, sizes = _LAST.get("mask"), (batch, queries, keys, device)
     if known and known[3] == sizes:
-        if mask.is_cuda and version is not None and known[0]() is mask and known[1] == version:
+        if mask.is_cuda and not compare and version is not None and known[0]() is mask and known[1] == version:
             return known[4]
         if _alike(known[2], mask):  # PyTorch makes each layer a mask of its own, of the one that it was given
             return known[4]

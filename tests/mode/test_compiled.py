@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 from kernels import runtime
 from kernels.bits import portable, same_bits
-from kernels.mode import batch_invariant
+from kernels.mode import batch_invariant, compiled_attention, masks
+from kernels.mode.switch import Refused
 
 DEVICE = runtime.device()
 W = portable(24, 40, device=DEVICE, seed=1)
@@ -41,3 +42,88 @@ def test_compiled_has_the_bits_of_eager_and_no_batch_moves_them():
 def _gradient(function, x):
     x = x.detach().requires_grad_()
     return torch.autograd.grad(function(x)[0].sum(), x)[0]
+
+
+def _bias(keep):
+    return torch.where(keep, 0.0, float("-inf"))[:, None].expand(-1, HEADS, -1, -1)
+
+
+HEADS, TOKENS = 4, 5
+EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention
+# results that PyTorch lays otherwise than the rules do
+LAID = {
+    "softmax": lambda x: x.transpose(1, 3).softmax(1) * 2, "mean": lambda x: x.transpose(1, 3).mean(2, True) * 2,
+    "gelu": lambda x: F.gelu(x.transpose(1, 3)) * 2, "bmm": lambda x: (x.transpose(2, 3) @ x) * 2,
+    "rms_norm": lambda x: F.rms_norm(x.transpose(2, 3), (x.shape[2],)) * 2,
+    "layer_norm": lambda x: F.layer_norm(x.transpose(1, 3), (x.shape[1],)) * 2,
+    "attention": lambda x: F.scaled_dot_product_attention(x, x + 1, x * 2, is_causal=True).transpose(1, 2) * 2,
+    "attention of float16": lambda x: F.scaled_dot_product_attention(x.half(), x.half(), x.half()).float() * 2,
+}
+
+
+@pytest.mark.serial  # it compiles
+@pytest.mark.parametrize("name", LAID)
+def test_compiled_results_lie_where_compiled_code_looks(name):
+    torch._dynamo.reset()
+    compiled, x = torch.compile(LAID[name], dynamic=False), portable(2 * HEADS * TOKENS, 16, device=DEVICE)
+    x = x.view(2, HEADS, TOKENS, 16)
+    with batch_invariant(strict=True):
+        with torch.no_grad():
+            assert same_bits(compiled(x), LAID[name](x))
+        found, eager = (torch.autograd.grad(f(y).float().square().sum(), y)[0]
+                        for f in (compiled, LAID[name]) for y in [x.clone().requires_grad_()])
+    torch.testing.assert_close(found, eager, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.serial  # it compiles
+def test_layers_that_share_a_mask_read_it_once_and_its_numbers_count(monkeypatch):
+    def three(x, keep):
+        for _ in range(3):
+            x = x + EFFICIENT(x, x, x, _bias(keep), False)[0]
+        return x
+    read = []
+    monkeypatch.setattr(compiled_attention, "number_of",
+                        lambda mask, *sizes: (read.append(sizes), masks.number_of(mask, *sizes))[1])
+    torch._dynamo.reset()
+    compiled, x = torch.compile(three, dynamic=False), portable(2 * HEADS * TOKENS, 16).view(2, HEADS, TOKENS, 16)
+    causal = torch.ones(2, TOKENS, TOKENS, dtype=torch.bool).tril()
+    with torch.no_grad(), batch_invariant(strict=True):
+        for hidden in (0, 2, 0):
+            keep = causal.clone()
+            keep[1, :, :hidden] = False
+            read.clear()
+            assert same_bits(compiled(x, keep), three(x, keep)) and read == [(2, TOKENS, TOKENS)]
+        keep[1, 3, 1] = False
+        with pytest.raises(Refused, match="scaled_dot_product_attention has an order for masks in which each query"):
+            compiled(x, keep)
+
+
+def test_what_masks_say_is_kept_under_numbers_of_which_the_oldest_go(monkeypatch):
+    monkeypatch.setattr(masks, "KEPT", 2)
+    monkeypatch.setattr(masks, "READ", {})
+    numbers = [masks.number_of(torch.ones(1, 1, 1, keys, dtype=torch.bool), 1, 1, keys) for keys in (3, 4, 5, 5)]
+    assert numbers[2] == numbers[3] and list(masks.READ) == numbers[1:3]
+    assert masks.number_of(torch.full((1, 1, 1, 3), 0.5), 1, 1, 3) == 0
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_hold_a_model_but_attention_and_see_each_mask():
+    torch._dynamo.reset()
+
+    def two(x, keep):
+        for _ in range(2):
+            q = F.linear(x, EYE).view(len(x), TOKENS, HEADS, 64).transpose(1, 2)
+            y = F.scaled_dot_product_attention(q, q, q, attn_mask=keep[:, None])
+            x = F.linear(y.transpose(1, 2).flatten(2), EYE)
+        return x
+    EYE, x = (portable(rows, HEADS * 64, seed=rows, device="cuda").bfloat16() for rows in (HEADS * 64, 2 * TOKENS))
+    x = x.view(2, TOKENS, -1)
+    compiled = torch.compile(two, dynamic=False, mode="reduce-overhead")
+    causal = torch.ones(2, TOKENS, TOKENS, dtype=torch.bool, device="cuda").tril()
+    with torch.no_grad(), batch_invariant(strict=True):
+        for hidden in (0, 0, 0, 2, 1, 0, 2):
+            causal[1, :, :2] = torch.arange(2, device="cuda") >= hidden
+            keep = causal & torch.ones(TOKENS, TOKENS, dtype=torch.bool, device="cuda").tril()
+            torch.compiler.cudagraph_mark_step_begin()
+            assert same_bits(compiled(x, keep).clone(), two(x, keep)), hidden
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0

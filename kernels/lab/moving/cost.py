@@ -7,6 +7,7 @@ eager     host wall clock a forward, as a reader calls it: launches and the disp
 compiled  the same with each decoder layer compiled in place, which is how users of transformers compile a long model:
           one compilation serves all layers, and one is made for each shape outside the mode and one inside. What is
           around the layers stays eager, for both contenders
+whole     the same with the whole model compiled for CUDA graphs (mode="reduce-overhead"), once for each shape
 find      one `find_moving_ops` over two such prompts, seconds as microseconds
 batches, compiled_batches  a forward of a batch of four prompts that were drawn at random, padded to so many tokens
 
@@ -20,8 +21,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import pandas as pd
 import torch
@@ -36,7 +37,7 @@ from .batches import pool, random_batches
 from .measure import find_moving_ops
 
 TIMED = ("eager", "compiled", "find")
-HOW, OPS = (*TIMED, "batches", "compiled_batches"), ("default", "invariant")
+HOW, OPS = (*TIMED, "whole", "batches", "compiled_batches"), ("default", "invariant")
 TOKENS = {"cuda": (1, 2, 4, 8, 16, 32, 64, 512, 1024, 2048, 4096), "cpu": (1, 2, 4, 8)}
 REQUESTS = 4  # of a batch
 BATCHES = 200
@@ -106,7 +107,8 @@ def mode_cost(name: str, tokens: Sequence[int], how: Sequence[str] = TIMED, dtyp
         if all((name, way, ops, dtype, count) in skip for ops in OPS):
             continue  # of one alone the other is measured again: contenders are interleaved
         model = model or transformers_model(name, DTYPES[dtype], runtime.device())
-        with compiled_layers(model) if way.startswith("compiled") else nullcontext():
+        with compiled_whole(model) if way == "whole" else compiled_layers(model) if way.startswith("compiled") \
+                else nullcontext():
             measured = (_find(model, count) if way == "find" else _batches(model, count, batches)
                         if way.endswith("batches") else _forwards(model, count, repeats))
         for ops, (times, same) in measured.items():
@@ -116,21 +118,28 @@ def mode_cost(name: str, tokens: Sequence[int], how: Sequence[str] = TIMED, dtyp
     return rows
 
 
-@contextmanager
-def compiled_layers(model: torch.nn.Module) -> Iterator[None]:
-    """A transformers model's decoder layers compiled in place, all by one function; as they were afterwards.
+def compiled_layers(model: torch.nn.Module) -> AbstractContextManager[None]:
+    """A transformers model's decoder layers compiled in place, all by one function; as they were afterwards."""
+    return _compiled(model.model.layers)
 
-    Raises torch._dynamo.exc.FailOnRecompileLimitHit where PyTorch would have gone on without compiling.
-    """
+
+def compiled_whole(model: torch.nn.Module) -> AbstractContextManager[None]:
+    """A model compiled in place for CUDA graphs, as it was afterwards."""
+    return _compiled([model], mode="reduce-overhead")
+
+
+@contextmanager
+def _compiled(modules: Iterable[torch.nn.Module], **options) -> Iterator[None]:
+    """Raises torch._dynamo.exc.FailOnRecompileLimitHit where PyTorch would have gone on without compiling."""
     torch._dynamo.reset()
     try:
-        for layer in model.model.layers:
-            layer.compile(dynamic=False)
+        for module in modules:
+            module.compile(dynamic=False, **options)
         with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
             yield
     finally:
-        for layer in model.model.layers:
-            layer._compiled_call_impl = None
+        for module in modules:
+            module._compiled_call_impl = None
         torch._dynamo.reset()
 
 
@@ -164,7 +173,8 @@ def _forwards(model, count: int, repeats: int) -> Mapping[str, tuple[dict, bool]
         for ops, timing in times.items():
             if isinstance(timing, Exception):
                 raise timing
-            found[ops] = {**timing.percentiles(), "repeats": repeats}, same_bits(calls[ops](one), calls[ops](many)[:1])
+            alone = calls[ops](one).clone()  # the next replay of a graph writes there
+            found[ops] = {**timing.percentiles(), "repeats": repeats}, same_bits(alone, calls[ops](many)[:1])
     return found
 
 

@@ -1,0 +1,128 @@
+"""Attention as torch.compile sees it under the mode: one layout of results, and a mask that is read once a forward.
+
+Compiled code trusts what an op says of its results, so whichever op was called, ours or PyTorch's own, they lie alike:
+
+forward   y (B, H, Q, D) as (B, Q, H, D) lies, and the logarithms of the sums (B, H, Q) as (B, Q, H) lies
+backward  contiguous gradients
+
+What a mask says decides the launches, so Inductor leaves attention out of CUDA graphs. An op of its own reads the mask
+on the host and gives what it says a number; layers that share a mask share that call, and attention takes the number.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+from .kept import nothing, short
+from .masks import READ, Read, number_of
+from .switch import RULES, guarded, op_of
+
+# which of its arguments is the mask, and which are queries and keys
+_EFFICIENT, _CUDNN = "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"
+MASKED = {_EFFICIENT: (3, 0, 1), _CUDNN: (3, 0, 1), f"{_EFFICIENT}_backward": (4, 1, 2), f"{_CUDNN}_backward": (8, 1, 2)}
+
+
+def opaque(name: str, defined: Callable) -> Callable:
+    """A function of the arguments of an attention op, to be traced in its place; `defined` makes an op."""
+    op, own = op_of(name), "aten_" + name
+    kernel = guarded(name, _theirs(name), RULES[name], short(name, op))
+
+    def run(*arguments, **named):
+        return _laid(name, kernel(*arguments, **named), arguments)
+
+    def run_read(number, *arguments, **named):
+        return run(*_with_what_was_read(name, number.item(), arguments), **named)
+
+    def fake(*arguments, **named):
+        return _said(name, op(*arguments, **named), arguments)
+    plain = defined(own, schema_of(op), run, fake, True)
+    if name not in MASKED:
+        return plain
+    read = defined(f"{own}_read", f"(Tensor number, {schema_of(op)[1:]}", run_read,
+                   lambda number, *arguments, **named: fake(*arguments, **named), True)
+
+    def traced(*arguments, **named):
+        mask = arguments[MASKED[name][0]]
+        if mask is None or not mask.numel():
+            return plain(*arguments, **named)
+        return read(_reader(defined)(mask, *_sizes(name, arguments)), *arguments, **named)
+    return traced
+
+
+def schema_of(op) -> str:
+    """An op's arguments and results as torch.library writes them."""
+    return str(op._schema)[str(op._schema).index("("):]
+
+
+@cache
+def _reader(defined: Callable):
+    """mask, batch, queries, keys -> its number, a tensor of the CPU."""
+    def run(mask, *sizes):
+        return torch.tensor(number_of(mask, *sizes), dtype=torch.int64, device="cpu")
+    return defined("read_mask", "(Tensor mask, SymInt batch, SymInt queries, SymInt keys) -> Tensor", run,
+                   lambda mask, *sizes: torch.empty((), dtype=torch.int64, device="cpu"), True)
+
+
+def _sizes(name: str, arguments) -> tuple:
+    q, k = (arguments[place] for place in MASKED[name][1:])
+    return q.shape[0], q.shape[2], k.shape[2]
+
+
+def _with_what_was_read(name: str, number: int, arguments) -> tuple:
+    """The arguments with what their mask says; as they are where it has no order, for the rule to refuse."""
+    if not number:
+        return arguments
+    place = MASKED[name][0]
+    mask = arguments[place]
+    seen = READ.get(number) or READ[number_of(mask, *_sizes(name, arguments))]
+    return *arguments[:place], Read(seen, mask), *arguments[place + 1 :]
+
+
+def _theirs(name: str) -> Callable:
+    """PyTorch's own op, where a rule gives way to it."""
+    op, sums = op_of(name), 6 if name.startswith(_EFFICIENT) else 5
+
+    def call(*arguments, **named):
+        given = [a.mask if isinstance(a, Read) else a for a in arguments]
+        if name.endswith("_backward"):
+            given[sums] = _their_sums(name, given[sums])
+        return op(*given, **named)
+    return call
+
+
+def _their_sums(name: str, sums: torch.Tensor) -> torch.Tensor:
+    """(B, H, Q) in the shape in which a forward op of PyTorch gave it."""
+    if name.startswith(_EFFICIENT):
+        return F.pad(sums, (0, -sums.shape[2] % 32), value=math.inf)
+    return sums.unsqueeze(-1).contiguous() if name.startswith(_CUDNN) else sums
+
+
+def _wanted(name: str, arguments) -> bool:
+    return arguments[4] if name in MASKED else True
+
+
+def _laid(name: str, found, arguments):
+    """Results as this file's first words say."""
+    if name.endswith("_backward"):
+        return tuple(t if t is None else t.contiguous() for t in found)
+    (y, sums, *rest), q = found, arguments[0]
+    if not _wanted(name, arguments):
+        return _rows(y), nothing(q, torch.float32), *rest
+    return _rows(y), _rows((sums.squeeze(-1) if sums.dim() == 4 else sums)[:, :, : q.shape[2]]), *rest
+
+
+def _rows(t: torch.Tensor) -> torch.Tensor:
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _said(name: str, found, arguments):
+    """The same of tensors that have shapes alone, of what PyTorch's op says."""
+    if name.endswith("_backward"):
+        return tuple(t if t is None else t.new_empty(t.shape) for t in found)
+    (y, _, *rest), q = found, arguments[0]
+    sums = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32).transpose(1, 2)
+    return _rows(y), sums if _wanted(name, arguments) else nothing(q, torch.float32), *rest
