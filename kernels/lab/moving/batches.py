@@ -32,7 +32,7 @@ def random_batches(forward: Callable, prompts: list[torch.Tensor], batches: int,
 
     forward(input_ids=, attention_mask=, position_ids=) gives logits (rows, tokens, vocabulary).
     """
-    alone = [forward(**padded([prompt]))[0] for prompt in prompts]
+    alone = [forward(**padded([prompt]))[0].clone() for prompt in prompts]  # its graph writes there again
     length, draw, us, differ = max(map(len, prompts)), random.Random(seed), [], 0
     for left in (True, False):  # what is compiled is compiled now
         forward(**padded(prompts[:rows], left, length))

@@ -9,7 +9,8 @@ compiled  the same with each decoder layer compiled in place, which is how users
           around the layers stays eager, for both contenders
 whole     the same with the whole model compiled for CUDA graphs (mode="reduce-overhead"), once for each shape
 find      one `find_moving_ops` over two such prompts, seconds as microseconds
-batches, compiled_batches  a forward of a batch of four prompts that were drawn at random, padded to so many tokens
+batches   a forward of a batch of four prompts that were drawn at random, padded to so many tokens
+compiled_batches, whole_batches  the same of a model so compiled
 
 The model is transformers' LlamaForCausalLM of a preset's sizes, with random weights. A forward takes one prompt of so
 many tokens and gives the logits of the last. Contenders are interleaved, batches apart. `same_bits` says whether the
@@ -37,7 +38,7 @@ from .batches import pool, random_batches
 from .measure import find_moving_ops
 
 TIMED = ("eager", "compiled", "find")
-HOW, OPS = (*TIMED, "whole", "batches", "compiled_batches"), ("default", "invariant")
+HOW, OPS = (*TIMED, "whole", "batches", "compiled_batches", "whole_batches"), ("default", "invariant")
 TOKENS = {"cuda": (1, 2, 4, 8, 16, 32, 64, 512, 1024, 2048, 4096), "cpu": (1, 2, 4, 8)}
 REQUESTS = 4  # of a batch
 BATCHES = 200
@@ -107,8 +108,8 @@ def mode_cost(name: str, tokens: Sequence[int], how: Sequence[str] = TIMED, dtyp
         if all((name, way, ops, dtype, count) in skip for ops in OPS):
             continue  # of one alone the other is measured again: contenders are interleaved
         model = model or transformers_model(name, DTYPES[dtype], runtime.device())
-        with compiled_whole(model) if way == "whole" else compiled_layers(model) if way.startswith("compiled") \
-                else nullcontext():
+        compiled = {"compiled": compiled_layers, "whole": compiled_whole}.get(way.split("_")[0], nullcontext)
+        with compiled(model):
             measured = (_find(model, count) if way == "find" else _batches(model, count, batches)
                         if way.endswith("batches") else _forwards(model, count, repeats))
         for ops, (times, same) in measured.items():

@@ -83,6 +83,20 @@ def test_one_compilation_serves_all_layers(monkeypatch):
     assert rows[1]["same_bits"]
 
 
+@pytest.mark.serial  # it compiles
+def test_a_whole_model_is_compiled_for_cuda_graphs_and_no_padding_moves_a_bit(monkeypatch):
+    compile_module, compiled = torch.nn.Module.compile, []
+
+    def noted(module, **named):
+        compiled.append((type(module).__name__, named))
+        compile_module(module, **named)
+    monkeypatch.setattr(torch.nn.Module, "compile", noted)
+    rows = mode_cost("tiny", [2], ["whole_batches"], repeats=1, batches=3)
+    assert compiled == [("LlamaForCausalLM", {"dynamic": False, "mode": "reduce-overhead"})]
+    assert [(row["how"], row["ops"]) for row in rows] == [("whole_batches", "default"), ("whole_batches", "invariant")]
+    assert rows[1]["same_bits"]
+
+
 def test_layers_are_as_they_were_behind_the_block():
     model = transformers_model("tiny", torch.float32, DEVICE)
     with pytest.raises(KeyError), compiled_layers(model):
