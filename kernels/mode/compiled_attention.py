@@ -23,7 +23,8 @@ from .switch import RULES, guarded, op_of
 
 # which of its arguments is the mask, and which are queries and keys
 _EFFICIENT, _CUDNN = "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"
-MASKED = {_EFFICIENT: (3, 0, 1), _CUDNN: (3, 0, 1), f"{_EFFICIENT}_backward": (4, 1, 2), f"{_CUDNN}_backward": (8, 1, 2)}
+MASKED = {_EFFICIENT: (3, 0, 1), _CUDNN: (3, 0, 1),
+          f"{_EFFICIENT}_backward": (4, 1, 2), f"{_CUDNN}_backward": (8, 1, 2)}
 
 
 def opaque(name: str, defined: Callable) -> Callable:

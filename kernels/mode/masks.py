@@ -7,10 +7,10 @@ have no order here.
 """
 from __future__ import annotations
 
+import itertools
 import weakref
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import count
 
 import numpy as np
 import torch
@@ -83,7 +83,7 @@ class Read:
 
 
 READ: dict[int, Seen] = {}  # what compiled graphs have read, by a number, which they can carry
-_NUMBERS, KEPT = count(1), 256
+_NUMBERS, KEPT = itertools.count(1), 256
 
 
 def number_of(mask: torch.Tensor, batch: int, queries: int, keys: int) -> int:
