@@ -11,8 +11,9 @@ What is masked adds +0 to a sum at its end, so neither the padding nor the other
 more than 32768 keys have softmax's segments, which their number decides: there a longer cache may move bits.)
 
 PyTorch chooses the kernel before this suite is asked. Where it chooses none and multiplies itself (its math backend:
-q, k and v of three dimensions, masks that learn), the products and the softmax have their own orders: a row's bits are
-its own there too, but depend on how many keys lie beside it, masked ones among them.
+q, k and v of three dimensions, masks that learn, on a GPU float32 with fewer heads of keys), the products and the
+softmax have their own orders. A row of softmax begins at its first key that is seen (reductions.py), so padding moves
+no bit there either, up to the keys at which the product's order has more than one segment (ops/matmul/order.py).
 
 The gradients, of the same p: dv a chain over queries of p and dy; with d = p * (dy . v - sum(dy * y)) * scale, dq is
 a chain over keys of d and k, dk one over queries of d and q; heads that share a key add up in sequence.

@@ -68,6 +68,21 @@ def _log_softmax(self, dim, half_to_float):
     return _over(log_softmax, self, dim, half_to_float)
 
 
+@rule("_safe_softmax")
+def _safe_softmax(self, dim, dtype=None):
+    """Softmax of scores as PyTorch's math backend takes it: 0 where every key is hidden.
+
+    A row begins at its first key that is seen, so padding on the left moves no sum; what is behind the last adds zeros.
+    """
+    if not supported(self=self) or not self.dim() or not self.shape[dim]:
+        return NotImplemented
+    x = self.transpose(dim, -1)
+    seen, place = x != -math.inf, torch.arange(x.shape[-1], dtype=torch.int64, device=x.device)
+    place = (place + seen.to(torch.int8).argmax(-1, keepdim=True)) % x.shape[-1]
+    p = how(x, softmax)(x.gather(-1, place), -1, dtype).masked_fill(~seen.any(-1, keepdim=True), 0.0)
+    return torch.empty_like(p).scatter_(-1, place, p).transpose(dim, -1)
+
+
 def _over(op, x, dim, half_to_float):
     if not supported(self=x):
         return NotImplemented

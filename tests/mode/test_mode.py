@@ -515,7 +515,7 @@ def test_inference_mode_and_vmap():
     assert same_bits(y, triton_or_python(bmm)(Q[0], Q[1]))
 
 
-def test_other_dispatch_modes_see_pytorchs_ops():
+def test_other_dispatch_modes_see_pytorchs_ops_or_on_a_gpu_ours():
     class Count(TorchDispatchMode):
         ops = []
 
@@ -524,7 +524,8 @@ def test_other_dispatch_modes_see_pytorchs_ops():
             return op(*arguments, **(named or {}))
     with batch_invariant(strict=True), Count():
         y = F.linear(X, W)
-    assert torch.ops.aten.mm.default in Count.ops and same_bits(y, triton_or_python(matmul)(X, W))
+    product = torch.ops.same_bits.matmul if DEVICE.type == "cuda" else torch.ops.aten.mm
+    assert product.default in Count.ops and same_bits(y, triton_or_python(matmul)(X, W))
 
 
 def test_tensors_without_numbers_pass():
@@ -558,7 +559,8 @@ REFUSED = {
     "dropout in training": (lambda: F.dropout(X, 0.5, training=True), "as dropout does|dropout moves"),
     "dropout in attention": (attention(dropout_p=0.5), "as dropout does|dropout_p is 0.5"),
     "float64": (lambda: X.double() @ W.t().double(), "mm has an order for .*self is torch.float64"),
-    "float64 attention": (attention(dtype=torch.float64), "scaled_dot_product_attention.*query is torch.float64"),
+    # where PyTorch has no kernel it multiplies itself
+    "float64 attention": (attention(dtype=torch.float64), "(scaled_dot_product_attention|bmm).* is torch.float64"),
     "float64 sum": (lambda: X.sum(dtype=torch.float64), "sum has an order for .*torch.float64"),
     "sparse": (lambda: torch.mm(X.to_sparse(), W.t()), "mm has no order for sparse tensors, and self"),
     "complex": (lambda: torch.mm(X.cfloat(), W.t().cfloat()), "mm has an order for .*self is torch.complex64"),
@@ -665,3 +667,16 @@ def test_dtypes_are_those_of_the_suite():
     with batch_invariant(strict=True):
         for dtype in DTYPES.values():
             assert (X.to(dtype) @ W.t().to(dtype)).dtype == dtype
+
+
+def test_a_row_of_safe_softmax_begins_at_its_first_key():
+    scores = portable(6, 40, device=DEVICE).view(2, 3, 40)
+    padded = torch.full((2, 3, 47), -torch.inf, dtype=torch.float32, device=DEVICE)
+    padded[:, :, 5:45] = scores
+    padded[1, 2] = -torch.inf
+    with batch_invariant(strict=True):
+        alone, found = (torch.ops.aten._safe_softmax(x, -1) for x in (scores, padded))
+        across = torch.ops.aten._safe_softmax(padded.transpose(0, 2), 0).transpose(0, 2)
+    assert same_bits(across, found) and same_bits(alone, triton_or_python(softmax)(scores, -1))
+    assert same_bits(found[0, :, 5:45], alone[0]) and not found[:, :, :5].any() and not found[:, :, 45:].any()
+    assert not found[1, 2].any()

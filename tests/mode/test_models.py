@@ -3,10 +3,12 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
 from models import DEVICE, batch, model, prompts, where
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.bits import same_bits
 from kernels.mode import batch_invariant
@@ -28,10 +30,11 @@ def together(net, given, left):
 
 @each_model
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", [None, SDPBackend.MATH], ids=["", "PyTorch multiplies itself"])
 @torch.no_grad()
-def test_no_bit_differs_in_random_batches_padded_left_and_right(name, dtype):
+def test_no_bit_differs_in_random_batches_padded_left_and_right(name, dtype, backend):
     net, given = model(name, dtype), prompts([5, 1, 3, 4, 2, 5])
-    with batch_invariant(strict=True):
+    with batch_invariant(strict=True), nullcontext() if backend is None else sdpa_kernel(backend):
         expected = alone(net, given)
         for seed, left in itertools.product(range(2), (True, False)):
             chosen = torch.randperm(6, generator=torch.Generator().manual_seed(seed))[: 3 + seed].tolist()
