@@ -3,7 +3,7 @@
 bfloat16 and float16 with heads of up to 128 numbers and the usual scale take this suite's attention. Everything else,
 float32 above all, is computed as written here, in float32, for each sequence apart, its keys counted from its first:
 
-    scores  a chain over D of q and k, times the scale; -inf where a key is not seen
+    scores  a chain over D of q and k, each times the scale's root; -inf where a key is not seen
     p       softmax over the keys, in the order of ops/softmax.py
     y       a chain over the keys, in sequence, of p and v; 0 where no key is seen
 
@@ -11,9 +11,9 @@ What is masked adds +0 to a sum at its end, so neither the padding nor the other
 more than 32768 keys have softmax's segments, which their number decides: there a longer cache may move bits.)
 
 PyTorch chooses the kernel before this suite is asked. Where it chooses none and multiplies itself (its math backend:
-q, k and v of three dimensions, masks that learn, on a GPU float32 with fewer heads of keys), the products and the
-softmax have their own orders. A row of softmax begins at its first key that is seen (reductions.py), so padding moves
-no bit there either, up to the keys at which the product's order has more than one segment (ops/matmul/order.py).
+q, k and v of three dimensions, masks that learn), its operations are the same ones, in float32, and a row of its
+softmax begins at its first key that is seen (reductions.py). So a prompt has its bits by either way: on a GPU,
+transformers takes one way for float32 alone and the other for float32 that is padded.
 
 The gradients, of the same p: dv a chain over queries of p and dy; with d = p * (dy . v - sum(dy * y)) * scale, dq is
 a chain over keys of d and k, dk one over queries of d and q; heads that share a key add up in sequence.
@@ -90,9 +90,9 @@ def _by_op(q, k, v, seen, lse):
 
 def _weights(q, k, hidden, scale):
     """q (H, Q, D), k (H, K, D) float32 -> scores and softmax's results, (H, Q, K)."""
-    scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
-    scores = how(q, bmm)(q, k, Order(1, q.shape[2])) * torch.full((), scale, dtype=torch.float32, device=q.device)
-    scores = scores.masked_fill(hidden, -math.inf)
+    root = math.sqrt(1 / math.sqrt(q.shape[2]) if scale is None else abs(scale))
+    q = q * (-root if scale is not None and scale < 0 else root)
+    scores = how(q, bmm)(q, k * root, Order(1, q.shape[2])).masked_fill(hidden, -math.inf)
     return scores, how(q, softmax)(scores, -1).masked_fill(hidden, 0.0)
 
 

@@ -2,8 +2,9 @@
 
 linear, matmul and einsum are made of these.
 A row of the first factor is a token's, a column of the second a row of the weight, whose N and K decide the order
-(ops/matmul/order.py). With beta, alpha, or something else than a bias to add, the product is rounded to the dtype
-first; then alpha * product + beta * self are three float32 operations, rounded once more.
+(ops/matmul/order.py). Of bmm both factors may be as long as the data, keys of attention above all: k is one chain.
+With beta, alpha, or something else than a bias to add, the product is rounded to the dtype first; then
+alpha * product + beta * self are three float32 operations, rounded once more.
 """
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import torch
 from ..op import DTYPES
 from ..ops.bmm import bmm
 from ..ops.matmul.op import matmul
+from ..ops.matmul.order import Order
 from .kept import keep
 from .switch import Unsupported, rule
 
@@ -60,7 +62,7 @@ def _fits(left, right, dimensions: int) -> bool:
 def _bmm(self, mat2):
     if not _fits(self, mat2, 3) or not supported(self=self, mat2=mat2):
         return NotImplemented
-    return how(self, bmm)(self, mat2.transpose(1, 2))
+    return how(self, bmm)(self, mat2.transpose(1, 2), Order(1, self.shape[2]))
 
 
 def combined(self, product, beta, alpha) -> torch.Tensor:

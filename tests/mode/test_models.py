@@ -7,10 +7,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import DEVICE, batch, model, prompts, where
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.bits import same_bits
+from kernels.bits import portable, same_bits
 from kernels.mode import batch_invariant
 
 NAMES = ("llama", "qwen3", "gpt2")
@@ -40,6 +41,22 @@ def test_no_bit_differs_in_random_batches_padded_left_and_right(name, dtype, bac
             chosen = torch.randperm(6, generator=torch.Generator().manual_seed(seed))[: 3 + seed].tolist()
             found = together(net, [given[i] for i in chosen], left)
             assert all(same_bits(y, expected[i]) for y, i in zip(found, chosen, strict=True))
+
+
+@pytest.mark.parametrize("scale", [None, 0.3, -2.0])
+@pytest.mark.parametrize("keys", [7, 600])
+@torch.no_grad()
+def test_attention_has_the_same_bits_where_pytorch_multiplies_itself(keys, scale):
+    """transformers takes one way for a prompt of shared heads alone, the other for a padded one."""
+    q, k, v = (portable(4 * rows, 16, device=DEVICE, seed=seed).view(1, 4, rows, 16)
+               for seed, rows in enumerate((6, keys, keys)))
+    seen = torch.ones(6, keys, dtype=torch.bool, device=DEVICE).tril(keys - 6)
+    with batch_invariant(strict=True):
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
+        with sdpa_kernel(SDPBackend.MATH):
+            assert same_bits(y, F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale))
+            k_, v_, seen_ = (F.pad(t, edge) for t, edge in ((k, (0, 0, 3, 2)), (v, (0, 0, 3, 2)), (seen, (3, 2))))
+            assert same_bits(y, F.scaled_dot_product_attention(q, k_, v_, attn_mask=seen_, scale=scale))
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="of this kind of CPU's products")

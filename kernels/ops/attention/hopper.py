@@ -54,9 +54,9 @@ def step(form: Form, tokens: int, rows: int, capacity: int, waves: int, programs
                 {"o_desc": "o_ptr"})
 
 
-def cache_tiles(form: Form, rows: int, capacity: int) -> dict[str, Tiles]:
-    """Bulk copies of k and v (rows, capacity, kv_heads, width), in pieces of a block that lie in one page each."""
-    shape, block = (rows, capacity, form.kv_heads, form.width), (1, min(form.page or BLOCK.value, BLOCK.value), 1, 64)
+def cache_tiles(form: Form, rows: int, capacity: int, most: int = BLOCK.value) -> dict[str, Tiles]:
+    """Bulk copies of k and v (rows, capacity, kv_heads, width), in pieces of at most `most` keys, in one page each."""
+    shape, block = (rows, capacity, form.kv_heads, form.width), (1, min(form.page or most, most), 1, 64)
     return {name: Tiles(form.dtype, shape, (*form.strides[at : at + 3], 1), block, with_layout)
             for name, at in (("k_desc", 2), ("v_desc", 5))}
 

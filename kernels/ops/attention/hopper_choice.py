@@ -43,7 +43,7 @@ def _leaves(queries, keys) -> int:
 def _is_long_decode(form, queries, keys) -> bool:
     """Few rows each, of many sequences of about one length: a program for each keeps all of memory busy.
 
-    With a second leaf, of one key even, it takes 0.94 to 0.98 of hopper_spread's time.
+    With a second leaf, of one key even, it takes 0.95 to 1.00 of hopper_spread's time.
     """
     rows = queries * form.group
     return bool(form.page == 0 and len(keys) and rows.min() > 0 and rows.max() <= 16 and keys.min() > LEAF

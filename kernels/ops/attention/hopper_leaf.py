@@ -3,17 +3,24 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ...arithmetic.elementary import for_kernels
-from .hopper_load import HALF, KEYS_READ, TURN, fetch, fetch_values
+from .hopper_load import HALF, KEYS_READ, TURN, fetch
 from .hopper_parts import (
     BLOCK,
     LN2,
     LOWEST,
     ROWS,
     bar,
+    barrier,
     for_rows_of,
     join,
     log,
@@ -65,8 +72,8 @@ def _fetch_queries(q_desc, q_tiles, q_full, q_empty, token, row, head, lap, GROU
 
 
 @gluon.jit
-def produce(q_desc, k_desc, v_desc, pages_ptr, work_ptr, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, v_full,
-            v_raw, waves, table_width, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, PAGE: gl.constexpr,
+def produce(q_desc, k_desc, v_desc, pages_ptr, work_ptr, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full,
+            v_full, waves, table_width, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, PAGE: gl.constexpr,
             QUERIES: gl.constexpr, PDL: gl.constexpr):
     """Fill tiles as they become free, leaf after leaf, each from its newest block to its oldest."""
     if PDL:
@@ -79,7 +86,6 @@ def produce(q_desc, k_desc, v_desc, pages_ptr, work_ptr, q_tiles, k_tiles, v_til
     ALL: gl.constexpr = "288" if GROUPS == 2 else "160"
     step = 0
     lap = 0
-    cleared = 0
     for wave in range(waves):
         token, row, rows, first, length, place, leaf, slot = line_of(work_ptr, wave, waves)
         if rows > row:
@@ -91,16 +97,43 @@ def produce(q_desc, k_desc, v_desc, pages_ptr, work_ptr, q_tiles, k_tiles, v_til
                     _fetch_queries(q_desc, q_tiles, q_full, q_empty, token, row, head, lap, GROUP, QUERIES)
                 bar("sync", KEYS_READ + stage, ALL, 1)
                 mbarrier.expect(k_full.index(stage), 2 * BLOCK * WIDE)
-                fetch(k_desc, pages_ptr, place, last - j, head, k_full.index(stage), k_tiles.index(stage), table_width,
-                      PAGE)
+                fetch(k_desc, pages_ptr, place, last - j, head, length, k_full.index(stage),
+                      k_tiles.index(stage), table_width, PAGE)
                 bar("sync", KEYS_READ + STAGES + stage, ALL, 1)
-                cleared = fetch_values(v_desc, pages_ptr, place, last - j, head, length, v_full.index(stage), v_raw,
-                                       cleared, v_tiles.index(stage), table_width, PAGE)
+                mbarrier.expect(v_full.index(stage), 2 * BLOCK * WIDE)
+                fetch(v_desc, pages_ptr, place, last - j, head, length, v_full.index(stage),
+                      v_tiles.index(stage), table_width, PAGE)
                 step += 1
             lap += 1
     for stage in gl.static_range(STAGES):  # no barrier is left half full
         bar("sync", KEYS_READ + stage, ALL, 1)
         bar("sync", KEYS_READ + STAGES + stage, ALL, 1)
+
+
+@gluon.jit
+def _clear(tile, first):
+    """Zero a tile's rows from `first` on, by a group of warps: a weight of zero times NaN is NaN.
+
+    Each group does so before it reads them, and need not know of the other, which writes the same.
+    """
+    for power in gl.static_range(7):
+        first = _clear_if_odd(tile, first, 1 << power)
+    fence_async_shared()
+    barrier()
+
+
+@gluon.jit
+def _clear_if_odd(tile, first, MANY: gl.constexpr):
+    """Zero MANY rows if `first` is an odd multiple of them; the row behind them. Few stores: barriers lie between."""
+    if first & MANY:
+        HALVES: gl.constexpr = tile.shape[1] // HALF  # rows of 128 bytes lie in sequence, columns 0 to 63 first
+        parts = tile._reinterpret(tile.dtype, [HALVES * BLOCK // MANY, MANY * HALF],
+                                  gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        zeros = gl.zeros([MANY * HALF], tile.dtype, gl.BlockedLayout([8], [32], [4], [0]))
+        for half in gl.static_range(HALVES):
+            parts.index((half * BLOCK + first) // MANY).store(zeros)
+        first += MANY
+    return first
 
 
 @gluon.jit
@@ -138,6 +171,9 @@ def consume(o_ptr, lse_ptr, part_ptr, work_ptr, q_tiles, k_tiles, v_tiles, q_ful
             acc = gl.zeros([ROWS, WIDE], gl.float32, tile_layout(WIDE))
             m = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, tile_layout(BLOCK)))
             p, m, sums = weighed(seen(s, position, last * BLOCK), m, scale, BF16)
+            if length < (last + 1) * BLOCK:  # values behind the last key may be anything
+                mbarrier.wait(v_full.index(step % STAGES), step // STAGES & 1)
+                _clear(v_tiles.index(step % STAGES), length - last * BLOCK)
             step += 1
             if blocks > 1:  # a tile's rows may lie on either side of a block's edge
                 p, acc, m, sums = advance(q, k_tiles, v_tiles, k_full, v_full, False, step, scale, p, acc, m, sums,

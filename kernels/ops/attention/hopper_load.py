@@ -14,6 +14,7 @@ from .hopper_parts import BLOCK, ROWS, bar
 STAGES = gl.constexpr(2)  # tiles of keys, and of values, in shared memory
 TURN, KEYS_READ = gl.constexpr(8), gl.constexpr(10)  # the first of each
 HALF = gl.constexpr(64)  # columns of 16 bits that one copy can place: a row of 128 bytes
+NOWHERE = gl.constexpr(1 << 30)  # a row of no cache: a copy from there reads nothing and gives zeros
 
 
 @gluon.jit
@@ -35,20 +36,23 @@ def copy(desc, place, full, tile):
 
 
 @gluon.jit
-def fetch(desc, pages_ptr, place, block, head, full, tile, table_width, PAGE: gl.constexpr):
-    """A block's keys or values into a tile, in pieces that lie in one page each, 64 columns at a time."""
+def fetch(desc, pages_ptr, place, block, head, end, full, tile, table_width, PAGE: gl.constexpr):
+    """A block's keys or values into a tile, in pieces that lie in one page each, 64 columns at a time. Pieces from
+    position `end` on, if there is one, are zeros."""
     PIECE: gl.constexpr = desc.block_shape[1]
     PIECES: gl.constexpr = BLOCK // PIECE
     HALVES: gl.constexpr = tile.shape[1] // HALF
     parts = tile._reinterpret(desc.dtype, [HALVES * PIECES, 1, PIECE, 1, HALF], desc.layout)
     for n in gl.static_range(PIECES):
         key = block * BLOCK + n * PIECE
-        at = place
+        at, row = place, key
         if PAGE > 0:
             at = gl.load(pages_ptr + place * table_width + key // PAGE, key // PAGE < table_width, 0)
-            key = key % PAGE
+            row = key % PAGE
+        if end is not None and n > 0:
+            row = gl.where(key < end, row, NOWHERE)
         for half in gl.static_range(HALVES):
-            tma.async_copy_global_to_shared(desc, [at, key, head, half * HALF], full, parts.index(half * PIECES + n))
+            tma.async_copy_global_to_shared(desc, [at, row, head, half * HALF], full, parts.index(half * PIECES + n))
 
 
 @gluon.jit
@@ -58,14 +62,14 @@ def fetch_values(desc, pages_ptr, place, block, head, end, full, raw, cleared, t
     SIZE: gl.constexpr = 2 * BLOCK * tile.shape[1]
     if end < (block + 1) * BLOCK:
         mbarrier.expect(raw, SIZE)
-        fetch(desc, pages_ptr, place, block, head, raw, tile, table_width, PAGE)
+        fetch(desc, pages_ptr, place, block, head, None, raw, tile, table_width, PAGE)
         mbarrier.wait(raw, cleared & 1)
         _clear(tile, end - block * BLOCK)
         mbarrier.arrive(full)
         cleared += 1
     else:
         mbarrier.expect(full, SIZE)
-        fetch(desc, pages_ptr, place, block, head, full, tile, table_width, PAGE)
+        fetch(desc, pages_ptr, place, block, head, None, full, tile, table_width, PAGE)
     return cleared
 
 
@@ -101,8 +105,8 @@ def produce(q_desc, k_desc, v_desc, pages_ptr, jobs_ptr, q_tiles, k_tiles, v_til
                     copy(q_desc, [row, head, 0], q_full.index(0), q_tiles.index(0))
                 bar("sync", KEYS_READ + stage, "288", 1)
                 mbarrier.expect(k_full.index(stage), 2 * BLOCK * WIDE)
-                fetch(k_desc, pages_ptr, place, j, head // GROUP, k_full.index(stage), k_tiles.index(stage),
-                      table_width, PAGE)
+                fetch(k_desc, pages_ptr, place, j, head // GROUP, None, k_full.index(stage),
+                      k_tiles.index(stage), table_width, PAGE)
                 if i == 0:
                     mbarrier.wait(q_empty.index(1), (lap + 1) & 1)
                     mbarrier.expect(q_full.index(1), 2 * ROWS * WIDE)

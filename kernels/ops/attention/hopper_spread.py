@@ -19,7 +19,7 @@ from ...launch import Launch, Step, Tiles
 from ...runtime import Compiled, current_stream
 from .form import Form
 from .hopper import Described, cache_tiles, with_layout
-from .hopper_jobs import deal
+from .hopper_jobs import deal, short_between
 from .hopper_leaf import consume, produce
 from .hopper_parts import BLOCK, ROWS
 from .join import join_step, partial_rows
@@ -27,6 +27,7 @@ from .schedule import Schedule
 from .sequences import Sequences
 from .work import Work, work_of
 
+PIECE = 64  # keys of a copy: none behind a sequence's last piece are read where its cache is longer
 # rows of a tile -> tiles of queries in shared memory: with two, copies need not wait. 128 rows leave no room for it
 QUERIES = {64: 2, 128: 1}
 OPTIONS = {64: {"num_warps": 4, "maxnreg": 168}, 128: {"num_warps": 4}}
@@ -43,7 +44,7 @@ def steps(schedule: Schedule, form: Form, work: Work, waves: int, tokens: int, r
               (form.strides[0], form.strides[1] * form.group, form.strides[1], 1),
               (ROWS.value // form.group, 1, form.group, 64), with_layout)
     first = Step(kernel, programs,
-                 {"q_desc": q, **cache_tiles(form, rows, capacity),
+                 {"q_desc": q, **cache_tiles(form, rows, capacity, PIECE),
                   "o_ptr": form.dtype if direct else None, "lse_ptr": torch.float32 if direct and form.lse else None,
                   "part_ptr": None if direct else torch.float32, "pages_ptr": torch.int32, "work_ptr": torch.int32},
                  {"waves": waves, "count": count, "height": height, "table_width": form.table,
@@ -68,9 +69,10 @@ def dealt(work: Work, kv_heads: int, programs: int) -> np.ndarray:
     of the partial results. A line of no rows is no job."""
     lines = np.repeat(work.lines, kv_heads, axis=0)
     lines[:, 7] = lines[:, 7] * kv_heads + np.tile(np.arange(kv_heads), len(work.lines))
-    blocks = -(-work.seen // BLOCK.value)
-    empty = np.array([0, 0, 0, 0, 0, 0, -1, 0])
-    return deal(lines, np.repeat(blocks, kv_heads), min(programs, len(lines)), empty)
+    blocks = np.repeat(-(-work.seen // BLOCK.value), kv_heads)
+    empty = np.array([0, 0, 0, 0, 0, 0, -1, 0, 0])  # and as the last, blocks
+    table = deal(np.column_stack([lines, blocks]), blocks, min(programs, len(lines)), empty)
+    return np.ascontiguousarray(short_between(table, table[:, :, -1])[:, :, :-1])
 
 
 class SpreadReady:
@@ -137,8 +139,6 @@ def kernel(q_desc, k_desc, v_desc, o_ptr, lse_ptr, part_ptr, pages_ptr, work_ptr
     q_empty = gl.allocate_shared_memory(gl.int64, [QUERIES * GROUPS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_raw = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(v_raw, count=1)
     for i in gl.static_range(QUERIES * GROUPS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=1)
@@ -150,8 +150,8 @@ def kernel(q_desc, k_desc, v_desc, o_ptr, lse_ptr, part_ptr, pages_ptr, work_ptr
         gl.warp_specialize([
             (consume, (o_ptr, lse_ptr, part_ptr, work_ptr, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, v_full,
                         waves, count, height, scale, 0, KV_HEADS, GROUP, WIDTH, QUERIES, PDL)),
-            (produce, (q_desc, k_desc, v_desc, pages_ptr, work_ptr, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full,
-                        v_full, v_raw, waves, table_width, KV_HEADS, GROUP, PAGE, QUERIES, PDL)),
+            (produce, (q_desc, k_desc, v_desc, pages_ptr, work_ptr, q_tiles, k_tiles, v_tiles, q_full, q_empty,
+                        k_full, v_full, waves, table_width, KV_HEADS, GROUP, PAGE, QUERIES, PDL)),
         ], [1], [24])
     else:
         gl.warp_specialize([
@@ -159,6 +159,6 @@ def kernel(q_desc, k_desc, v_desc, o_ptr, lse_ptr, part_ptr, pages_ptr, work_ptr
                         waves, count, height, scale, 0, KV_HEADS, GROUP, WIDTH, QUERIES, PDL)),
             (consume, (o_ptr, lse_ptr, part_ptr, work_ptr, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, v_full,
                         waves, count, height, scale, 1, KV_HEADS, GROUP, WIDTH, QUERIES, PDL)),
-            (produce, (q_desc, k_desc, v_desc, pages_ptr, work_ptr, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full,
-                        v_full, v_raw, waves, table_width, KV_HEADS, GROUP, PAGE, QUERIES, PDL)),
+            (produce, (q_desc, k_desc, v_desc, pages_ptr, work_ptr, q_tiles, k_tiles, v_tiles, q_full, q_empty,
+                        k_full, v_full, waves, table_width, KV_HEADS, GROUP, PAGE, QUERIES, PDL)),
         ], [4, 1], [240, 24])

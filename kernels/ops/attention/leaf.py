@@ -10,7 +10,8 @@ from ...runtime import device_function, tl
 from ..matmul.tiles import dot
 from .order import BLOCK
 
-_BLOCK, _LN2, _NONE = map(for_kernels, (BLOCK, LN2, float("-inf")))
+FEW_KEYS = 32  # of a newest block, which cost less than a block does
+_BLOCK, _LN2, _NONE, _FEW_KEYS = map(for_kernels, (BLOCK, LN2, float("-inf"), FEW_KEYS))
 
 
 @device_function
@@ -20,6 +21,16 @@ def lane_sums(p):
     x = tl.reshape(tl.permute(tl.reshape(p, [R, 16, 4, 2]), [0, 2, 1, 3]), [R, 4, 32])
     for half in tl.static_range(4):
         x = tl.sum(tl.reshape(x, [R, 4, 2, 16 >> half]), axis=2)
+    return tl.sum(x, axis=2)
+
+
+@device_function
+def lane_sums_of_few(p):
+    """[R, 32] -> [R, 4]: the lanes' sums where zeros lie behind, which change no weight that they are added to."""
+    R: tl.constexpr = p.shape[0]
+    x = tl.reshape(tl.permute(tl.reshape(p, [R, 4, 4, 2]), [0, 2, 1, 3]), [R, 4, 8])
+    for half in tl.static_range(2):
+        x = tl.sum(tl.reshape(x, [R, 4, 2, 4 >> half]), axis=2)
     return tl.sum(x, axis=2)
 
 
@@ -72,7 +83,7 @@ def keys_at(pages_ptr, key, inside, batch_stride, row_stride, PAGE: tl.constexpr
 @device_function
 def rows_of(base_ptr, at, inside, column, D: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr,
             FRESH: tl.constexpr):
-    """[128, columns] of a cache: 0 where no key is, and where D has no column. FRESH (then MASKED): not through L1."""
+    """[keys, columns] of a cache: 0 where no key is, and where D has no column. FRESH (then MASKED): not through L1."""
     place = base_ptr + at[:, None] + column[None, :]
     if FRESH:
         x = tl.load(place, mask=inside[:, None] & (column < D)[None, :], other=0.0, cache_modifier=".cg")
@@ -101,43 +112,64 @@ def scores_of(q, k, key, position, window, WINDOW: tl.constexpr, MASKED: tl.cons
 
 @device_function
 def add_block(s, top, v, m, sums, acc, scale, ADDER: tl.constexpr):
-    """A leaf's (m, sums, acc) after a block of scores s [ROWS, 128] and values v; top: the largest score so far."""
+    """A leaf's (m, sums, acc) after a block of scores s [ROWS, 128] and values v; top: the largest score so far.
+
+    Of 32 columns: the others' weights would be 0, and no sum would change.
+    """
     ROWS: tl.constexpr = s.shape[0]
     safe = tl.where(top == _NONE, 0.0, top)
-    p = tl_ex2(tl_fma(s, tl.zeros([ROWS, _BLOCK], tl.float32) + scale,
-                      tl.broadcast_to(-safe[:, None], [ROWS, _BLOCK])))
+    p = tl_ex2(tl_fma(s, tl.zeros(s.shape, tl.float32) + scale, tl.broadcast_to(-safe[:, None], s.shape)))
     f = tl_ex2(m - safe)
-    sums = tl_fma(sums, tl.broadcast_to(f[:, None], [ROWS, 4]), lane_sums(p))
+    if s.shape[1] == _FEW_KEYS:
+        lanes = lane_sums_of_few(p)
+    else:
+        lanes = lane_sums(p)
+    sums = tl_fma(sums, tl.broadcast_to(f[:, None], [ROWS, 4]), lanes)
     acc = dot(weights_of(p, v, ADDER), tl.trans(v), acc * f[:, None], False, ADDER)
     return top, sums, acc
 
 
 @device_function
-def one_leaf(q, k_ptr, v_ptr, pages_ptr, k_batch, k_row, v_batch, v_row, leaf, newest, oldest, length, position, window,
-             scale, value0, VALUES: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
-             MASKED: tl.constexpr, LEAF: tl.constexpr, STAGES: tl.constexpr, ADDER: tl.constexpr):
-    """A leaf's blocks between the positions `oldest` and `newest`, for a tile q [ROWS, WIDTH]: (m, l, acc).
+def nothing(ROWS: tl.constexpr, VALUES: tl.constexpr):
+    """(m, sums, acc) where a leaf begins."""
+    return (tl.full([ROWS], _NONE, tl.float32), tl.zeros([ROWS, 4], tl.float32), tl.zeros([ROWS, VALUES], tl.float32))
 
-    acc is of the VALUES columns from value0 on. MASKED: a row does not see some of the keys, or some are not there.
+
+@device_function
+def keys_and_values(k_ptr, v_ptr, pages_ptr, k_batch, k_row, v_batch, v_row, key, inside, value0, VALUES: tl.constexpr,
+                    WIDTH: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr):
+    """k [keys, WIDTH] and v [keys, VALUES], its columns from value0 on; with MASKED 0 for keys not `inside`."""
+    k = rows_of(k_ptr, keys_at(pages_ptr, key, inside, k_batch, k_row, PAGE, MASKED), inside, tl.arange(0, WIDTH), D,
+                WIDTH == D, MASKED, False)
+    v = rows_of(v_ptr, keys_at(pages_ptr, key, inside, v_batch, v_row, PAGE, MASKED), inside,
+                value0 + tl.arange(0, VALUES), D, WIDTH == D, MASKED, False)
+    return k, v
+
+
+@device_function
+def after_block(q, k, v, key, position, window, scale, m, sums, acc, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+                ADDER: tl.constexpr):
+    """A leaf's (m, sums, acc) after one more block, or after its first FEW_KEYS keys if no row sees the others."""
+    s = scores_of(q, k, key, position, window, WINDOW, MASKED, ADDER)
+    return add_block(s, tl.maximum(m, tl.max(s, axis=1) * scale), v, m, sums, acc, scale, ADDER)
+
+
+@device_function
+def one_leaf(q, k_ptr, v_ptr, pages_ptr, k_batch, k_row, v_batch, v_row, leaf, newest, oldest, length, position, window,
+             scale, value0, m, sums, acc, D: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
+             MASKED: tl.constexpr, LEAF: tl.constexpr, STAGES: tl.constexpr, ADDER: tl.constexpr):
+    """A leaf's blocks from `newest` down to position `oldest`, for a tile q [ROWS, WIDTH]: (m, l, acc).
+
+    m, sums, acc: those before its blocks, acc of the columns of v from value0 on. MASKED: a row does not see some of
+    the keys, or some are not there.
     """
-    ROWS: tl.constexpr = q.shape[0]
-    WIDTH: tl.constexpr = q.shape[1]
     first = tl.maximum(leaf * LEAF, oldest) // _BLOCK
-    last = tl.minimum(leaf * LEAF + LEAF - 1, newest) // _BLOCK
-    m = tl.full([ROWS], _NONE, tl.float32)
-    sums = tl.zeros([ROWS, 4], tl.float32)
-    acc = tl.zeros([ROWS, VALUES], tl.float32)
-    column = tl.arange(0, WIDTH)
-    value = value0 + tl.arange(0, VALUES)
+    last = tl.minimum((leaf * LEAF + LEAF - 1) // _BLOCK, newest)
     for i in tl.range(last - first + 1, num_stages=STAGES):
         key = (last - i) * _BLOCK + tl.arange(0, _BLOCK)
-        inside = key < length
-        k = rows_of(k_ptr, keys_at(pages_ptr, key, inside, k_batch, k_row, PAGE, MASKED), inside, column, D,
-                    WIDTH == D, MASKED, False)
-        v = rows_of(v_ptr, keys_at(pages_ptr, key, inside, v_batch, v_row, PAGE, MASKED), inside, value, D,
-                    WIDTH == D, MASKED, False)
-        s = scores_of(q, k, key, position, window, WINDOW, MASKED, ADDER)
-        m, sums, acc = add_block(s, tl.maximum(m, tl.max(s, axis=1) * scale), v, m, sums, acc, scale, ADDER)
+        k, v = keys_and_values(k_ptr, v_ptr, pages_ptr, k_batch, k_row, v_batch, v_row, key, key < length, value0,
+                               acc.shape[1], q.shape[1], D, PAGE, MASKED)
+        m, sums, acc = after_block(q, k, v, key, position, window, scale, m, sums, acc, WINDOW, MASKED, ADDER)
     return m, add_lanes(sums), acc
 
 

@@ -8,12 +8,13 @@ from ...launch import Step
 from ...runtime import tl, triton
 from .form import Form
 from .join import join_step, partial_rows
-from .leaf import one_leaf, spans, wholly_seen
+from .leaf import nothing, one_leaf, spans, wholly_seen
+from .order import BLOCK
 from .schedule import Schedule
 from .walk import tile_of
 from .work import FIELDS, Work
 
-_FIELDS = for_kernels(FIELDS)
+_FIELDS, _BLOCK = map(for_kernels, (FIELDS, BLOCK))
 
 
 def steps(schedule: Schedule, form: Form, work: Work) -> list[Step]:
@@ -54,14 +55,15 @@ def spread_kernel(q_ptr, k_ptr, v_ptr, pages_ptr, work_ptr, part_ptr, q_token, q
     if WINDOW:
         oldest = tl.maximum(least - window + 1, 0)
     leaf = tl.load(line_ptr + 6)
+    m, sums, acc = nothing(ROWS, VALUES)
     if wholly_seen(leaf, least, newest, window, LEAF, WINDOW):
-        m, part, acc = one_leaf(q, k_ptr, v_ptr, pages_ptr, k_batch, k_row, v_batch, v_row, leaf, newest, oldest,
-                                length, position, window, scale, value0, VALUES, D, PAGE, WINDOW, False, LEAF, STAGES,
-                                ADDER)
+        m, part, acc = one_leaf(q, k_ptr, v_ptr, pages_ptr, k_batch, k_row, v_batch, v_row, leaf, newest // _BLOCK,
+                                oldest, length, position, window, scale, value0, m, sums, acc, D, PAGE, WINDOW, False,
+                                LEAF, STAGES, ADDER)
     else:
-        m, part, acc = one_leaf(q, k_ptr, v_ptr, pages_ptr, k_batch, k_row, v_batch, v_row, leaf, newest, oldest,
-                                length, position, window, scale, value0, VALUES, D, PAGE, WINDOW, True, LEAF, STAGES,
-                                ADDER)
+        m, part, acc = one_leaf(q, k_ptr, v_ptr, pages_ptr, k_batch, k_row, v_batch, v_row, leaf, newest // _BLOCK,
+                                oldest, length, position, window, scale, value0, m, sums, acc, D, PAGE, WINDOW, True,
+                                LEAF, STAGES, ADDER)
     row = (tl.load(line_ptr + 7).to(tl.int64) * KV_HEADS + head) * ROWS + tl.arange(0, ROWS)
     value = value0 + tl.arange(0, VALUES)
     tl.store(part_ptr + row[:, None] * WIDTH + value[None, :], acc, mask=real[:, None])

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.ops.attention import Sequences
-from kernels.ops.attention.hopper_jobs import FIXED, TILE, deal, jobs
+from kernels.ops.attention.hopper_jobs import FIXED, TILE, deal, jobs, short_between
 
 
 @settings(max_examples=60, deadline=None)
@@ -62,3 +62,25 @@ def test_short_jobs_go_to_programs_that_are_free():
     costs = np.array([8] * 128 + [1] * 16)
     table = deal(costs[:, None], costs, 132, np.array([0]))
     assert (table[:, :, 0].sum(0)[table[0, :, 0] == 8] == 8).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=60), st.integers(1, 12))
+def test_short_jobs_move_within_their_program(costs, programs):
+    costs = np.sort(np.array(costs))[::-1]
+    table = deal(np.stack([np.arange(1, len(costs) + 1), costs], axis=1), costs, programs, np.array([0, 0]))
+    moved = short_between(table, table[:, :, 1])
+    assert (np.sort(moved, axis=0) == np.sort(table, axis=0)).all()  # both fall together
+    assert (np.diff((moved[:, :, 0] > 0).astype(int), axis=0) <= 0).all()  # without gaps
+    for before, behind in zip(table.swapaxes(0, 1), moved.swapaxes(0, 1), strict=True):
+        long = costs.max() / 4
+        assert (before[before[:, 1] > long] == behind[behind[:, 1] > long]).all()  # long ones keep their order
+
+
+def test_short_jobs_lie_evenly_between_long_ones():
+    def order(*costs):
+        table = np.array(costs)[:, None, None]
+        return short_between(table, table[:, :, 0])[:, 0, 0].tolist()
+    assert order(8, 8, 1, 1, 0) == [1, 8, 1, 8, 0]
+    assert order(8, 8, 8, 8, 1, 0) == [8, 8, 1, 8, 8, 0]
+    assert order(8, 7, 3, 0) == [8, 7, 3, 0] and order(1, 1) == [1, 1]

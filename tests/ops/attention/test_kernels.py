@@ -102,6 +102,16 @@ def test_triton_is_the_specification(data):
 
 
 @needs_triton
+@pytest.mark.parametrize(("page", "window", "queries"), [(None, 0, 1), (16, 0, 3), (None, 20, 3), (100, 150, 1)])
+def test_a_newest_block_of_few_keys_keeps_the_bits(page, window, queries):
+    """Alone in its leaf, in front of others, or alone of all: up to 32 keys are multiplied as 32, others as 128."""
+    ends = [1, 15, 17, 32, 33, 129, 160, 161, SMALL, SMALL + 1, SMALL + 33, 2 * SMALL + 2]
+    given_ = batch([one(n, 2, 1, 24, seed=n) for n in ends], [(n - min(n, queries), n) for n in ends], page)
+    for schedule in (WALK, Schedule("walk", 16, 4, 2)):
+        assert same_bits(CALL.run_schedule(schedule, *given_, window, True), small(*given_, window, True))
+
+
+@needs_triton
 def test_every_way_to_compute_a_sequence_gives_one_digest():
     whole, call = one(140, width=8), Attention("attention_of_leaves_of_one_block", 128)
     wanted = digest(specified(*batch([whole], [(0, 140)]), leaf=128))
