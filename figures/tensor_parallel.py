@@ -15,8 +15,9 @@ def draw(data=records.DATA, machine: str | None = None, page: Page = SCREEN) -> 
     lines = len(chart.compared(rows).groupby(["ops", *chart.POINT]))
     more = len(chart.alone(rows)) > 0 and len(chart.shares(rows)) > 0  # points that have no second number of GPUs
     panels = 3 if more else 2
+    pitch = 0.55 if lines <= 14 else 0.4
     figure = page.figure(13 if panels == 2 else 15.5,
-                         0.9 + 0.55 * max(7, lines) if page.screen or not page.narrow else 7 + 3.5 * more)
+                         0.9 + pitch * max(7, lines) if page.screen or not page.narrow else 7 + 3.5 * more)
     shape = {"height_ratios": [1.2, 1, 1][:panels]} if page.narrow else {"width_ratios": [1.1, 1, 0.9][:panels]}
     left, right, *third = figure.subplots(*((panels, 1) if page.narrow else (1, panels)), **shape)
     chart.digest_grid(left, rows)
@@ -28,7 +29,8 @@ def draw(data=records.DATA, machine: str | None = None, page: Page = SCREEN) -> 
             text.set(fontsize=7, text=text.get_text()[:4] + text.get_text()[-2:])  # four digits have room
         for axes in (left, *third):
             axes.tick_params(axis="y", labelsize=7)
-    around(figure, page, chart.claim(rows), chart.caption(rows, device), named_once([right, *third]), columns=3)
+    around(figure, page, chart.claim(rows), chart.caption(rows, device), named_once([right, *third]),
+           columns=3 if lines <= 14 or page.narrow else 4)
     return figure
 
 
