@@ -9,6 +9,7 @@ from kernels.lab.moving.cost import MODE_COST
 from kernels.lab.parallel import chart as parallel_chart
 from kernels.lab.parallel.measure import TENSOR_PARALLEL
 from kernels.lab.proofs import model as proofs
+from kernels.lab.serving.arrivals import LATENCY
 from kernels.lab.serving.recorded import ANSWERS, EVERY
 from kernels.lab.serving.speed import SERVING
 from kernels.lab.window.measure import VERIFY_COST
@@ -27,7 +28,8 @@ def table(head: list, align: str, lines: list[list]) -> str:
 
 def model(data, machine) -> str:
     """All of it, a paragraph each."""
-    return "\n\n".join(part(data, machine) for part in (_digests, _answers, _speed, _parallel, _mode, _window))
+    parts = (part(data, machine) for part in (_digests, _answers, _speed, _arrivals, _parallel, _mode, _window))
+    return "\n\n".join(part for part in parts if part)
 
 
 def _digests(data, machine) -> str:
@@ -65,6 +67,19 @@ def _speed(data, machine) -> str:
             f"speed in the geometric mean, and `frozen` {_mean(us.frozen / us.default):.2f}. The lowest is "
             f"{ratio.min():.2f}: {phase} of {batch:,} behind {context:,}. Slower than the default: "
             f"{(ratio < 1).sum()} of {len(us)}.")
+
+
+def _arrivals(data, machine) -> str:
+    rows = LATENCY.read(Path(data) / machine)
+    said = []
+    for (name, rate, requests), mine in rows.groupby(["model", "rate", "requests"]):
+        ms = mine.set_index("ops")
+        first, between = (", ".join(f"{row[column]:.1f} with `{ops}` ops" for ops, row in ms.iterrows())
+                          for column in ("first_ms_p50", "between_ms_p50"))
+        said.append(f"{requests:,.0f} requests for {name}'s shape that arrive at random, {rate:g} a second, wait for "
+                    f"their first token {first} (median, milliseconds), and for each one behind it {between}")
+    return (f"A server by the wall clock (`latency.csv`): {'; '.join(said)}. Its keys lie in pages of 16 tokens, which "
+            "PyTorch's attention gathers first.") if said else ""
 
 
 def _parallel(data, machine) -> str:

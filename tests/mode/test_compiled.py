@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from kernels import runtime
 from kernels.bits import portable, same_bits
 from kernels.mode import batch_invariant, compiled_attention, masks
-from kernels.mode.switch import Refused
+from kernels.mode.switch import MovesBits, Refused
 
 DEVICE = runtime.device()
 W = portable(24, 40, device=DEVICE, seed=1)
@@ -73,6 +73,18 @@ def test_compiled_results_lie_where_compiled_code_looks(name):
         found, eager = (torch.autograd.grad(f(y).float().square().sum(), y)[0]
                         for f in (compiled, LAID[name]) for y in [x.clone().requires_grad_()])
     torch.testing.assert_close(found, eager, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.serial  # it compiles
+def test_the_backward_of_pytorchs_own_attention_lies_there_too():
+    def dense(x):
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=mask).transpose(1, 2) * 2
+    torch._dynamo.reset()
+    compiled, x = torch.compile(dense, dynamic=False), portable(2 * HEADS * TOKENS, 16, device=DEVICE)
+    x, mask = x.view(2, HEADS, TOKENS, 16).requires_grad_(), portable(TOKENS, TOKENS, device=DEVICE)
+    with batch_invariant(), pytest.warns(MovesBits, match="attn_mask is dense"):
+        found = torch.autograd.grad(compiled(x).square().sum(), x)[0]
+    torch.testing.assert_close(found, torch.autograd.grad(dense(x).square().sum(), x)[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.serial  # it compiles

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import call as call_module
 from kernels.bits import portable, same_bits
-from kernels.mode import Refused, batch_invariant, kept
+from kernels.mode import Refused, batch_invariant, kept, masks
 from kernels.mode import attention as rules
 from kernels.ops.attention import call as attention_call
 from kernels.ops.attention.sequences import Sequences
@@ -325,6 +325,7 @@ def test_attention_that_has_no_order_or_must_be_copied_is_the_rules(attention, m
             EFFICIENT(Q, K, K, torch.zeros(1, 1, 5, 5, dtype=Q.dtype).masked_fill(~seen, -torch.inf).expand(1, 4, 5, 5),
                       True, 0.0)
         count += 1  # the mask whose keys lie as the op wants them
+        assert len([said for (_, _, _, said), _ in kept.ATTENTION if isinstance(said, masks.Seen)]) == 1
         two = (t.expand(2, -1, -1, -1).contiguous() for t in (Q, K, K))
         FLASH(*two, 0.0, True)  # rows that do not lie as the op wants them
         CALLS["flash"](Q.float(), K.float())  # float32 is computed otherwise

@@ -24,6 +24,7 @@ from kernels.model.config import PRESETS
 from kernels.model.llama import Llama
 from kernels.model.parallel import Ranks, cut
 from kernels.model.parallel.cut import check, fingerprint, local, piece
+from kernels.ops.all_reduce import symmetric
 from kernels.ops.matmul.order import order
 from tests.model import ranks_parallel as on_ranks
 
@@ -231,7 +232,9 @@ def test_a_rank_of_a_cpu_has_one_thread_and_leaves_no_sum_to_a_switch(variables,
     for name in ("NCCL_NVLS_ENABLE", "TORCH_SYMM_MEM_DISABLE_MULTICAST", "GLOO_SOCKET_IFNAME"):
         monkeypatch.delenv(name)
     torch.set_num_threads(2)
-    assert str(parallel.join("cpu")) == "rank 0 of 1 on cpu" and torch.get_num_threads() == 1
+    monkeypatch.setattr(symmetric, "TIMEOUT_MS", 1)
+    assert str(parallel.join("cpu", 90)) == "rank 0 of 1 on cpu" and torch.get_num_threads() == 1
+    assert symmetric.TIMEOUT_MS == 90_000
     assert os.environ["NCCL_NVLS_ENABLE"] == "0" and os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] == "1"
     assert os.environ.get("GLOO_SOCKET_IFNAME") == {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
 

@@ -3,12 +3,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from kernels import runtime
 from kernels.bits import portable
-from kernels.lab.moving import WAYS, find_moving_ops, moving_chart, moving_words
+from kernels.lab.moving import WAYS, examples, find_moving_ops, measure, moving_chart, moving_words
 from kernels.mode import active, batch_invariant
 
 DEVICE = runtime.device()
@@ -137,6 +138,22 @@ def test_what_is_padded_is_hidden_from_the_model():
     with batch_invariant(strict=True):
         report = find_moving_ops(model, named(), "padding")
     assert not report and report.calls
+
+
+def test_attention_that_adds_its_mask_is_not_blamed_for_it(monkeypatch):
+    """On a GPU PyTorch pads a mask to a multiple of eight keys, so its numbers follow the padding at one shape."""
+    def efficient(q, k, v, attn_mask):
+        hidden = F.pad(torch.where(attn_mask, 0.0, -torch.inf), (0, 16 - k.shape[2]))[..., : k.shape[2]]
+        hidden = hidden.expand(len(q), q.shape[1], -1, -1)
+        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, hidden, False)[0]
+    monkeypatch.setattr(examples.F, "scaled_dot_product_attention", efficient)
+    model, given = examples.Plain().to(DEVICE).eval(), examples.padded(examples.example_prompts((2, 2)))
+    with batch_invariant(strict=True):
+        report = find_moving_ops(model, given, "padding")
+    assert not report and "constant_pad_nd" not in {call.op for call in report.calls}
+    low = torch.finfo(torch.float32).min
+    assert all(measure._shows_or_hides(torch.tensor(t)) for t in ([0, -torch.inf], [low, -0.0]))
+    assert not any(measure._shows_or_hides(torch.tensor(t)) for t in ([0.0, 1, -torch.inf], [0.0, -0.0], [0], []))
 
 
 def test_rows_lie_where_the_shapes_say():
