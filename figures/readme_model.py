@@ -79,7 +79,7 @@ def _arrivals(data, machine) -> str:
         said.append(f"{requests:,.0f} requests for {name}'s shape that arrive at random, {rate:g} a second, wait for "
                     f"their first token {first} (median, milliseconds), and for each one behind it {between}")
     return (f"A server by the wall clock (`latency.csv`): {'; '.join(said)}. Its keys lie in pages of 16 tokens, which "
-            "PyTorch's attention gathers first.") if said else ""
+            "`default` gathers for PyTorch's attention.") if said else ""
 
 
 def _parallel(data, machine) -> str:

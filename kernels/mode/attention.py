@@ -64,8 +64,9 @@ def attend(q, k, v, seen: Seen, scale: float | None, lse: bool) -> tuple[torch.T
         return _by_op(q, k, v, seen, lse)
     found = [_one(q[b], k[b, :, start:], v[b, :, start:], seen.hidden(b), scale, lse)
              for b, start in enumerate(seen.starts)]
-    y = torch.stack([y for y, *_ in found]) if found else q.new_empty((*q.shape[:3], v.shape[3]))
-    return y, torch.stack([e for *_, e in found]) if lse and found else None
+    if not found:
+        return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32) if lse else None
+    return torch.stack([y for y, *_ in found]), torch.stack([e for *_, e in found]) if lse else None
 
 
 def _has_op(q, k, v, scale) -> bool:

@@ -11,11 +11,13 @@ on the host and gives what it says a number; layers that share a mask share that
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from functools import cache
 
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_flatten
 
 from .kept import nothing, short
 from .masks import READ, Read, number_of
@@ -40,11 +42,11 @@ def opaque(name: str, defined: Callable) -> Callable:
 
     def fake(*arguments, **named):
         return _said(name, op(*arguments, **named), arguments)
-    plain = defined(own, schema_of(op), run, fake, True)
+    plain = defined(own, schema_of(op), run, fake, torch.Tag.cudagraph_unsafe)
     if name not in MASKED:
         return plain
     read = defined(f"{own}_read", f"(Tensor number, {schema_of(op)[1:]}", run_read,
-                   lambda number, *arguments, **named: fake(*arguments, **named), True)
+                   lambda number, *arguments, **named: fake(*arguments, **named), torch.Tag.cudagraph_unsafe)
 
     def traced(*arguments, **named):
         mask = arguments[MASKED[name][0]]
@@ -65,7 +67,34 @@ def _reader(defined: Callable):
     def run(mask, *sizes):
         return torch.tensor(number_of(mask, *sizes), dtype=torch.int64, device="cpu")
     return defined("read_mask", "(Tensor mask, SymInt batch, SymInt queries, SymInt keys) -> Tensor", run,
-                   lambda mask, *sizes: torch.empty((), dtype=torch.int64, device="cpu"), True)
+                   lambda mask, *sizes: torch.empty((), dtype=torch.int64, device="cpu"), torch.Tag.cudagraph_unsafe)
+
+
+def read_once(module: torch.fx.GraphModule) -> None:
+    """Of readings of masks that are made alike leave the first: layers make and read theirs apart, of the same one."""
+    values: dict[tuple, int] = {}  # operations on equal values -> their number
+    of: dict[torch.fx.Node, int] = {}
+    first: dict[int, torch.fx.Node] = {}
+    for node in list(module.graph.nodes):
+        leaves, form = tree_flatten((node.args, node.kwargs))
+        known = node.op == "call_function" and not _varies(node.target)
+        made = tuple(f"value {of[leaf]}" if isinstance(leaf, torch.fx.Node) else repr(leaf) for leaf in leaves)
+        of[node] = values.setdefault((node.target, str(form), made) if known else (node,), len(values))
+        if getattr(node.target, "name", str)() == "same_bits_mode::read_mask":
+            if of[node] in first:
+                node.replace_all_uses_with(first[of[node]])
+                module.graph.erase_node(node)
+            else:
+                first[of[node]] = node
+    module.recompile()
+
+
+def _varies(target) -> bool:
+    """Whether two alike calls may differ: random draws, and ops that write."""
+    if target is operator.getitem:
+        return False
+    return not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable or \
+        torch.Tag.nondeterministic_seeded in target.tags
 
 
 def _sizes(name: str, arguments) -> tuple:

@@ -28,9 +28,9 @@ def _library() -> torch.library.Library:
     return torch.library.Library("same_bits_mode", "FRAGMENT")
 
 
-def defined(own: str, schema: str, run: Callable, fake: Callable, between_graphs: bool = False):
-    """An op of torch.library, into which no decomposition looks; CUDA graphs may be told to leave it out."""
-    _library().define(own + schema, tags=(torch.Tag.cudagraph_unsafe,) if between_graphs else ())
+def defined(own: str, schema: str, run: Callable, fake: Callable, *tags: torch.Tag):
+    """An op of torch.library, into which no decomposition looks."""
+    _library().define(own + schema, tags=tags)
     _library().impl(own, run, "CompositeExplicitAutograd")
     made = getattr(torch.ops.same_bits_mode, own).default
     torch.library.register_fake(made, fake, lib=_library())
@@ -50,7 +50,8 @@ def _opaque(name: str) -> Callable:
 
     def fake(*arguments, **named):
         return tree_map_only(torch.Tensor, lambda t: t.new_empty(t.shape), op(*arguments, **named))
-    return defined("aten_" + name.replace(".", "_"), schema_of(op), run, fake)
+    random = torch.Tag.nondeterministic_seeded  # or a checkpoint draws anew in silence
+    return defined("aten_" + name.replace(".", "_"), schema_of(op), run, fake, *{random}.intersection(op.tags))
 
 
 def _decomposition(name: str, before: Callable | None) -> Callable:
@@ -77,13 +78,11 @@ def _writes(op) -> bool:
     return any(a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments)
 
 
-def _alike_once(module: torch.fx.GraphModule, *arguments, **named):
-    """Inductor's compilation of a graph in which alike calls are one: each layer's mask is made and read again else."""
-    from torch._functorch.compile_utils import fx_graph_cse
+def _inner(module: torch.fx.GraphModule, *arguments, **named):
+    """Inductor's compilation of a graph, in which a mask is read once."""
     from torch._inductor.compile_fx import compile_fx_inner
 
-    module.graph = fx_graph_cse(module.graph)
-    module.recompile()
+    compiled_attention.read_once(module)
     return compile_fx_inner(module, *arguments, **named)
 
 
@@ -102,6 +101,6 @@ def hook() -> None:
 
         patches = {**self.config, **(named.get("config_patches") or {})}
         with functorch.patch(enable_autograd_cache=False):
-            return compile_fx(model, inputs, inner_compile=_alike_once, config_patches=patches,
+            return compile_fx(model, inputs, inner_compile=_inner, config_patches=patches,
                               decompositions=decompositions(select_decomp_table()))
     wrapper.__call__ = compile_graph

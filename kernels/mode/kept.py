@@ -39,6 +39,7 @@ class _Few(Plans):
 
 
 ATTENTION = _Few()
+_PLANS = Plans()  # masks come and go
 
 
 def form(*tensors: torch.Tensor) -> tuple | None:
@@ -171,13 +172,15 @@ def keep_attention(q, k, v, numbers: tuple, seen: Seen) -> _Attention | None:
     numbers  is_causal, scale, whether the logarithms of the sums are wanted, and what a mask said if there is one
     """
     key, rows = (numbers, form(q, k, v)), as_rows(q, k, v)
-    if key in ATTENTION:
-        return ATTENTION[key]
+    if (known := ATTENTION.get(key)) is not None:
+        return known
     if not _can_keep(key[-1]) or seen.window or any(seen.starts) or seen.rows is not None \
             or rows[0].data_ptr() != q.data_ptr():
         return None
     lse = numbers[2]
-    plan = attention_prefill.call.plan((*rows, seen.sequences.handle, 0, lse))
+    of_form = numbers[:3], key[1]
+    plan = _PLANS.get(of_form) or _PLANS.keep(of_form, attention_prefill.call.plan(
+        (*rows, seen.sequences.handle, 0, lse)))
     return None if plan.copies else ATTENTION.keep(key, _Attention(plan, seen.sequences, tuple(q.shape), lse))
 
 

@@ -8,6 +8,7 @@ have no order here.
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -83,7 +84,7 @@ class Read:
 
 
 READ: dict[int, Seen] = {}  # what compiled graphs have read, by a number, which they can carry
-_NUMBERS, KEPT = itertools.count(1), 256
+_NUMBERS, KEPT, _LOCK = itertools.count(1), 16, threading.Lock()
 
 
 def number_of(mask: torch.Tensor, batch: int, queries: int, keys: int) -> int:
@@ -95,13 +96,14 @@ def number_of(mask: torch.Tensor, batch: int, queries: int, keys: int) -> int:
         seen = of_mask(mask, batch, queries, keys, mask.device, compare=True)
     except Unsupported:
         return 0  # attention is given the mask too, and refuses it by name
-    for number in reversed(READ):
-        if READ[number] is seen:
-            return number
-    number = next(_NUMBERS)
-    READ[number] = seen
-    for old in list(READ)[:-KEPT]:
-        READ.pop(old, None)
+    with _LOCK:
+        for number, known in READ.items():
+            if known is seen:
+                return number
+        number = next(_NUMBERS)
+        READ[number] = seen
+        for old in list(READ)[:-KEPT]:
+            del READ[old]
     return number
 
 

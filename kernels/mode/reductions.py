@@ -77,9 +77,9 @@ def _safe_softmax(self, dim, dtype=None):
     if not supported(self=self) or not self.dim() or not self.shape[dim]:
         return NotImplemented
     x = self.transpose(dim, -1)
-    seen, place = x != -math.inf, torch.arange(x.shape[-1], dtype=torch.int64, device=x.device)
-    place = (place + seen.to(torch.int8).argmax(-1, keepdim=True)) % x.shape[-1]
-    p = how(x, softmax)(x.gather(-1, place), -1, dtype).masked_fill(~seen.any(-1, keepdim=True), 0.0)
+    begin = (~(x <= torch.finfo(x.dtype).min)).to(torch.int8).argmax(-1, keepdim=True)  # masks hide by the lowest too
+    place = torch.arange(x.shape[-1], dtype=torch.int64, device=x.device).add(begin).remainder_(x.shape[-1])
+    p = how(x, softmax)(x.gather(-1, place), -1, dtype).masked_fill_((x == -math.inf).all(-1, keepdim=True), 0.0)
     return torch.empty_like(p).scatter_(-1, place, p).transpose(dim, -1)
 
 

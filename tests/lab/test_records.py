@@ -150,6 +150,7 @@ def test_every_recorded_table_is_read_and_written_as_it_stands(tmp_path):
     from kernels.lab.proofs.model import MODEL_DIGESTS
     from kernels.lab.proofs.products import PRODUCTS
     from kernels.lab.proofs.tensor_core import TENSOR_CORE
+    from kernels.lab.serving.arrivals import LATENCY
     from kernels.lab.serving.recorded import ANSWERS, TEXTS
     from kernels.lab.serving.speed import SERVING
     from kernels.lab.sources.claims import OBSERVED
@@ -159,8 +160,8 @@ def test_every_recorded_table_is_read_and_written_as_it_stands(tmp_path):
     from kernels.lab.verifying.explore import MIX
     from kernels.lab.verifying.measure import ROLLBACKS
     from kernels.lab.window.measure import VERIFY_COST
-    tables = (ANSWERS, ATLAS, CERTIFICATES, COST_TIMES, DIGESTS, HOST_DIGESTS, MIX, MODE_COST, MODEL_DIGESTS, OBSERVED,
-              PRODUCTS, ROLLBACKS, SERVING, TENSOR_CORE, TENSOR_PARALLEL, TEXTS, UNSEEN, VERIFY_COST, WAYS,
+    tables = (ANSWERS, ATLAS, CERTIFICATES, COST_TIMES, DIGESTS, HOST_DIGESTS, LATENCY, MIX, MODE_COST, MODEL_DIGESTS,
+              OBSERVED, PRODUCTS, ROLLBACKS, SERVING, TENSOR_CORE, TENSOR_PARALLEL, TEXTS, UNSEEN, VERIFY_COST, WAYS,
               records.TOKEN_SWEEP)
     recorded = {path.name for path in records.DATA.glob("*/*.csv") if path.parent.name != "llm42"}  # that is published
     assert {table.file for table in tables} == recorded

@@ -1,13 +1,15 @@
 """torch.compile and the mode: one graph outside, one inside, and inside the bits of eager."""
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from kernels import runtime
 from kernels.bits import portable, same_bits
-from kernels.mode import batch_invariant, compiled_attention, masks
+from kernels.mode import batch_invariant, compiled_attention, compiling, masks
 from kernels.mode.switch import MovesBits, Refused
 
 DEVICE = runtime.device()
@@ -110,6 +112,48 @@ def test_layers_that_share_a_mask_read_it_once_and_its_numbers_count(monkeypatch
             compiled(x, keep)
 
 
+@pytest.mark.serial  # it compiles
+def test_draws_and_results_that_eager_keeps_apart_stay_apart():
+    def drawn(x):
+        noise = [torch.normal(0.0, 1.0, x.shape, dtype=x.dtype, device=x.device) for _ in range(2)]
+        return x + noise[0], x + noise[1], x.sort()[0], x.sort()[0]
+    torch._dynamo.reset()
+    compiled, x = torch.compile(drawn, dynamic=False), portable(4, 16, device=DEVICE)
+    with torch.no_grad(), batch_invariant(strict=True):
+        one, other, a, b = compiled(x)
+    assert not torch.equal(one, other) and torch.equal(a, b) and a.data_ptr() != b.data_ptr()
+    assert torch.Tag.nondeterministic_seeded in compiling._opaque("native_dropout").tags
+    assert torch.Tag.nondeterministic_seeded not in compiling._opaque("mm").tags
+
+
+@pytest.mark.serial  # it compiles
+def test_masks_made_of_noise_are_each_read():
+    def two(x):
+        for _ in range(2):
+            noise = torch.normal(0.0, 1.0, (2, 1, 1, 1), dtype=x.dtype, device=x.device)
+            hidden = torch.where(noise > 9, -torch.inf, 0.0).expand(-1, HEADS, TOKENS, TOKENS)
+            x = x + EFFICIENT(x, x, x, hidden, False)[0]
+        return x
+    graphs, x = [], portable(2 * HEADS * TOKENS, 16, device=DEVICE).view(2, HEADS, TOKENS, 16)
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patch:
+        read_once = compiled_attention.read_once
+        patch.setattr(compiled_attention, "read_once", lambda module: (read_once(module), graphs.append(module))[0])
+        with torch.no_grad(), batch_invariant(strict=True):
+            torch.compile(two, dynamic=False)(x)
+    read = [str(node.target) for module in graphs for node in module.graph.nodes]
+    assert read.count("same_bits_mode.read_mask.default") == 2
+
+
+def test_threads_may_read_masks_at_once(monkeypatch):
+    monkeypatch.setattr(masks, "READ", {})
+    monkeypatch.setattr(masks, "KEPT", 2)
+    given = [torch.ones(1, 1, 1, keys, dtype=torch.bool) for keys in range(1, 9)]
+    with ThreadPoolExecutor(4) as threads:
+        numbers = list(threads.map(lambda i: masks.number_of(given[i % 8], 1, 1, i % 8 + 1), range(400)))
+    assert all(numbers) and len(masks.READ) == 2
+
+
 def test_what_masks_say_is_kept_under_numbers_of_which_the_oldest_go(monkeypatch):
     monkeypatch.setattr(masks, "KEPT", 2)
     monkeypatch.setattr(masks, "READ", {})
@@ -121,6 +165,7 @@ def test_what_masks_say_is_kept_under_numbers_of_which_the_oldest_go(monkeypatch
 @pytest.mark.gpu
 def test_cuda_graphs_hold_a_model_but_attention_and_see_each_mask():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
 
     def two(x, keep):
         for _ in range(2):
@@ -139,3 +184,4 @@ def test_cuda_graphs_hold_a_model_but_attention_and_see_each_mask():
             torch.compiler.cudagraph_mark_step_begin()
             assert same_bits(compiled(x, keep).clone(), two(x, keep)), hidden
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+    assert torch._inductor.cudagraph_trees.get_manager(x.device.index, create_if_none_exists=False) is not None

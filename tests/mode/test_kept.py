@@ -66,6 +66,7 @@ def gpu(monkeypatch):
         for key in set(plans) - before:
             del plans[key]
     kept.ATTENTION.clear()
+    kept._PLANS.clear()
 
 
 def test_the_second_product_of_a_form_goes_to_its_plan(gpu):

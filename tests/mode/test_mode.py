@@ -680,3 +680,11 @@ def test_a_row_of_safe_softmax_begins_at_its_first_key():
     assert same_bits(across, found) and same_bits(alone, triton_or_python(softmax)(scores, -1))
     assert same_bits(found[0, :, 5:45], alone[0]) and not found[:, :, :5].any() and not found[:, :, 45:].any()
     assert not found[1, 2].any()
+
+
+def test_attention_of_an_empty_batch_is_empty():
+    q = torch.empty(0, 2, 3, 4, dtype=torch.float32, device=DEVICE)
+    with batch_invariant(strict=True):
+        y, sums, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, q, q, None, True)
+        assert y.shape == q.shape and sums.shape == q.shape[:3]
+        assert F.scaled_dot_product_attention(q, q, q).shape == q.shape

@@ -56,7 +56,9 @@ def test_attention_has_the_same_bits_where_pytorch_multiplies_itself(keys, scale
         with sdpa_kernel(SDPBackend.MATH):
             assert same_bits(y, F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale))
             k_, v_, seen_ = (F.pad(t, edge) for t, edge in ((k, (0, 0, 3, 2)), (v, (0, 0, 3, 2)), (seen, (3, 2))))
-            assert same_bits(y, F.scaled_dot_product_attention(q, k_, v_, attn_mask=seen_, scale=scale))
+            for hidden in (-torch.inf, torch.finfo(torch.float32).min):
+                mask = torch.where(seen_, 0.0, hidden)
+                assert same_bits(y, F.scaled_dot_product_attention(q, k_, v_, attn_mask=mask, scale=scale))
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="of this kind of CPU's products")

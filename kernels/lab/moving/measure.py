@@ -203,7 +203,7 @@ class _Comparison:
 
 def _shows_or_hides(t: torch.Tensor) -> bool:
     """Whether this is a mask in floating point, as attention adds it: zeros, and -inf or the lowest number."""
-    if not t.is_floating_point() or not t.numel():
+    if not t.is_floating_point() or not t.numel() or t.itemsize == 1:
         return False
     hidden = t <= torch.finfo(t.dtype).min
     return bool(hidden.any() and (hidden | (t == 0)).all())

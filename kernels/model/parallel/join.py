@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,8 +98,9 @@ def ends_where_lost(ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "launch failure" not in str(error):
+        if "launch failure" not in str(error) or ranks.size == 1:
             raise
+        traceback.print_exc()
         print(f"error: {ranks} waited for a rank that ended or did not come in time ({str(error).splitlines()[0]})",
               file=sys.stderr, flush=True)
         os._exit(1)

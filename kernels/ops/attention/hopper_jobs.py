@@ -72,7 +72,7 @@ def short_between(table: np.ndarray, cost: np.ndarray) -> np.ndarray:
     table, cost  (waves, programs, ..) and (waves, programs): 0 for none
     Memory is busy while long ones run and idle while short ones do: side by side each hides the other.
     """
-    there, short = cost > 0, (cost > 0) & (cost <= cost.max() / 4)
+    there, short = cost > 0, (cost > 0) & (cost <= cost.max(initial=0) / 4)
     long = there & ~short
     room = long.sum(0) / np.maximum(short.sum(0), 1)
     at = np.where(short, np.cumsum(short, axis=0) * room - room / 2 - 0.75, np.cumsum(long, axis=0) - 1)

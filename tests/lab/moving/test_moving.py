@@ -154,6 +154,7 @@ def test_attention_that_adds_its_mask_is_not_blamed_for_it(monkeypatch):
     low = torch.finfo(torch.float32).min
     assert all(measure._shows_or_hides(torch.tensor(t)) for t in ([0, -torch.inf], [low, -0.0]))
     assert not any(measure._shows_or_hides(torch.tensor(t)) for t in ([0.0, 1, -torch.inf], [0.0, -0.0], [0], []))
+    assert not measure._shows_or_hides(torch.zeros(2, dtype=torch.float32).to(torch.float8_e4m3fn))  # has no order
 
 
 def test_rows_lie_where_the_shapes_say():

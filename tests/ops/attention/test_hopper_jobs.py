@@ -84,3 +84,4 @@ def test_short_jobs_lie_evenly_between_long_ones():
     assert order(8, 8, 1, 1, 0) == [1, 8, 1, 8, 0]
     assert order(8, 8, 8, 8, 1, 0) == [8, 8, 1, 8, 8, 0]
     assert order(8, 7, 3, 0) == [8, 7, 3, 0] and order(1, 1) == [1, 1]
+    assert short_between(np.zeros((0, 3, 2)), np.zeros((0, 3))).shape == (0, 3, 2)
