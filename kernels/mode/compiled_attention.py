@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_flatten
 
 from .kept import nothing, short
-from .masks import READ, Read, number_of
+from .masks import READ, Read, number_of, of_mask
+from .opaque import defined, schema_of
 from .switch import RULES, guarded, op_of
 
 # which of its arguments is the mask, and which are queries and keys
@@ -29,8 +30,8 @@ MASKED = {_EFFICIENT: (3, 0, 1), _CUDNN: (3, 0, 1),
           f"{_EFFICIENT}_backward": (4, 1, 2), f"{_CUDNN}_backward": (8, 1, 2)}
 
 
-def opaque(name: str, defined: Callable) -> Callable:
-    """A function of the arguments of an attention op, to be traced in its place; `defined` makes an op."""
+def traced(name: str) -> Callable:
+    """What is traced in the place of an attention op: a function of its arguments."""
     op, own = op_of(name), "aten_" + name
     kernel = guarded(name, _theirs(name), RULES[name], short(name, op))
 
@@ -48,21 +49,16 @@ def opaque(name: str, defined: Callable) -> Callable:
     read = defined(f"{own}_read", f"(Tensor number, {schema_of(op)[1:]}", run_read,
                    lambda number, *arguments, **named: fake(*arguments, **named), torch.Tag.cudagraph_unsafe)
 
-    def traced(*arguments, **named):
+    def one_or_other(*arguments, **named):
         mask = arguments[MASKED[name][0]]
         if mask is None or not mask.numel():
             return plain(*arguments, **named)
-        return read(_reader(defined)(mask, *_sizes(name, arguments)), *arguments, **named)
-    return traced
-
-
-def schema_of(op) -> str:
-    """An op's arguments and results as torch.library writes them."""
-    return str(op._schema)[str(op._schema).index("("):]
+        return read(_reader()(mask, *_sizes(name, arguments)), *arguments, **named)
+    return one_or_other
 
 
 @cache
-def _reader(defined: Callable):
+def _reader():
     """mask, batch, queries, keys -> its number, a tensor of the CPU."""
     def run(mask, *sizes):
         return torch.tensor(number_of(mask, *sizes), dtype=torch.int64, device="cpu")
@@ -108,7 +104,7 @@ def _with_what_was_read(name: str, number: int, arguments) -> tuple:
         return arguments
     place = MASKED[name][0]
     mask = arguments[place]
-    seen = READ.get(number) or READ[number_of(mask, *_sizes(name, arguments))]
+    seen = READ.get(number) or of_mask(mask, *_sizes(name, arguments), mask.device, compare=True)
     return *arguments[:place], Read(seen, mask), *arguments[place + 1 :]
 
 

@@ -17,31 +17,17 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from . import compiled_attention
-from .compiled_attention import schema_of
 from .elements import ONE, TWO
 from .kept import short
+from .opaque import defined, schema_of
 from .switch import RULES, active, guarded, op_of
-
-
-@cache
-def _library() -> torch.library.Library:
-    return torch.library.Library("same_bits_mode", "FRAGMENT")
-
-
-def defined(own: str, schema: str, run: Callable, fake: Callable, *tags: torch.Tag):
-    """An op of torch.library, into which no decomposition looks."""
-    _library().define(own + schema, tags=tags)
-    _library().impl(own, run, "CompositeExplicitAutograd")
-    made = getattr(torch.ops.same_bits_mode, own).default
-    torch.library.register_fake(made, fake, lib=_library())
-    return made
 
 
 @cache
 def _opaque(name: str) -> Callable:
     """A rule as an op of torch.library, with the schema of the op it stands for and results that are contiguous."""
     if name.startswith("_scaled_dot_product"):
-        return compiled_attention.opaque(name, defined)
+        return compiled_attention.traced(name)
     op = op_of(name)
     kernel = guarded(name, op, RULES[name], short(name, op))
 

@@ -10,27 +10,17 @@ from ...runtime import device_function, tl
 from ..matmul.tiles import dot
 from .order import BLOCK
 
-FEW_KEYS = 32  # of a newest block, which cost less than a block does
-_BLOCK, _LN2, _NONE, _FEW_KEYS = map(for_kernels, (BLOCK, LN2, float("-inf"), FEW_KEYS))
+_BLOCK, _LN2, _NONE = map(for_kernels, (BLOCK, LN2, float("-inf")))
 
 
 @device_function
 def lane_sums(p):
-    """[R, 128] -> [R, 4]; every sum is of two, and has no order."""
+    """[R, 128] or [R, 32] -> [R, 4]; every sum is of two, and has no order. Zeros behind 32 would change no weight."""
     R: tl.constexpr = p.shape[0]
-    x = tl.reshape(tl.permute(tl.reshape(p, [R, 16, 4, 2]), [0, 2, 1, 3]), [R, 4, 32])
-    for half in tl.static_range(4):
-        x = tl.sum(tl.reshape(x, [R, 4, 2, 16 >> half]), axis=2)
-    return tl.sum(x, axis=2)
-
-
-@device_function
-def lane_sums_of_few(p):
-    """[R, 32] -> [R, 4]: the lanes' sums where zeros lie behind, which change no weight that they are added to."""
-    R: tl.constexpr = p.shape[0]
-    x = tl.reshape(tl.permute(tl.reshape(p, [R, 4, 4, 2]), [0, 2, 1, 3]), [R, 4, 8])
-    for half in tl.static_range(2):
-        x = tl.sum(tl.reshape(x, [R, 4, 2, 4 >> half]), axis=2)
+    EACH: tl.constexpr = p.shape[1] // 8
+    x = tl.reshape(tl.permute(tl.reshape(p, [R, EACH, 4, 2]), [0, 2, 1, 3]), [R, 4, 2 * EACH])
+    for half in tl.static_range(4 if EACH == 16 else 2):
+        x = tl.sum(tl.reshape(x, [R, 4, 2, EACH >> half]), axis=2)
     return tl.sum(x, axis=2)
 
 
@@ -120,11 +110,7 @@ def add_block(s, top, v, m, sums, acc, scale, ADDER: tl.constexpr):
     safe = tl.where(top == _NONE, 0.0, top)
     p = tl_ex2(tl_fma(s, tl.zeros(s.shape, tl.float32) + scale, tl.broadcast_to(-safe[:, None], s.shape)))
     f = tl_ex2(m - safe)
-    if s.shape[1] == _FEW_KEYS:
-        lanes = lane_sums_of_few(p)
-    else:
-        lanes = lane_sums(p)
-    sums = tl_fma(sums, tl.broadcast_to(f[:, None], [ROWS, 4]), lanes)
+    sums = tl_fma(sums, tl.broadcast_to(f[:, None], [ROWS, 4]), lane_sums(p))
     acc = dot(weights_of(p, v, ADDER), tl.trans(v), acc * f[:, None], False, ADDER)
     return top, sums, acc
 
@@ -149,7 +135,7 @@ def keys_and_values(k_ptr, v_ptr, pages_ptr, k_batch, k_row, v_batch, v_row, key
 @device_function
 def after_block(q, k, v, key, position, window, scale, m, sums, acc, WINDOW: tl.constexpr, MASKED: tl.constexpr,
                 ADDER: tl.constexpr):
-    """A leaf's (m, sums, acc) after one more block, or after its first FEW_KEYS keys if no row sees the others."""
+    """A leaf's (m, sums, acc) after one more block, or after its first 32 keys if no row sees the others."""
     s = scores_of(q, k, key, position, window, WINDOW, MASKED, ADDER)
     return add_block(s, tl.maximum(m, tl.max(s, axis=1) * scale), v, m, sums, acc, scale, ADDER)
 

@@ -9,7 +9,6 @@ from ...launch import Step
 from ...runtime import device_function, tl, triton
 from .form import Form
 from .leaf import (
-    FEW_KEYS,
     add_lanes,
     after_block,
     finish,
@@ -24,8 +23,9 @@ from .order import BLOCK
 from .schedule import Schedule
 from .work import FIELDS, Work
 
-_FIELDS, _BLOCK, _NONE, _FEW_KEYS = map(for_kernels, (FIELDS, BLOCK, float("-inf"), FEW_KEYS))
+_FIELDS, _BLOCK, _NONE = map(for_kernels, (FIELDS, BLOCK, float("-inf")))
 _FEW_ROWS = for_kernels(16)  # of a tile that waits for memory, whose newest block may be narrow
+_FEW_KEYS = for_kernels(32)  # of a newest block, which cost less than a block does
 
 
 def steps(schedule: Schedule, form: Form, work: Work) -> list[Step]:
