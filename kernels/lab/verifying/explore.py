@@ -9,7 +9,8 @@ verified   default ops; the share decodes drafts, and each W of them are replaye
 invariant  ops whose order is fixed (`tiled` on a CPU), for all requests; `frozen` are those of one schedule
 
 Predicted from two times measured here, of a decode step t_B and of a verify pass t_V. In W steps each of B requests
-gets W tokens, of which a deterministic one keeps k(p, W), if each draft flips with probability p:
+gets W tokens, of which a deterministic one keeps k(p, W), if each draft flips with probability p. What is recorded is
+predicted for p = 0, as of a model whose drafts never flip; the command says what share of them did:
 
     tokens a second = (loose * W + deterministic * k(p, W)) / (W * t_B + ceil(deterministic / G) * t_V)
     held back       = (W - 1) / 2 steps and the passes
@@ -75,10 +76,11 @@ class Mix:
 
 @dataclass(frozen=True)
 class Served:
-    """Tokens a second, and milliseconds that a kept draft is held back, on average; 0 where none is."""
+    """Tokens a second, milliseconds that a kept draft is held back on average, and the share of drafts that flipped."""
 
     tokens_per_s: float
     held_back_ms: float = 0.0
+    flipped: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,9 @@ def _served(engine: Engine, mix: Mix, way: str) -> Served:
     engine.run()
     seconds = _now() - start
     held = [wait for request in asked for wait in getattr(request, "held_back", ())]
+    flips = sum(getattr(request, "flips", 0) for request in asked)
     return Served((sum(len(request.answer) for request in asked) - before) / seconds,
-                  1e3 * sum(held) / len(held) if held else 0.0)
+                  1e3 * sum(held) / len(held) if held else 0.0, flips / max(flips + len(held), 1))
 
 
 def _model(mix: Mix, ops: str) -> Llama:
@@ -204,11 +207,11 @@ def _median(values: list[float]) -> float:
 
 
 def record(mix: Mix, shares: Sequence[float], ops: Sequence[str] = (), passes: int = PASSES,
-           done=frozenset()) -> Iterator[pd.DataFrame]:
-    """MIX's columns of each share once it is measured, medians of its passes: a row for each way, and each further ops.
+           done=frozenset()) -> Iterator[tuple[pd.DataFrame, float]]:
+    """MIX's columns of each share once it is measured, medians of its passes, and the share of drafts that flipped.
 
-    Ways take turns, so that a slow minute slows all of them alike. `mix` has the rest. A share is left out if all of
-    its rows are in `done`, as (model, way, batch, share, window, group, tokens).
+    A row for each way, and each further ops. Ways take turns, so that a slow minute slows all of them alike. `mix` has
+    the rest. A share is left out if all of its rows, (model, way, batch, share, window, group, tokens), are in `done`.
     """
     asked = _asked(ops)
     wanted = [each for share in shares for each in [replace(mix, share=share)]
@@ -223,7 +226,7 @@ def record(mix: Mix, shares: Sequence[float], ops: Sequence[str] = (), passes: i
             for (way, name), engine in engines.items():
                 found[way, name].append(_served(engine, each, way))
         yield pd.DataFrame([_row(each, *one, predicted(each, known), got) for one, got in found.items()],
-                           columns=list(MIX.columns))
+                           columns=list(MIX.columns)), _middle(found["verified", None]).flipped
 
 
 def _key(mix: Mix, way: str, name: str | None) -> dict:
@@ -243,12 +246,17 @@ def _asked(ops: Sequence[str]) -> list[tuple[str, str | None]]:
 
 
 def _row(mix: Mix, way: str, name: str | None, guess: dict[str, Served], passes: list[Served]) -> dict:
-    got = sorted(passes, key=lambda served: served.tokens_per_s)[len(passes) // 2]
+    got = _middle(passes)
     said = guess[way] if name is None else Served(float("nan"), float("nan"))
     return {**_key(mix, way, name), "ops": name or (fixed_ops() if way == "invariant" else "default"),
             "tokens_per_s": got.tokens_per_s, "held_back_ms": got.held_back_ms,
             "predicted_tokens_per_s": said.tokens_per_s, "predicted_held_back_ms": said.held_back_ms,
             "recorded_at": records.now(), "source": provenance.source(__file__)}
+
+
+def _middle(passes: list[Served]) -> Served:
+    """The pass of the median rate."""
+    return sorted(passes, key=lambda served: served.tokens_per_s)[len(passes) // 2]
 
 
 def _arguments(argv=None) -> argparse.Namespace:
@@ -277,10 +285,11 @@ def main(argv=None) -> int:
     records.note_machine(folder, MIX.file)
     done = frozenset() if a.again else _recorded(folder)
     for mix in mixes:
-        for rows in record(mix, a.shares, a.ops or (), done=done):
+        for rows, flipped in record(mix, a.shares, a.ops or (), done=done):
             MIX.merge(folder, rows)
-            print(f"W = {mix.window}, G = {mix.group}, share {rows.share[0]:g}, tokens a second: " + ", ".join(
-                f"{row.way} {row.tokens_per_s:,.0f}" for row in rows.itertuples()), file=sys.stderr, flush=True)
+            print(f"W = {mix.window}, G = {mix.group}, share {rows.share[0]:g}, {flipped:.1%} of drafts flipped, "
+                  "tokens a second: " + ", ".join(f"{row.way} {row.tokens_per_s:,.0f}" for row in rows.itertuples()),
+                  file=sys.stderr, flush=True)
     return 0
 
 

@@ -140,13 +140,14 @@ def test_ways_take_turns_and_the_median_pass_counts(monkeypatch):
     monkeypatch.setattr(explore, "costs", lambda *_: COSTS)
     monkeypatch.setattr(explore, "_ready", lambda mix, way, ops: (way, ops))
     monkeypatch.setattr(explore, "_served", lambda engine, mix, way: turns.append((mix.share, *engine))
-                        or Served(next(rates), 5.0))
+                        or Served(rate := next(rates), 5.0, rate / 100))
     rows = explore.record(Mix(8, 0.5, 16, 4), (0.5, 1.0), ["frozen", "tiled"])
-    half = next(rows)
+    half, flipped = next(rows)
+    assert flipped == 0.06, "of the pass of the median rate"
     asked = [("loose", None), ("verified", None), ("invariant", None), ("invariant", "frozen")]
     assert turns == [(0.5, *each) for each in asked] * 3, "a share is whole before the next one begins"
     assert half.tokens_per_s.tolist() == [5, 6, 7, 8], "of 1 5 9, 2 6 10 and so on"
-    every, = rows
+    (every, _), = rows
     assert every.tokens_per_s.tolist() == [17, 18, 19, 20] and set(every.held_back_ms) == {5.0}
     for share, some in ((0.5, half), (1.0, every)):
         assert list(zip(some.share, some.way, some.ops, strict=True)) == [
