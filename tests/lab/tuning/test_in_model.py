@@ -1,0 +1,98 @@
+"""Schedules chosen in a model: weight by weight, above the noise, and nothing stays behind."""
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels import runtime, tables
+from kernels.lab.proofs.certificates import CERTIFICATES
+from kernels.lab.tuning import in_model
+from kernels.model.config import preset
+from kernels.model.llama import Llama
+from kernels.ops.matmul.learned import LEARNED
+from kernels.ops.matmul.schedule import Schedule
+
+A, B, C = (Schedule("hopper", size, 64, 64, warps=4, stages=4, persistent=True) for size in (64, 128, 192))
+LARGE, SMALL = (28672, 4096), (4096, 4096)
+
+
+class Told:
+    """A forward whose times are known: of each weight's schedule, added up."""
+
+    def __init__(self, us):
+        self.us, self.asked = us, []
+
+    def today(self, weight):
+        return A
+
+    def __call__(self, chosen):
+        self.asked.append(dict(chosen))
+
+    def time(self, chosen):
+        return sum(times[chosen.get(weight, A)] for weight, times in self.us.items())
+
+
+@pytest.fixture
+def told(monkeypatch):
+    def times(forward, each, repeats):
+        return {s: forward.time(chosen) for s, chosen in each.items() if s is not C}
+    monkeypatch.setattr(in_model, "_times", times)
+    return Told
+
+
+def test_weights_are_those_that_see_all_tokens_the_largest_first():
+    assert in_model.weights(preset("llama-3.1-8b")) == [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096)]
+
+
+def test_the_faster_takes_the_place_of_todays_and_the_next_weight_is_timed_with_it(told):
+    forward, said = told({LARGE: {A: 900, B: 800}, SMALL: {A: 100, B: 110}}), []
+    chosen = in_model.fastest(forward, {LARGE: [B], SMALL: [B, A]}, progress=said.append)
+    assert chosen == {LARGE: B}
+    assert forward.asked == [{}, {LARGE: B}, {}], "the second weight's today is asked with the first one's choice"
+    assert "1000.0 us" in said[0] and "0.9000" in said[0] and "900.0 us" in said[1] and "1.0000" in said[1]
+
+
+@pytest.mark.parametrize(("us", "better"), [(996.5, False), (995.5, True)])
+def test_what_is_within_the_noise_changes_nothing(told, us, better):
+    forward = told({SMALL: {A: 1000, B: us}})
+    assert in_model.fastest(forward, {SMALL: [B]}, progress=lambda line: None) == ({SMALL: B} if better else {})
+
+
+def test_one_that_does_not_run_is_left_out_but_todays_must(told):
+    forward = told({SMALL: {A: 1000, B: 1000, C: 1}})
+    assert in_model.fastest(forward, {SMALL: [C]}, progress=lambda line: None) == {}
+    forward.today = lambda weight: C
+    with pytest.raises(RuntimeError, match=r"today's schedule of \(4096, 4096\) could not be timed: hopper 192x64x64"):
+        in_model.fastest(forward, {SMALL: [B]}, progress=lambda line: None)
+
+
+@pytest.mark.skipif(runtime.HAS_GPU, reason="there is a GPU here")
+def test_without_a_gpu_the_command_says_so(capsys):
+    assert in_model.main(["--model", "tiny"]) == 1
+    assert "schedules are tuned on a CUDA GPU, and there is none here" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        in_model.main(["--tokens", "0"])
+    assert "--tokens and --best take numbers from 1" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_a_forward_takes_the_schedules_that_it_is_given_and_forgets_them():
+    forward = in_model.Forward(Llama("small", ops="invariant", device="cuda"), 128)
+    weight = in_model.weights(forward.model.config)[0]
+    before, plain = dict(LEARNED), forward({}).clone()
+    other = next(s for s in (A, B) if s != forward.today(weight))
+    assert torch.equal(forward({weight: other}), plain) and forward.today(weight) == other
+    assert torch.equal(forward({}), plain) and forward.today(weight) != other and before == LEARNED
+
+
+@pytest.mark.gpu
+def test_a_model_is_tuned_from_end_to_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "FOLDER", tmp_path / "schedules")
+    monkeypatch.setattr(in_model, "NOISE", -9.0)  # whatever was fastest is kept
+    said: list[str] = []
+    in_model.tune_in_model("small", [128], 2, tmp_path, "here", workers=2, progress=said.append)
+    kept = tables.load(runtime.slug(0), Schedule.parse, tmp_path / "schedules")["matmul"]["bfloat16"]
+    assert set(kept) == set(in_model.weights(preset("small"))) and all(set(column) == {128} for column in kept.values())
+    proved = CERTIFICATES.read(tmp_path / "here")
+    assert set(proved.schedule) >= {str(s) for column in kept.values() for s in column.values()}
+    tables.forget()
