@@ -60,7 +60,7 @@ def _check(q, k, v, dropout) -> bool:
 
 def attend(q, k, v, seen: Seen, scale: float | None, lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """q (B, H, Q, D), k and v (B, KV, K, D) -> y (B, H, Q, D), and with `lse` (B, H, Q) float32."""
-    if _has_op(q, k, v, scale):
+    if has_op(q, k, v, scale):
         return _by_op(q, k, v, seen, lse)
     found = [_one(q[b], k[b, :, start:], v[b, :, start:], seen.hidden(b), scale, lse)
              for b, start in enumerate(seen.starts)]
@@ -69,7 +69,7 @@ def attend(q, k, v, seen: Seen, scale: float | None, lse: bool) -> tuple[torch.T
     return torch.stack([y for y, *_ in found]), torch.stack([e for *_, e in found]) if lse else None
 
 
-def _has_op(q, k, v, scale) -> bool:
+def has_op(q, k, v, scale) -> bool:
     usual = scale is None or math.isclose(scale, 1 / math.sqrt(q.shape[3]), rel_tol=1e-12)  # D ** -0.5 may differ
     return q.dtype != torch.float32 and q.shape[3] <= WIDEST and v.shape == k.shape and usual
 
@@ -143,7 +143,7 @@ def _forward(query, key, value, mask, dropout_p, is_causal, scale, lse=True):
     seen = _seen(query, key, mask, is_causal)
     read = None if mask is None else seen
     made = keep_attention(query, key, value, (is_causal, scale, lse, read), seen) \
-        if _has_op(query, key, value, scale) else None
+        if has_op(query, key, value, scale) else None
     y, sums = attend(query, key, value, seen, scale, lse) if made is None else made.looked_at(query, key, value)
     return y, nothing(query, torch.float32) if sums is None else sums
 

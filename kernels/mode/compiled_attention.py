@@ -5,8 +5,9 @@ Compiled code trusts what an op says of its results, so whichever op was called,
 forward   y (B, H, Q, D) as (B, Q, H, D) lies, and the logarithms of the sums (B, H, Q) as (B, Q, H) lies
 backward  contiguous gradients
 
-What a mask says decides the launches, so Inductor leaves attention out of CUDA graphs. An op of its own reads the mask
-on the host and gives what it says a number; layers that share a mask share that call, and attention takes the number.
+What a mask says decides the launches, so Inductor leaves attention out of CUDA graphs, unless that is known when code
+is compiled (known_attention.py). An op of its own reads the mask on the host and gives what it says a number; layers
+that share a mask share that call, and attention takes the number.
 """
 from __future__ import annotations
 
@@ -33,16 +34,16 @@ MASKED = {_EFFICIENT: (3, 0, 1), _CUDNN: (3, 0, 1),
 def traced(name: str) -> Callable:
     """What is traced in the place of an attention op: a function of its arguments."""
     op, own = op_of(name), "aten_" + name
-    kernel = guarded(name, _theirs(name), RULES[name], short(name, op))
+    kernel = kernel_of(name)
 
     def run(*arguments, **named):
-        return _laid(name, kernel(*arguments, **named), arguments)
+        return laid(name, kernel(*arguments, **named), arguments)
 
     def run_read(number, *arguments, **named):
         return run(*_with_what_was_read(name, number.item(), arguments), **named)
 
     def fake(*arguments, **named):
-        return _said(name, op(*arguments, **named), arguments)
+        return said(name, op(*arguments, **named), arguments)
     plain = defined(own, schema_of(op), run, fake, torch.Tag.cudagraph_unsafe)
     if name not in MASKED:
         return plain
@@ -55,6 +56,12 @@ def traced(name: str) -> Callable:
             return plain(*arguments, **named)
         return read(_reader()(mask, *_sizes(name, arguments)), *arguments, **named)
     return one_or_other
+
+
+@cache
+def kernel_of(name: str) -> Callable:
+    """The rule of an attention op, with PyTorch's op where it gives way."""
+    return guarded(name, _theirs(name), RULES[name], short(name, op_of(name)))
 
 
 @cache
@@ -73,7 +80,7 @@ def read_once(module: torch.fx.GraphModule) -> None:
     first: dict[int, torch.fx.Node] = {}
     for node in list(module.graph.nodes):
         leaves, form = tree_flatten((node.args, node.kwargs))
-        known = node.op == "call_function" and not _varies(node.target)
+        known = node.op == "call_function" and not varies(node.target)
         made = tuple(f"value {of[leaf]}" if isinstance(leaf, torch.fx.Node) else repr(leaf) for leaf in leaves)
         of[node] = values.setdefault((node.target, str(form), made) if known else (node,), len(values))
         if getattr(node.target, "name", str)() == "same_bits_mode::read_mask":
@@ -85,7 +92,7 @@ def read_once(module: torch.fx.GraphModule) -> None:
     module.recompile()
 
 
-def _varies(target) -> bool:
+def varies(target) -> bool:
     """Whether two alike calls may differ: random draws, and ops that write."""
     if target is operator.getitem:
         return False
@@ -131,24 +138,25 @@ def _wanted(name: str, arguments) -> bool:
     return arguments[4] if name in MASKED else True
 
 
-def _laid(name: str, found, arguments):
+def laid(name: str, found, arguments):
     """Results as this file's first words say."""
     if name.endswith("_backward"):
         return tuple(t if t is None else t.contiguous() for t in found)
     (y, sums, *rest), q = found, arguments[0]
     if not _wanted(name, arguments):
-        return _rows(y), nothing(q, torch.float32), *rest
-    return _rows(y), _rows((sums.squeeze(-1) if sums.dim() == 4 else sums)[:, :, : q.shape[2]]), *rest
+        return rows(y), nothing(q, torch.float32), *rest
+    return rows(y), rows((sums.squeeze(-1) if sums.dim() == 4 else sums)[:, :, : q.shape[2]]), *rest
 
 
-def _rows(t: torch.Tensor) -> torch.Tensor:
+def rows(t: torch.Tensor) -> torch.Tensor:
+    """(B, H, Q, D) or (B, H, Q) that lies as (B, Q, H, ..) does."""
     return t.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _said(name: str, found, arguments):
+def said(name: str, found, arguments):
     """The same of tensors that have shapes alone, of what PyTorch's op says."""
     if name.endswith("_backward"):
         return tuple(t if t is None else t.new_empty(t.shape) for t in found)
     (y, _, *rest), q = found, arguments[0]
     sums = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32).transpose(1, 2)
-    return _rows(y), sums if _wanted(name, arguments) else nothing(q, torch.float32), *rest
+    return rows(y), sums if _wanted(name, arguments) else nothing(q, torch.float32), *rest

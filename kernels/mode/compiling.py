@@ -6,7 +6,8 @@ products, is traced as one opaque op for each rule, by a table of decompositions
 alone: nothing of Inductor's is changed. AOTAutograd keeps compiled graphs by their code, which the mode is no part of,
 so compilations inside neither read nor fill that cache.
 
-CUDA graphs (mode="reduce-overhead") hold what is between calls of attention (compiled_attention.py).
+CUDA graphs (mode="reduce-overhead") hold all of a model whose masks are known when it is compiled (known_attention.py),
+and otherwise what is between calls of attention (compiled_attention.py).
 """
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from functools import cache, wraps
 import torch
 from torch.utils._pytree import tree_map_only
 
-from . import compiled_attention
+from . import compiled_attention, known_attention, rounded_norm
 from .elements import ONE, TWO
 from .kept import short
 from .opaque import defined, schema_of
@@ -65,11 +66,18 @@ def _writes(op) -> bool:
 
 
 def _inner(module: torch.fx.GraphModule, *arguments, **named):
-    """Inductor's compilation of a graph, in which a mask is read once."""
+    """Inductor's compilation of a graph, in which a mask is read once, or now, and a norm is one op."""
+    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
 
     compiled_attention.read_once(module)
+    known_attention.replace(module, config.triton.cudagraphs)
+    rounded_norm.fuse(module)
     return compile_fx_inner(module, *arguments, **named)
+
+
+# a fused kernel rounds where eager does, and contracts nothing: what is fused with what follows the sizes
+_AS_EAGER = {"emulate_precision_casts": True}
 
 
 def hook() -> None:
@@ -85,7 +93,7 @@ def hook() -> None:
         from torch._inductor.compile_fx import compile_fx
         from torch._inductor.decomposition import select_decomp_table
 
-        patches = {**self.config, **(named.get("config_patches") or {})}
+        patches = {**self.config, **(named.get("config_patches") or {}), **_AS_EAGER}
         with functorch.patch(enable_autograd_cache=False):
             return compile_fx(model, inputs, inner_compile=_inner, config_patches=patches,
                               decompositions=decompositions(select_decomp_table()))

@@ -41,6 +41,19 @@ def test_compiled_has_the_bits_of_eager_and_no_batch_moves_them():
     torch.testing.assert_close(found, _gradient(layer, x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.serial  # it compiles
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compiled_code_rounds_where_eager_does(dtype):
+    """What Inductor fuses follows the sizes, so a rounding that fusion left out could follow the batch."""
+    def rounded(a, b, c):
+        stream = (a + b) * c
+        return stream, (stream.float() * 1.5 + a).to(dtype) * b + c
+    torch._dynamo.reset()
+    compiled, given = torch.compile(rounded, dynamic=False), [portable(8, 96, dtype, DEVICE, seed) for seed in range(3)]
+    with torch.no_grad(), batch_invariant(strict=True):
+        assert same_bits(compiled(*given), rounded(*given))
+
+
 def _gradient(function, x):
     x = x.detach().requires_grad_()
     return torch.autograd.grad(function(x)[0].sum(), x)[0]
