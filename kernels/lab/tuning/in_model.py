@@ -1,6 +1,7 @@
 """The fastest schedules of a model's weights, timed where they are used.
 
     python -m kernels.lab.tuning.in_model --model llama-3.1-8b --tokens 64 128 256 512
+    python -m kernels.lab.tuning.in_model --model llama-3.1-8b --unfused --weights 14336,4096 --tokens 16 512 4096
 
 Alone, a product lacks its neighbours: what they leave in L2, kernels that end while it starts, a GPU that is warm from
 others. So two schedules that are equally fast alone can differ by a tenth in a model. Here CUDA graphs of a few of its
@@ -19,37 +20,36 @@ from pathlib import Path
 import torch
 
 from ... import runtime
-from ...model.config import PRESETS, Config, preset
+from ...mode import batch_invariant
+from ...model.config import PRESETS, preset
 from ...model.llama import Llama
 from ...op import Shape, dtype_name
 from ...ops.matmul.call import CALL
 from ...ops.matmul.learned import LEARNED, Form
 from ...ops.matmul.schedule import Schedule
 from .. import bench, records
+from ..moving.cost import prompts, transformers_model
 from ..proofs.certificates import CERTIFICATES, certificates, stand_in
-from .tune import expected, proved, store
+from .tune import expected, n_and_k, proved, store
 
 LAYERS, NOISE = 8, 0.004  # layers hold more bytes than L2; a share of the forward
 Weight = tuple[int, int]  # N and K
 
 
-def weights(config: Config) -> list[Weight]:
-    """The model's weights that see all tokens, the largest first."""
-    found = {shape for shape in config.layer_shapes.values() if len(shape) == 2}
-    return sorted(found, key=lambda shape: -shape[0] * shape[1])
-
-
 class Forward:
-    """A forward of some tokens, with a schedule for each product's form that is named."""
+    """A forward of so many tokens, with a schedule for each weight's product that is named."""
 
-    def __init__(self, model: Llama, tokens: int):
-        self.model, self.cache, self.chosen = model, model.cache(1, tokens), {}
-        ids = torch.arange(tokens, dtype=torch.int64, device=model.device) % model.config.vocab_size
-        self.run = partial(model.forward, ids, self.cache.batch([tokens], [0]), self.cache)
+    def __init__(self, run: Callable[[], torch.Tensor], tokens: int):
+        self.run, self.chosen = run, {}
         CALL.plans.clear()
-        self.run()
+        run()
         self.forms = {(f.n, f.k): f for f in (Form.of(plan.product, plan.index) for plan in CALL.plans.values())
                       if f.tokens >= tokens}
+
+    @property
+    def weights(self) -> list[Weight]:
+        """Those that see all tokens, the largest first."""
+        return sorted(self.forms, key=lambda weight: (-weight[0] * weight[1], weight))
 
     def today(self, weight: Weight) -> Schedule:
         """The schedule that a weight's product takes."""
@@ -91,33 +91,59 @@ def fastest(forward: Forward, found: dict[Weight, Iterable[Schedule]], repeats: 
 def _times(forward: Forward, each: dict[Schedule, dict], repeats: int) -> dict[Schedule, float]:
     """Microseconds of a forward with each, medians, of those that run."""
     calls = {s: partial(forward, chosen) for s, chosen in each.items()}
-    times = bench.measure(calls, lambda _: (), "graph", device=forward.model.device, set_bytes=1 << 30,
-                          repeats=repeats)
+    times = bench.measure(calls, lambda _: (), "graph", device=runtime.device(), set_bytes=1 << 30, repeats=repeats)
     torch.cuda.empty_cache()  # the memory of every schedule's graph
     return {s: t.percentiles()["us_p50"] for s, t in times.items() if isinstance(t, bench.Timing)}
 
 
-def tune_in_model(name: str, counts: Sequence[int], most: int, out, machine: str | None = None,
-                  workers: int | None = None, progress: Callable[[str], None] = print) -> None:
-    """Tune a preset's weights for so many tokens each, among `most` schedules that the model of time likes best.
+def llama(name: str) -> Callable[[int], Forward]:
+    """tokens -> a forward of this suite's model of a preset's sizes, of a few layers."""
+    config = preset(name)
+    model = Llama(replace(config, layers=min(config.layers, LAYERS)), ops="invariant", device=runtime.device())
 
-    Writes the GPU's table and the machine's certificates, token count by token count. Raises RuntimeError without a
-    CUDA GPU, ValueError without a model of time for it.
+    def forward(tokens):
+        cache = model.cache(1, tokens)
+        ids = torch.arange(tokens, dtype=torch.int64, device=model.device) % config.vocab_size
+        return Forward(partial(model.forward, ids, cache.batch([tokens], [0]), cache), tokens)
+    return forward
+
+
+def unfused(name: str) -> Callable[[int], Forward]:
+    """The same of transformers' model in the mode, whose query, key and value, gate and up are products of their own.
+
+    ImportError without transformers.
     """
-    if not runtime.HAS_GPU:
-        raise RuntimeError("schedules are tuned on a CUDA GPU, and there is none here")
-    device, config, folder = runtime.device(), preset(name), records.open_machine(out, machine)
-    model = Llama(replace(config, layers=min(config.layers, LAYERS)), ops="invariant", device=device)
-    points = {(n, k, count): expected(n, k, count, model.dtype, device.index, most)
-              for count in counts for n, k in weights(config)}
-    good = proved(points, model.dtype, workers, progress)
-    for count in counts:
+    model = transformers_model(name, torch.bfloat16, runtime.device())
+    model.model.layers = model.model.layers[:LAYERS]
+
+    @torch.no_grad()
+    @batch_invariant()
+    def run(ids):
+        return model(input_ids=ids, logits_to_keep=1).logits
+    return lambda tokens: Forward(partial(run, prompts(model, 1, tokens)), tokens)
+
+
+def tune_in_model(made: Callable[[int], Forward], counts: Sequence[int], most: int, out, machine: str | None = None,
+                  workers: int | None = None, only: Sequence[Weight] = (),
+                  progress: Callable[[str], None] = print) -> None:
+    """Tune the weights of a model for so many tokens each, among `most` schedules that the model of time likes best.
+
+    `made` is what llama or unfused gives; `only` names the weights that are tuned, by default all. Writes the GPU's
+    table and the machine's certificates, token count by token count. Raises ValueError without a model of time for
+    this GPU, RuntimeError where today's schedule cannot be timed.
+    """
+    device, dtype, folder = runtime.device(), torch.bfloat16, records.open_machine(out, machine)
+    forwards = {count: made(count) for count in counts}
+    points = {(n, k, count): expected(n, k, count, dtype, device.index, most)
+              for count, forward in forwards.items() for n, k in only or forward.weights}
+    good = proved(points, dtype, workers, progress)
+    for count, forward in forwards.items():
         progress(f"{count} tokens")
         found = {weight: [s for s in points[*weight, count] if (s, *stand_in(*weight, 1)) in good]
-                 for weight in weights(config)}
-        for (n, k), schedule in fastest(Forward(model, count), found, progress=progress).items():
-            CERTIFICATES.merge(folder, certificates(schedule, n, k, model.dtype, device, 1))
-            store(runtime.slug(device.index), dtype_name(model.dtype), str(Shape(N=n, K=k)), {count: schedule},
+                 for weight in only or forward.weights}
+        for (n, k), schedule in fastest(forward, found, progress=progress).items():
+            CERTIFICATES.merge(folder, certificates(schedule, n, k, dtype, device, 1))
+            store(runtime.slug(device.index), dtype_name(dtype), str(Shape(N=n, K=k)), {count: schedule},
                   Path(out) / "schedules")
     records.note_machine(folder, CERTIFICATES.file)
 
@@ -128,15 +154,21 @@ def main(argv=None) -> int:
     parser.add_argument("--model", choices=list(PRESETS), default="llama-3.1-8b")
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 128, 256, 512])
     parser.add_argument("--best", type=int, default=16, help="schedules for a weight, of those expected to be fastest")
+    parser.add_argument("--unfused", action="store_true", help="transformers' model in the mode, in place of ours")
+    parser.add_argument("--weights", type=n_and_k, nargs="+", default=(), help="N,K of those to tune (default: all)")
     parser.add_argument("--workers", type=int)
     parser.add_argument("--out", default=records.DATA, help="the data folder")
     parser.add_argument("--machine", help="the folder's name under it (default: from the device)")
     a = parser.parse_args(argv)
     if min(a.tokens) < 1 or a.best < 1:
         parser.error("--tokens and --best take numbers from 1")
+    if not runtime.HAS_GPU:
+        print("error: schedules are tuned on a CUDA GPU, and there is none here", file=sys.stderr)
+        return 1
     try:
-        tune_in_model(a.model, sorted(set(a.tokens)), a.best, a.out, a.machine, a.workers)
-    except (ValueError, RuntimeError, OSError) as error:
+        tune_in_model((unfused if a.unfused else llama)(a.model), sorted(set(a.tokens)), a.best, a.out, a.machine,
+                      a.workers, a.weights)
+    except (ImportError, ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

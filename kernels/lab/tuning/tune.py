@@ -184,7 +184,8 @@ def _bar(what: str, write: Callable[[str], None], parts: int = 20) -> Callable[[
     return show
 
 
-def _shape(text: str) -> tuple[int, int]:
+def n_and_k(text: str) -> tuple[int, int]:
+    """N and K of an argument such as 4096,14336."""
     parts = text.split(",")
     if len(parts) != 2 or not all(p.strip().isdigit() and int(p) for p in parts):
         raise argparse.ArgumentTypeError(f"a shape must read like 4096,14336 (N,K), got {text!r}")
@@ -193,7 +194,7 @@ def _shape(text: str) -> tuple[int, int]:
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels tune", description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", type=_shape, nargs="+", help="N,K of each weight (default: the op's own)")
+    parser.add_argument("--shape", type=n_and_k, nargs="+", help="N,K of each weight (default: the op's own)")
     parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS))
     parser.add_argument("--gpus", type=int, choices=sorted(SECTIONS.values()), default=1,
                         help="the most GPUs that may ever share the order (default: 1)")

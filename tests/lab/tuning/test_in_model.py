@@ -1,6 +1,8 @@
 """Schedules chosen in a model: weight by weight, above the noise, and nothing stays behind."""
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,7 +10,6 @@ from kernels import runtime, tables
 from kernels.lab.proofs.certificates import CERTIFICATES
 from kernels.lab.tuning import in_model
 from kernels.model.config import preset
-from kernels.model.llama import Llama
 from kernels.ops.matmul.learned import LEARNED
 from kernels.ops.matmul.schedule import Schedule
 
@@ -40,8 +41,12 @@ def told(monkeypatch):
     return Told
 
 
-def test_weights_are_those_that_see_all_tokens_the_largest_first():
-    assert in_model.weights(preset("llama-3.1-8b")) == [(28672, 4096), (4096, 14336), (6144, 4096), (4096, 4096)]
+def test_weights_are_those_that_see_all_tokens_the_largest_first(monkeypatch):
+    plans = {i: SimpleNamespace(product=SimpleNamespace(n=n, k=k, m=m), index=0)
+             for i, (n, k, m) in enumerate([(*SMALL, 64), (4096, 14336, 64), (128256, 4096, 1), (*LARGE, 64)])}
+    monkeypatch.setattr(in_model, "CALL", SimpleNamespace(plans=SimpleNamespace(clear=list, values=plans.values)))
+    monkeypatch.setattr(in_model, "Form", SimpleNamespace(of=lambda p, _: SimpleNamespace(n=p.n, k=p.k, tokens=p.m)))
+    assert in_model.Forward(list, 64).weights == [LARGE, (4096, 14336), SMALL]
 
 
 def test_the_faster_takes_the_place_of_todays_and_the_next_weight_is_timed_with_it(told):
@@ -77,8 +82,8 @@ def test_without_a_gpu_the_command_says_so(capsys):
 
 @pytest.mark.gpu
 def test_a_forward_takes_the_schedules_that_it_is_given_and_forgets_them():
-    forward = in_model.Forward(Llama("small", ops="invariant", device="cuda"), 128)
-    weight = in_model.weights(forward.model.config)[0]
+    forward = in_model.llama("small")(128)
+    weight = forward.weights[0]
     before, plain = dict(LEARNED), forward({}).clone()
     other = next(s for s in (A, B) if s != forward.today(weight))
     assert torch.equal(forward({weight: other}), plain) and forward.today(weight) == other
@@ -90,9 +95,10 @@ def test_a_model_is_tuned_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "FOLDER", tmp_path / "schedules")
     monkeypatch.setattr(in_model, "NOISE", -9.0)  # whatever was fastest is kept
     said: list[str] = []
-    in_model.tune_in_model("small", [128], 2, tmp_path, "here", workers=2, progress=said.append)
+    in_model.tune_in_model(in_model.llama("small"), [128], 2, tmp_path, "here", 2, progress=said.append)
     kept = tables.load(runtime.slug(0), Schedule.parse, tmp_path / "schedules")["matmul"]["bfloat16"]
-    assert set(kept) == set(in_model.weights(preset("small"))) and all(set(column) == {128} for column in kept.values())
+    matrices = {shape for shape in preset("small").layer_shapes.values() if len(shape) == 2}
+    assert set(kept) == matrices and all(set(column) == {128} for column in kept.values())
     proved = CERTIFICATES.read(tmp_path / "here")
     assert set(proved.schedule) >= {str(s) for column in kept.values() for s in column.values()}
     tables.forget()
