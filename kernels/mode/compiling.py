@@ -3,8 +3,13 @@
 The dispatcher's keys are part of Dynamo's guards, so a function is compiled once outside and once inside. What Inductor
 leaves to ATen reaches the rules when it runs. What it would lower or decompose itself, sums and softmax and small
 products, is traced as one opaque op for each rule, by a table of decompositions that is handed to this compilation
-alone: nothing of Inductor's is changed. AOTAutograd keeps compiled graphs by their code, which the mode is no part of,
-so compilations inside neither read nor fill that cache.
+alone: nothing of Inductor's is changed. Compiled graphs are kept by their code, which the mode is no part of, so
+compilations inside neither read nor fill those caches.
+
+A fused kernel rounds after each operation, as eager does, and contracts none, for what is fused follows the sizes.
+Where Inductor has another formula for a function of one number (a sigmoid, a remainder), its last bits are Inductor's,
+for every batch the same. What goes around torch.compile (Inductor's own `compile`, ahead-of-time packages,
+AOTAutograd's backends with decompositions) is not asked, and takes orders of its own.
 
 CUDA graphs (mode="reduce-overhead") hold all of a model whose masks are known when it is compiled (known_attention.py),
 and otherwise what is between calls of attention (compiled_attention.py).
@@ -18,7 +23,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from . import compiled_attention, known_attention, rounded_norm
-from .elements import ONE, TWO
+from .elements import EVERY
 from .kept import short
 from .opaque import defined, schema_of
 from .switch import RULES, active, guarded, op_of
@@ -42,7 +47,7 @@ def _opaque(name: str) -> Callable:
 
 
 def _decomposition(name: str, before: Callable | None) -> Callable:
-    on_cpu_alone = name in (*ONE, *TWO)
+    on_cpu_alone = name in EVERY
 
     def traced(*arguments, **named):
         if on_cpu_alone and arguments[0].device.type != "cpu":
@@ -76,8 +81,15 @@ def _inner(module: torch.fx.GraphModule, *arguments, **named):
     return compile_fx_inner(module, *arguments, **named)
 
 
-# a fused kernel rounds where eager does, and contracts nothing: what is fused with what follows the sizes
-_AS_EAGER = {"emulate_precision_casts": True}
+def _patches() -> dict:
+    """Settings of Inductor's in the mode, of those that this PyTorch has."""
+    from torch._inductor import config
+
+    as_eager = dict.fromkeys(("emulate_precision_casts", "eager_numerics.division_rounding",
+                              "eager_numerics.disable_ftz"), True)
+    kept = dict.fromkeys(("fx_graph_cache", "fx_graph_remote_cache"), False)  # a graph names places in this SEEN
+    known = config.get_config_copy()
+    return {name: value for name, value in (as_eager | kept).items() if name in known}
 
 
 def hook() -> None:
@@ -93,7 +105,7 @@ def hook() -> None:
         from torch._inductor.compile_fx import compile_fx
         from torch._inductor.decomposition import select_decomp_table
 
-        patches = {**self.config, **(named.get("config_patches") or {}), **_AS_EAGER}
+        patches = {**self.config, **(named.get("config_patches") or {}), **_patches()}
         with functorch.patch(enable_autograd_cache=False):
             return compile_fx(model, inputs, inner_compile=_inner, config_patches=patches,
                               decompositions=decompositions(select_decomp_table()))

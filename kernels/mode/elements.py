@@ -16,8 +16,10 @@ VECTORS = 256  # numbers: a multiple of every vector and of every unrolling of i
 PIECE = 1 << 14  # numbers: below what PyTorch gives to a second thread
 
 ONE = ("silu", "gelu", "sigmoid", "softplus", "elu", "mish", "exp2", "rsqrt", "tanh", "erf", "exp", "log", "sin",
-       "cos", "pow.Tensor_Scalar", "expm1", "log1p", "selu", "celu", "hardswish")
+       "cos", "pow.Tensor_Scalar", "expm1", "log1p", "selu", "celu", "hardswish", "sinh", "cosh")
 TWO = ("silu_backward", "gelu_backward", "sigmoid_backward", "tanh_backward", "mish_backward", "softplus_backward")
+PAIRS = ("atan2", "logaddexp", "logaddexp2", "pow.Tensor_Tensor")  # of two numbers, whose tensors may broadcast
+EVERY = (*ONE, *TWO, *PAIRS)
 
 
 def steady(name: str, tensors: int):
@@ -39,6 +41,20 @@ def steady(name: str, tensors: int):
     return call
 
 
+def _pairwise(name: str):
+    """The rule of an op of PAIRS: both tensors as the result is, then as for one shape."""
+    of_one_shape = steady(name, 2)
+
+    def call(a, b):
+        if not (a.is_cpu and b.is_cpu):
+            return NotImplemented
+        dtype = torch.result_type(a, b)
+        return of_one_shape(*(t.to(dtype) for t in torch.broadcast_tensors(a, b)))
+    return call
+
+
+for _name in PAIRS:
+    rule(_name)(_pairwise(_name))
 for _name in ONE:
     rule(_name)(steady(_name, 1))
 for _name in TWO:

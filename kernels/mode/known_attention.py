@@ -9,6 +9,7 @@ records, has another thread make them, whose memory is no graph's, and they stay
 """
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -26,6 +27,7 @@ FORWARD = ("_scaled_dot_product_flash_attention", *(name for name in MASKED if n
 SEEN: list[Seen] = []  # what constant masks say; a call in compiled code carries its mask's place here
 NO_MASK = -1  # such a place
 _HELD: set = set()  # the sequences whose tables graphs may read
+_LOCK = threading.Lock()  # of SEEN
 
 
 def replace(module: torch.fx.GraphModule, in_graphs: bool) -> None:
@@ -46,9 +48,11 @@ def replace(module: torch.fx.GraphModule, in_graphs: bool) -> None:
 
 def _attention(node: torch.fx.Node) -> tuple[str, bool]:
     """Which op of FORWARD a node calls, and whether its mask is read at the call; "" if it calls none."""
-    called = getattr(node.target, "name", str)().removeprefix("same_bits_mode::aten_")
+    space, _, called = getattr(node.target, "name", str)().partition("::aten_")
     name = called.removesuffix("_read")
-    return (name, name != called) if name in FORWARD and name != getattr(node.target, "name", str)() else ("", False)
+    if space != "same_bits_mode" or name not in FORWARD:
+        return "", False
+    return name, name != called
 
 
 def _bound(name: str, node: torch.fx.Node, read: bool) -> tuple[dict, dict]:
@@ -77,8 +81,10 @@ def _place(reading: torch.fx.Node) -> int | None:
         return None  # it is refused by name when it is called
     if seen is None or seen.window or any(seen.starts) or seen.rows is not None:
         return None
-    SEEN.append(seen)
-    return len(SEEN) - 1
+    with _LOCK:
+        place = next((i for i, known in enumerate(SEEN) if known is seen), len(SEEN))
+        SEEN[place:] = SEEN[place:] or [seen]
+    return place
 
 
 def _value(node: torch.fx.Node, known: dict) -> torch.Tensor | None:

@@ -1,7 +1,7 @@
 """The overloads that write: mm.out, addmm_ and their like, made of the rules whose results they take."""
 from __future__ import annotations
 
-from .elements import ONE, TWO
+from .elements import EVERY, ONE
 from .switch import RULES, op_of, rule
 
 OUT = {"mm.out": "mm", "addmm.out": "addmm", "bmm.out": "bmm", "baddbmm.out": "baddbmm", "mv.out": "mv",
@@ -19,7 +19,7 @@ OUT = {"mm.out": "mm", "addmm.out": "addmm", "bmm.out": "bmm", "baddbmm.out": "b
 IN_PLACE = {"addmm_": "addmm", "baddbmm_": "baddbmm", "addmv_": "addmv", "addbmm_": "addbmm", "silu_": "silu",
             "gelu_": "gelu", "sigmoid_": "sigmoid", "elu_": "elu", "exp2_": "exp2", "rsqrt_": "rsqrt",
             "tanh_": "tanh", "exp_": "exp", "mish_": "mish", "pow_.Scalar": "pow.Tensor_Scalar", "cumsum_": "cumsum"}
-ON_A_CPU_ALONE = {*ONE, *TWO, *(name for name, of in (OUT | IN_PLACE).items() if of in ONE)}
+ON_A_CPU_ALONE = {*EVERY, *(name for name, of in (OUT | IN_PLACE).items() if of in ONE)}
 REDUCES = ("sum.IntList_out", "sum.out", "mean.out", "mean.dtype_out")
 
 

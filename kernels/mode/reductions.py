@@ -19,6 +19,7 @@ from ..ops.mean import mean, sum
 from ..ops.rms_norm import rms_norm
 from ..ops.rms_norm_gradient import rms_norm_gradient
 from ..ops.softmax import log_softmax, softmax
+from .elements import steady
 from .kept import keep
 from .products import how, supported
 from .switch import Unsupported, rule
@@ -66,6 +67,30 @@ def _softmax(self, dim, half_to_float):
 @rule("_log_softmax")
 def _log_softmax(self, dim, half_to_float):
     return _over(log_softmax, self, dim, half_to_float)
+
+
+@rule("_softmax_backward_data")
+def _softmax_gradient(grad_output, output, dim, input_dtype):
+    """y * dy - y * (the sum of y * dy), in float32."""
+    if not supported(grad_output=grad_output, output=output):
+        return NotImplemented
+    y = output.float()
+    each = y * grad_output.float()
+    return (each - y * how(output, sum)(each, dim, True)).to(input_dtype)
+
+
+@rule("_log_softmax_backward_data")
+def _log_softmax_gradient(grad_output, output, dim, input_dtype):
+    """dy - exp(y) * (the sum of dy), in float32."""
+    if not supported(grad_output=grad_output, output=output):
+        return NotImplemented
+    dy, p = grad_output.float(), _exp(output.float())
+    return (dy - p * how(output, sum)(dy, dim, True)).to(input_dtype)
+
+
+def _exp(x):
+    found = steady("exp", 1)(x)
+    return x.exp() if found is NotImplemented else found
 
 
 @rule("_safe_softmax")

@@ -66,6 +66,8 @@ def test_a_constant_mask_is_read_once_while_it_is_compiled(monkeypatch):
     assert names.count(KNOWN) == 2 and READ not in names
     assert not any(name.startswith("aten::le") for name in names)  # nothing makes the mask any more
     assert len(known_attention.SEEN) == before + 1
+    again, _ = _compiled(constant, monkeypatch, x)
+    assert same_bits(again, eager) and len(known_attention.SEEN) == before + 1
 
 
 LEFT = {"a window": lambda x: EFFICIENT(x, x, x, _bias(_places(window=2)), False)[0],
