@@ -27,7 +27,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from ..arithmetic.sums import tree
 from ..op import DTYPES
 from ..ops.mean import mean
-from ..ops.rms_norm import RESIDENT_WIDTH, _RMSNorm
+from ..ops.rms_norm import RESIDENT_WIDTH, RMSNorm
 from ..runtime import tl, triton
 from .elements import steady
 from .opaque import defined
@@ -82,7 +82,7 @@ def _rounded_kernel(x_ptr, residual_ptr, weight_ptr, y_ptr, stream_ptr, rows, x_
         tl.store(y_ptr + row * D + j, y.to(dtype), mask=(row < rows) & (j < D))
 
 
-class _RoundedNorm(_RMSNorm):
+class _RoundedNorm(RMSNorm):
     """RMSNorm that rounds as the operations do of which models make it, for rows that registers hold."""
 
     name, kernel = "rounded_rms_norm", _rounded_kernel

@@ -175,7 +175,7 @@ def _schedules(shape, dtype) -> list[Schedule]:
     return list(dict.fromkeys(resident + chosen + streaming))
 
 
-class _RMSNorm(KernelCall):
+class RMSNorm(KernelCall):
     """A schedule of choice: the arguments, results and bits of the specification, as fast as we can make it."""
 
     name = "rms_norm"
@@ -245,7 +245,7 @@ class _RMSNorm(KernelCall):
         return super().interpret(plan, stream, weight, None, eps), stream
 
 
-_CALL = _RMSNorm()
+_CALL = RMSNorm()
 
 
 def _inputs(tokens: int, shape, dtype=torch.bfloat16, device="cpu", seed: int = 0) -> tuple:

@@ -1,7 +1,6 @@
 """The fastest schedules of a model's weights, timed where they are used.
 
     python -m kernels.lab.tuning.in_model --model llama-3.1-8b --tokens 64 128 256 512
-    python -m kernels.lab.tuning.in_model --model llama-3.1-8b --unfused --weights 14336,4096 --tokens 16 512 4096
 
 Alone, a product lacks its neighbours: what they leave in L2, kernels that end while it starts, a GPU that is warm from
 others. So two schedules that are equally fast alone can differ by a tenth in a model. Here CUDA graphs of a few of its
@@ -20,7 +19,6 @@ from pathlib import Path
 import torch
 
 from ... import runtime
-from ...mode import batch_invariant
 from ...model.config import PRESETS, preset
 from ...model.llama import Llama
 from ...op import Shape, dtype_name
@@ -28,7 +26,6 @@ from ...ops.matmul.call import CALL
 from ...ops.matmul.learned import LEARNED, Form
 from ...ops.matmul.schedule import Schedule
 from .. import bench, records
-from ..moving.cost import prompts, transformers_model
 from ..proofs.certificates import CERTIFICATES, certificates, stand_in
 from .tune import expected, n_and_k, proved, store
 
@@ -75,9 +72,9 @@ def fastest(forward: Forward, found: dict[Weight, Iterable[Schedule]], repeats: 
         forward(chosen)
         today = forward.today(weight)
         each = {s: {**chosen, weight: s} for s in dict.fromkeys([today, *schedules])}
-        us = _times(forward, each, repeats)
+        us, failed = _times(forward, each, repeats)
         if today not in us:
-            raise RuntimeError(f"today's schedule of {weight} could not be timed: {today}")
+            raise RuntimeError(f"today's schedule of {weight} could not be timed: {today}: {failed.get(today)}")
         best = min(us, key=us.__getitem__)
         n, k = weight
         progress(f"  N={n} K={k}: {us[today]:.1f} us a forward with {today}; {us[best] / us[today]:.4f} of it with "
@@ -88,12 +85,13 @@ def fastest(forward: Forward, found: dict[Weight, Iterable[Schedule]], repeats: 
     return chosen
 
 
-def _times(forward: Forward, each: dict[Schedule, dict], repeats: int) -> dict[Schedule, float]:
-    """Microseconds of a forward with each, medians, of those that run."""
+def _times(forward: Forward, each: dict[Schedule, dict], repeats: int) -> tuple[dict[Schedule, float], dict]:
+    """Microseconds of a forward with each, medians, of those that run; and what the others raised."""
     calls = {s: partial(forward, chosen) for s, chosen in each.items()}
     times = bench.measure(calls, lambda _: (), "graph", device=runtime.device(), set_bytes=1 << 30, repeats=repeats)
     torch.cuda.empty_cache()  # the memory of every schedule's graph
-    return {s: t.percentiles()["us_p50"] for s, t in times.items() if isinstance(t, bench.Timing)}
+    us = {s: t.percentiles()["us_p50"] for s, t in times.items() if isinstance(t, bench.Timing)}
+    return us, {s: error for s, error in times.items() if s not in us}
 
 
 def llama(name: str) -> Callable[[int], Forward]:
@@ -108,27 +106,12 @@ def llama(name: str) -> Callable[[int], Forward]:
     return forward
 
 
-def unfused(name: str) -> Callable[[int], Forward]:
-    """The same of transformers' model in the mode, whose query, key and value, gate and up are products of their own.
-
-    ImportError without transformers.
-    """
-    model = transformers_model(name, torch.bfloat16, runtime.device())
-    model.model.layers = model.model.layers[:LAYERS]
-
-    @torch.no_grad()
-    @batch_invariant()
-    def run(ids):
-        return model(input_ids=ids, logits_to_keep=1).logits
-    return lambda tokens: Forward(partial(run, prompts(model, 1, tokens)), tokens)
-
-
 def tune_in_model(made: Callable[[int], Forward], counts: Sequence[int], most: int, out, machine: str | None = None,
                   workers: int | None = None, only: Sequence[Weight] = (),
                   progress: Callable[[str], None] = print) -> None:
     """Tune the weights of a model for so many tokens each, among `most` schedules that the model of time likes best.
 
-    `made` is what llama or unfused gives; `only` names the weights that are tuned, by default all. Writes the GPU's
+    `made` is what `llama` gives; `only` names the weights that are tuned, by default all. Writes the GPU's
     table and the machine's certificates, token count by token count. Raises ValueError without a model of time for
     this GPU, RuntimeError where today's schedule cannot be timed.
     """
@@ -154,7 +137,6 @@ def main(argv=None) -> int:
     parser.add_argument("--model", choices=list(PRESETS), default="llama-3.1-8b")
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 128, 256, 512])
     parser.add_argument("--best", type=int, default=16, help="schedules for a weight, of those expected to be fastest")
-    parser.add_argument("--unfused", action="store_true", help="transformers' model in the mode, in place of ours")
     parser.add_argument("--weights", type=n_and_k, nargs="+", default=(), help="N,K of those to tune (default: all)")
     parser.add_argument("--workers", type=int)
     parser.add_argument("--out", default=records.DATA, help="the data folder")
@@ -166,9 +148,9 @@ def main(argv=None) -> int:
         print("error: schedules are tuned on a CUDA GPU, and there is none here", file=sys.stderr)
         return 1
     try:
-        tune_in_model((unfused if a.unfused else llama)(a.model), sorted(set(a.tokens)), a.best, a.out, a.machine,
+        tune_in_model(llama(a.model), sorted(set(a.tokens)), a.best, a.out, a.machine,
                       a.workers, a.weights)
-    except (ImportError, ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
