@@ -124,22 +124,29 @@ def _mode(data, machine) -> str:
             f"batch_invariant():`, {ratio.min():.2f} to {ratio.max():.2f} times the default's time for prompts of "
             f"{us.index.min():,} to {us.index.max():,} tokens, eager, dispatching counted (`mode_cost.csv`). Beside "
             f"three other prompts the default moved the last logits of {moved.default} of {len(us)} prompts, the mode "
-            f"of {moved.invariant or 'none'}.{_compiled(every)}{_batches(every)}")
+            f"of {moved.invariant or 'none'}.{_compiled(every)}{_batches(every)}\n\n"
+            "![](figures/mode_cost.png)")
 
 
 def _compiled(every) -> str:
-    us = every[every.how == "compiled"].pivot(index="tokens", columns="ops", values="us_p50")
-    if not {"invariant", "default"} <= set(us):
-        return ""
-    ratio = us.invariant / us.default
-    return (f" With each layer under `torch.compile` it takes {ratio.min():.2f} to {ratio.max():.2f} times the "
-            f"default's time, for {us.index.min():,} to {us.index.max():,} tokens.")
+    """A sentence for each way to compile that both contenders have."""
+    said = []
+    for how, name in (("compiled", "With each layer under `torch.compile`"),
+                      ("whole", "Compiled whole for CUDA graphs")):
+        us = every[every.how == how].pivot(index="tokens", columns="ops", values="us_p50")
+        us = us.reindex(columns=["default", "invariant"]).dropna()
+        if len(us):
+            ratio, counts = us.invariant / us.default, sorted({us.index.min(), us.index.max()})
+            said.append(f" {name} it takes {ratio.min():.2f} to {ratio.max():.2f} times the default's time, for "
+                        f"{' to '.join(f'{count:,}' for count in counts)} tokens.")
+    return "".join(said)
 
 
 def _batches(every) -> str:
     """Of random batches: what moved, and what they took."""
     said = []
-    for how, name in (("batches", "eager"), ("compiled_batches", "compiled")):
+    for how, name in (("batches", "eager"), ("compiled_batches", "compiled"),
+                      ("whole_batches", "compiled whole")):
         mine = every[every.how == how].set_index("ops")
         if {"invariant", "default"} <= set(mine.index):
             ratio = mine.us_p50["invariant"] / mine.us_p50["default"]
