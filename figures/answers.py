@@ -12,7 +12,7 @@ from figures.answer_tree import named, totals
 from figures.page import SCREEN, Page, around
 from kernels.lab import records, style
 from kernels.lab.serving.recorded import VERIFIED
-from kernels.lab.serving.speed import SERVING
+from kernels.lab.serving.speed import SERVING, SHAREABLE
 
 LOOKS = {"default": (style.GREEN, "o"), "invariant": (style.BLUE, "^"), "tiled": (style.BROWN, "*"),
          "frozen": (style.ORANGE, "D"), "fused": (style.PURPLE, "v"), "verified": (style.VERMILION, "s")}
@@ -84,7 +84,7 @@ def _ratios(axes, rows, across, label, title) -> None:
     key, other = ["batch", "context"], "context" if across == "batch" else "batch"
     us = rows.pivot(index=key, columns="ops", values="tokens_per_s_p50")
     least = rows.context.min()
-    for ops in us.columns.drop("default"):
+    for ops in us.columns.drop("default").drop(SHAREABLE, errors="ignore"):  # which README tells of
         for fixed, mine in (us[ops] / us.default).dropna().reset_index(name="ratio").groupby(other):
             color, marker = LOOKS.get(ops, (style.GREY, "P"))
             name = f"{ops}, {fixed:,} tokens" if across == "batch" else ops

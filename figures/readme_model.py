@@ -11,7 +11,7 @@ from kernels.lab.parallel.measure import TENSOR_PARALLEL
 from kernels.lab.proofs import model as proofs
 from kernels.lab.serving.arrivals import LATENCY
 from kernels.lab.serving.recorded import ANSWERS, EVERY
-from kernels.lab.serving.speed import SERVING
+from kernels.lab.serving.speed import SERVING, SHAREABLE
 from kernels.lab.window.measure import VERIFY_COST
 from kernels.lab.window.replay import CURVE
 
@@ -66,7 +66,17 @@ def _speed(data, machine) -> str:
             f"Over {len(us)} points of decode and prefill `invariant` ops have {_mean(ratio):.2f} times the default's "
             f"speed in the geometric mean, and `frozen` {_mean(us.frozen / us.default):.2f}. The lowest is "
             f"{ratio.min():.2f}: {phase} of {batch:,} behind {context:,}. Slower than the default: "
-            f"{(ratio < 1).sum()} of {len(us)}.")
+            f"{(ratio < 1).sum()} of {len(us)}.{_shareable(rows)}")
+
+
+def _shareable(rows) -> str:
+    """What the order that several GPUs can share costs on one, where both orders were timed in one run."""
+    ms = rows.pivot(index=["phase", "batch", "context"], columns="ops", values="ms_p50")
+    if SHAREABLE not in ms:
+        return ""
+    ratio = (ms[SHAREABLE] / ms.invariant).dropna()
+    spans = [f"{phase} {mine.min():.2f} to {mine.max():.2f}" for phase, mine in ratio.groupby("phase")]
+    return f" On one GPU the order that eight can share takes {' and '.join(spans)} times as long."
 
 
 def _arrivals(data, machine) -> str:

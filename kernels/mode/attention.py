@@ -66,7 +66,12 @@ def attend(q, k, v, seen: Seen, scale: float | None, lse: bool) -> tuple[torch.T
              for b, start in enumerate(seen.starts)]
     if not found:
         return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32) if lse else None
-    return torch.stack([y for y, *_ in found]), torch.stack([e for *_, e in found]) if lse else None
+    return _together([y for y, *_ in found]), _together([e for *_, e in found]) if lse else None
+
+
+def _together(found: list[torch.Tensor]) -> torch.Tensor:
+    """(H, Q, ..) of each sequence as (B, H, Q, ..) that lies as (B, Q, H, ..) does: tracing takes PyTorch's layout."""
+    return torch.stack([t.transpose(0, 1) for t in found]).transpose(1, 2)
 
 
 def has_op(q, k, v, scale) -> bool:

@@ -100,6 +100,17 @@ def test_compiled_results_lie_where_compiled_code_looks(name):
     torch.testing.assert_close(found, eager, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_other_backends_find_attentions_results_where_pytorchs_own_would_lie(backend, dtype):
+    def heads_together(x):
+        return F.scaled_dot_product_attention(x, x, x, is_causal=True).transpose(1, 2).view(2, TOKENS, -1)
+    torch._dynamo.reset()
+    x = portable(2 * HEADS * TOKENS, 16, dtype, DEVICE).view(2, TOKENS, HEADS, 16).transpose(1, 2)
+    with torch.no_grad(), batch_invariant(strict=True):
+        assert same_bits(torch.compile(heads_together, backend=backend)(x), heads_together(x))
+
+
 @pytest.mark.serial  # it compiles
 def test_the_backward_of_pytorchs_own_attention_lies_there_too():
     def dense(x):

@@ -8,7 +8,7 @@ prefill  a prompt of `context` tokens in one window, the token chosen read back
 
 Host wall clock. On a GPU the whole forward with its attention and argmax is one CUDA graph, for every contender alike;
 the cache has a row a request, which is what PyTorch's attention reads fastest. On a CPU it is eager. Contenders take
-turns run by run.
+turns run by run. Among them may be `shareable`: the same weights in the order that up to eight GPUs can share, on one.
 """
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -26,7 +26,7 @@ import torch
 from ... import runtime
 from ...model.batch import Batch
 from ...model.cache import KVCache
-from ...model.config import PRESETS
+from ...model.config import PRESETS, SHARED
 from ...model.llama import Llama
 from ...model.ops import FROZEN, NAMES
 from .. import bench, provenance, records
@@ -34,6 +34,7 @@ from . import arrivals
 from .recorded import model_of
 
 RUNS, WARMUPS = 50, 10
+SHAREABLE = "shareable"
 OPS = {"cuda": ("default", "invariant", FROZEN), "cpu": ("default", "tiled")}
 DECODE = {"cuda": ((1, 1024), (8, 1024), (32, 1024), (64, 1024), (128, 1024), (256, 1024), (1, 8192), (8, 8192),
                    (32, 8192), (64, 8192)), "cpu": ((1, 128), (8, 128), (32, 128))}
@@ -141,6 +142,15 @@ def row(model: str, ops: str, cell: Cell, ms: Sequence[float]) -> dict:
             "ms_p05": p05, "ms_p50": p50, "ms_p95": p95, "recorded_at": records.now(), "source": source()}
 
 
+def contender(first: Llama, ops: str) -> Llama:
+    """The same weights, not copied, under other ops; SHAREABLE are a GPU's invariant ones, or a CPU's tiled ones."""
+    if ops != SHAREABLE:
+        return first.using(ops)
+    weights, fixed = first.weights(), "invariant" if first.device.type == "cuda" else "tiled"
+    return Llama(replace(first.config, shared=max(SHARED)), ops=fixed, dtype=first.dtype, device=first.device,
+                 weights=lambda name, shape: weights[name])
+
+
 def source() -> str:
     """The code that decides a row: this file, the model and its ops."""
     return provenance.source(__file__)
@@ -159,8 +169,8 @@ def record(name: str, folder, ops: Sequence[str], wanted: Sequence[Cell], *, run
         if not again and _done(folder, name, cell) >= set(ops):
             continue
         if not models:
-            first = model_of(name, ops[0], device)
-            models = {each: first.using(each) for each in ops}
+            first = model_of(name, next(each for each in ops if each != SHAREABLE), device)
+            models = {each: contender(first, each) for each in ops}
         try:
             found = measure(models, cell, runs)
         except MemoryError as error:
@@ -185,7 +195,7 @@ def _arguments(argv=None) -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(dict.fromkeys(["byte", *PRESETS])),
                         default="llama-3.1-8b" if runtime.HAS_GPU else "byte")
-    parser.add_argument("--ops", nargs="+", choices=(*NAMES, FROZEN))
+    parser.add_argument("--ops", nargs="+", choices=(*NAMES, FROZEN, SHAREABLE))
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES)
     parser.add_argument("--cells", nargs="+", help="instead: BATCHxCONTEXT for decode, TOKENS for prefill")
     parser.add_argument("--runs", type=int, default=RUNS, help=f"timed runs a cell, at least {RUNS}")
@@ -195,6 +205,10 @@ def _arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--machine", help="the folder's name under it (default: from the device)")
     parser.add_argument("--again", action="store_true", help="measure cells that are recorded already")
     a = parser.parse_args(argv)
+    if a.ops == [SHAREABLE]:
+        parser.error(f"--ops {SHAREABLE} is timed beside others, such as invariant")
+    if SHAREABLE in (a.ops or ()) and "arrivals" in a.phases and not a.cells:
+        parser.error(f"--ops {SHAREABLE} is timed in decode and prefill: name --phases or --cells")
     if a.runs < RUNS:
         parser.error(f"--runs must be at least {RUNS} for a recorded cell, got {a.runs}")
     return a

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -93,6 +94,24 @@ def test_a_record_is_resumed_and_what_does_not_fit_is_named(folder, monkeypatch)
     monkeypatch.setattr(speed, "measure", measured)
     rows = speed.record("byte", folder, NAMES, [*cells, Cell("decode", 9, 4)], runs=2, said=said.append)
     assert asked == [cells[1], Cell("decode", 9, 4)] and len(rows) == 4 and said[-1] == "left out: it does not fit"
+
+
+def test_the_shareable_contender_has_the_same_weights_in_the_order_of_eight_gpus():
+    config = replace(TINY.config, heads=8, kv_heads=8, hidden_size=64, intermediate_size=256)
+    first = Llama(config, dtype=torch.bfloat16, device="cpu")
+    other = speed.contender(first, speed.SHAREABLE)
+    assert other.config == replace(config, shared=8) and other.ops_name == "tiled"
+    assert all(other.weights()[name] is weight for name, weight in first.weights().items())
+    assert speed.contender(first, "tiled").config == config
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--ops", "shareable"], "--ops shareable is timed beside others, such as invariant"),
+    (["--ops", "tiled", "shareable"], "--ops shareable is timed in decode and prefill: name --phases or --cells")])
+def test_the_shareable_contender_is_timed_beside_others_in_a_step(words, said, capsys):
+    with pytest.raises(SystemExit):
+        speed.main(words)
+    assert said in capsys.readouterr().err
 
 
 def test_frozen_ops_are_a_gpus_alone():

@@ -135,6 +135,20 @@ def test_what_is_measured_is_served_as_it_says(monkeypatch):
         explore.measured(mix, "fast")
 
 
+def test_the_share_of_drafts_that_flipped_is_of_those_that_were_looked_at(monkeypatch):
+    engine, submitted, asked = explore._engine, explore._submitted, []
+
+    def faulty(*a):
+        made = engine(*a)
+        made.flip_every = 3
+        return made
+    monkeypatch.setattr(explore, "_engine", faulty)
+    monkeypatch.setattr(explore, "_submitted", lambda *a: asked.extend(submitted(*a)) or asked)
+    found = explore.measured(Mix(2, 1.0, 4, 2, count=9), "verified")
+    flips, kept = sum(request.flips for request in asked), sum(len(request.held_back) for request in asked)
+    assert flips and kept and found.flipped == flips / (flips + kept)
+
+
 def test_ways_take_turns_and_the_median_pass_counts(monkeypatch):
     turns, rates = [], iter(range(1, 100))
     monkeypatch.setattr(explore, "costs", lambda *_: COSTS)
