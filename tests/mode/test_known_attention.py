@@ -72,6 +72,7 @@ def test_a_constant_mask_is_read_once_while_it_is_compiled(monkeypatch):
 
 LEFT = {"a window": lambda x: EFFICIENT(x, x, x, _bias(_places(window=2)), False)[0],
         "hidden from the first on": lambda x: EFFICIENT(x, x, x, _bias(_places(first=1)), False)[0],
+        "first key hidden": lambda x: EFFICIENT(x, x, x, _bias(_places(first=1).any(0).expand(TOKENS, -1)), False)[0],
         "of data": lambda x: EFFICIENT(x, x, x, _bias(_places() & (x[0, 0, :, :1] < 9)), False)[0],
         "float32": lambda x: EFFICIENT(x.float(), x.float(), x.float(), _bias(_places(), torch.float32), False)[0]}
 
