@@ -14,6 +14,8 @@ of, gradients in the backward passes' own products and sums, casts of autocast b
     elements    functions of one number that a CPU's loops move     refused     what moves bits and has no order here
     kept        the short way of a call like one before             compiling   what torch.compile traces in the mode
 
+compiling has its parts in opaque, compiled_attention and known_attention, rounded_norm and norm_fusion.
+
 On a CUDA GPU the rules call schedules, on a CPU the specifications: the same bits, and slow.
 """
 from .switch import MovesBits, Refused, active, batch_invariant

@@ -22,7 +22,7 @@ from functools import cache, wraps
 import torch
 from torch.utils._pytree import tree_map_only
 
-from . import compiled_attention, known_attention, rounded_norm
+from . import compiled_attention, known_attention, norm_fusion
 from .elements import EVERY
 from .kept import short
 from .opaque import defined, schema_of
@@ -80,7 +80,7 @@ def _inner(module: torch.fx.GraphModule, *arguments, **named):
 
     compiled_attention.read_once(module)
     known_attention.replace(module, config.triton.cudagraphs)
-    rounded_norm.fuse(module)
+    norm_fusion.fuse(module)
     return compile_fx_inner(module, *arguments, **named)
 
 

@@ -16,13 +16,13 @@ from kernels import runtime
 from kernels.bits import portable, same_bits, ulp_distance
 from kernels.lab.proofs.generated_code import WITHOUT_LINES, Code, Job
 from kernels.lab.provenance import ROOT
-from kernels.mode import batch_invariant, rounded_norm
+from kernels.mode import batch_invariant, norm_fusion, rounded_norm
 from kernels.op import DTYPES
 from kernels.ops.mean import mean
 from kernels.ops.rms_norm import RESIDENT_WIDTH, Schedule
 
 DEVICE, D, EPS = runtime.device(), 72, 1e-6
-CALL, FUSE = rounded_norm._CALL, rounded_norm.fuse
+CALL, FUSE = rounded_norm._CALL, norm_fusion.fuse
 needs_triton = pytest.mark.skipif(bool(runtime.WHY_NOT), reason=runtime.WHY_NOT or "Triton runs here")
 needs_compiler = pytest.mark.skipif(not runtime.HAS_TRITON, reason="compiling ahead of time needs Triton")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -49,7 +49,7 @@ def graphs(monkeypatch):
         FUSE(module, ("cpu", "cuda"))
         module.graph.lint()
         found.append(module)
-    monkeypatch.setattr(rounded_norm, "fuse", fuse_everywhere)
+    monkeypatch.setattr(norm_fusion, "fuse", fuse_everywhere)
     return found
 
 
@@ -90,7 +90,7 @@ def test_rows_that_vary_in_number_are_fused_and_an_empty_batch_stays_empty(graph
         compiled_as_eager(lambda x, r: layers(x, r, weight, weight, matrix), numbers(rows), numbers(rows, seed=1),
                           dynamic=None)
     assert ops(graphs) == (2, 4, 0)
-    y, stream = rounded_norm._ADDED(numbers(5)[:0], numbers(5)[:0], weight, EPS)
+    y, stream = rounded_norm.ADDED(numbers(5)[:0], numbers(5)[:0], weight, EPS)
     assert y.shape == stream.shape == (0, D)
 
 
@@ -181,7 +181,7 @@ def test_other_norms_are_left_alone_and_right(graphs, name):
 @pytest.mark.serial  # it compiles
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="on a GPU they are fused")
 def test_on_a_cpu_norms_are_left_alone_unless_asked_for(graphs, monkeypatch):
-    monkeypatch.setattr(rounded_norm, "fuse", lambda module: (FUSE(module), graphs.append(module)))
+    monkeypatch.setattr(norm_fusion, "fuse", lambda module: (FUSE(module), graphs.append(module)))
     compiled_as_eager(lambda x, w: (norm(x, w),), numbers(5), numbers(1, seed=1)[0])
     assert ops(graphs) == (0, 0, 1)
 
