@@ -3,7 +3,7 @@
     python -m kernels.lab.tuning.in_model --model llama-3.1-8b --tokens 64 128 256 512
 
 Alone, a product lacks its neighbours: what they leave in L2, kernels that end while it starts, a GPU that is warm from
-others. So two schedules that are equally fast alone can differ by a tenth in a model. Here CUDA graphs of a few of its
+others. So of two schedules the slower one alone can be the faster one in a model. Here CUDA graphs of a few of its
 layers take turns, each with another schedule of one weight, the others as chosen before. The fastest takes the place of
 today's in the GPU's table if the forward is shorter by more than NOISE; its bits are proved first, as `tune` does.
 """
