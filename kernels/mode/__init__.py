@@ -12,9 +12,11 @@ of, gradients in the backward passes' own products and sums, casts of autocast b
     switch      the key, the thread's state, what a refusal is      products    mm and its like
     reductions  sums, softmax, norms and their gradients            attention   scaled_dot_product_attention
     elements    functions of one number that a CPU's loops move     refused     what moves bits and has no order here
-    kept        the short way of a call like one before             compiling   what torch.compile traces in the mode
+    kept        the short way of a call like one before             composites  linear and attention in one step
+    compiling   what torch.compile traces in the mode
 
-compiling has its parts in opaque, compiled_attention and known_attention, rounded_norm and norm_fusion.
+compiling has its parts in opaque, compiled_attention and known_attention, rounded_norm and norm_fusion; kept has its
+own in kept_attention.
 
 On a CUDA GPU the rules call schedules, on a CPU the specifications: the same bits, and slow.
 """

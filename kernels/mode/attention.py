@@ -30,7 +30,7 @@ from ..ops.bmm import bmm
 from ..ops.matmul.order import Order
 from ..ops.mean import sum
 from ..ops.softmax import log_softmax, softmax
-from .kept import as_cudnn, as_efficient, as_flash, as_rows, keep_attention, nothing, of_rows
+from .kept_attention import as_cudnn, as_efficient, as_flash, as_rows, keep_attention, nothing, of_rows
 from .masks import Read, Seen, of_mask, without_mask
 from .products import how, supported
 from .switch import Unsupported, rule

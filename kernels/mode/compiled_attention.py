@@ -20,15 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_flatten
 
-from .kept import nothing, short
+from .kept import short
+from .kept_attention import nothing
 from .masks import READ, Read, number_of, of_mask
 from .opaque import defined, schema_of
 from .switch import RULES, guarded, op_of
 
 # which of its arguments is the mask, and which are queries and keys
-_EFFICIENT, _CUDNN = "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"
-MASKED = {_EFFICIENT: (3, 0, 1), _CUDNN: (3, 0, 1),
-          f"{_EFFICIENT}_backward": (4, 1, 2), f"{_CUDNN}_backward": (8, 1, 2)}
+EFFICIENT, _CUDNN = "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"
+MASKED = {EFFICIENT: (3, 0, 1), _CUDNN: (3, 0, 1),
+          f"{EFFICIENT}_backward": (4, 1, 2), f"{_CUDNN}_backward": (8, 1, 2)}
 
 
 def traced(name: str) -> Callable:
@@ -61,7 +62,7 @@ def traced(name: str) -> Callable:
 @cache
 def kernel_of(name: str) -> Callable:
     """The rule of an attention op, with PyTorch's op where it gives way."""
-    return guarded(name, _theirs(name), RULES[name], short(name, op_of(name)))
+    return guarded(name, _theirs(name), RULES[name], short(name))
 
 
 @cache
@@ -117,7 +118,7 @@ def _with_what_was_read(name: str, number: int, arguments) -> tuple:
 
 def _theirs(name: str) -> Callable:
     """PyTorch's own op, where a rule gives way to it."""
-    op, sums = op_of(name), 6 if name.startswith(_EFFICIENT) else 5
+    op, sums = op_of(name), 6 if name.startswith(EFFICIENT) else 5
 
     def call(*arguments, **named):
         given = [a.mask if isinstance(a, Read) else a for a in arguments]
@@ -129,7 +130,7 @@ def _theirs(name: str) -> Callable:
 
 def _their_sums(name: str, sums: torch.Tensor) -> torch.Tensor:
     """(B, H, Q) in the shape in which a forward op of PyTorch gave it."""
-    if name.startswith(_EFFICIENT):
+    if name.startswith(EFFICIENT):
         return F.pad(sums, (0, -sums.shape[2] % 32), value=math.inf)
     return sums.unsqueeze(-1).contiguous() if name.startswith(_CUDNN) else sums
 

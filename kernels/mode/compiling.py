@@ -35,7 +35,7 @@ def _opaque(name: str) -> Callable:
     if name.startswith("_scaled_dot_product"):
         return compiled_attention.traced(name)
     op = op_of(name)
-    kernel = guarded(name, op, RULES[name], short(name, op))
+    kernel = guarded(name, op, RULES[name], short(name))
 
     def run(*arguments, **named):
         found = kernel(*arguments, **named)

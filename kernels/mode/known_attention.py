@@ -2,14 +2,16 @@
 
 What a mask says decides the launches. Where there is none the sizes do, and a mask made of constants is read while its
 code is compiled: transformers makes such a mask where it is given none. Other masks are read at each call
-(compiled_attention.py).
+(compiled_attention.py). Where nothing but y is wanted, as without gradients, an op of its own makes nothing else.
 
 A graph reads tables of this suite where they lay when it was recorded. So the first call, which PyTorch makes before it
 records, has another thread make them, whose memory is no graph's, and they stay for the process's life.
 """
 from __future__ import annotations
 
+import operator
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -17,8 +19,9 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .attention import has_op
-from .compiled_attention import MASKED, kernel_of, laid, rows, said, varies
-from .kept import ATTENTION, short
+from .compiled_attention import EFFICIENT, MASKED, kernel_of, laid, rows, said, varies
+from .kept import form, short
+from .kept_attention import ATTENTION
 from .masks import Read, Seen, of_mask
 from .opaque import defined, schema_of
 from .switch import Unsupported, op_of
@@ -31,7 +34,9 @@ _LOCK = threading.Lock()  # of SEEN
 
 
 def replace(module: torch.fx.GraphModule, in_graphs: bool) -> None:
-    """Put known attention in the place of calls whose masks are constants and, `in_graphs`, of those without a mask."""
+    """Put known attention in the place of calls whose masks are constants, and of those without a mask which graphs
+    hold (`in_graphs`) or of which y alone is wanted."""
+    module.graph.eliminate_dead_code()  # with what is wanted of a call and never used
     places: dict[torch.fx.Node, int | None] = {}  # of each reading of a mask
     for node in list(module.graph.nodes):
         name, read = _attention(node)
@@ -39,9 +44,11 @@ def replace(module: torch.fx.GraphModule, in_graphs: bool) -> None:
             continue
         if read and node.args[0] not in places:
             places[node.args[0]] = _place(node.args[0])
-        place = places[node.args[0]] if read else NO_MASK if in_graphs else None
+        alone = all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
+        place = places[node.args[0]] if read else NO_MASK if in_graphs or alone else None
         if place is not None:
-            _put(module.graph, node, name, place, read)
+            given, _ = _bound(name, node, read)
+            _put_y(module.graph, node, place, given) if alone else _put(module.graph, node, name, place, read)
     module.graph.eliminate_dead_code()
     module.recompile()
 
@@ -109,11 +116,29 @@ def _put(graph: torch.fx.Graph, node: torch.fx.Node, name: str, place: int, read
     graph.erase_node(node)
 
 
+def _put_y(graph: torch.fx.Graph, node: torch.fx.Node, place: int, given: dict) -> None:
+    q, k, v = (given[key] for key in ("query", "key", "value"))
+    with graph.inserting_before(node):
+        known = graph.call_function(_Y, (place, q, k, v, given.get("is_causal", False), given.get("scale")))
+    for user in list(node.users):
+        known.meta = dict(user.meta)
+        user.replace_all_uses_with(known)
+        graph.erase_node(user)
+    graph.erase_node(node)
+
+
 @cache
 def _op(name: str):
     """An op of FORWARD with the place of its mask in SEEN before its arguments."""
     op = op_of(name)
-    kernel, at_once = kernel_of(name), short(name, op)
+    return defined(f"aten_{name}_known", f"(int seen, {schema_of(op)[1:]}", _run(name),
+                   lambda place, *given, **named: said(name, op(*given, **named), given))
+
+
+@cache
+def _run(name: str) -> Callable:
+    """What such an op runs."""
+    kernel, at_once = kernel_of(name), short(name)
 
     def call(place, q, k, v, *rest, **named):
         q, k, v = rows(q), *(t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
@@ -129,8 +154,22 @@ def _op(name: str):
             return call(*given, **named)
         with _disable_current_modes():  # PyTorch's own, around the call before a recording
             return call(*given, **named)
-    return defined(f"aten_{name}_known", f"(int seen, {schema_of(op)[1:]}", run,
-                   lambda place, *given, **named: said(name, op(*given, **named), given))
+    return run
+
+
+def _run_y(place, q, k, v, causal, scale) -> torch.Tensor:
+    """y alone, of whichever op PyTorch chose: the rules of all are the same."""
+    numbers = causal, scale, False, None if place == NO_MASK else SEEN[place]
+    found = ATTENTION.get((numbers, form(q, k, v)))
+    ready = None if found is None else found.launched(q, k, v)
+    if ready is not None:
+        return ready[0]
+    return _run(EFFICIENT)(place, q, k, v, None, False, 0.0, causal, scale=scale)[0]
+
+
+_Y = defined("known_attention",
+             "(int seen, Tensor query, Tensor key, Tensor value, bool is_causal, float? scale) -> Tensor",
+             _run_y, lambda place, q, *given: rows(q.new_empty(q.shape)))
 
 
 def _prepare(kernel, given: tuple, named: dict) -> None:

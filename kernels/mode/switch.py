@@ -1,7 +1,8 @@
-"""The dispatcher's key that the mode turns on for a thread, and what happens to a call that has no fixed order.
+"""The dispatcher's keys that the mode turns on for a thread, and what happens to a call that has no fixed order.
 
 `Fake` is a key for extensions outside PyTorch's core, of which there is none left that uses it. It stands below
 autograd and autocast and above the devices, and a fallthrough makes it free for every op without a rule.
+`DeferredInit` is another such key, above autograd: for whole calls of composite ops (composites.py).
 """
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from functools import wraps
 import torch
 from torch.autograd import forward_ad
 
-KEY = torch._C._dispatch_key_parse("Fake")
-_KEYS = torch._C.DispatchKeySet(KEY)
+KEY, EARLY = torch._C._dispatch_key_parse("Fake"), torch._C._dispatch_key_parse("DeferredInit")
+KEYS = torch._C.DispatchKeySet(KEY) | torch._C.DispatchKeySet(EARLY)
 RULES: dict[str, Callable] = {}  # the op as torch.ops.aten writes it -> what takes its place
 
 
@@ -32,7 +33,7 @@ class Unsupported(Exception):
 
 class _Thread(threading.local):
     def __init__(self):
-        self.entered: list[tuple[batch_invariant, bool]] = []  # of each mode, and whether the key counted before
+        self.entered: list[tuple[batch_invariant, bool]] = []  # of each mode, and whether the keys counted before
         self.warned: set[str] = set()
 
 
@@ -62,7 +63,7 @@ class batch_invariant:
     def __enter__(self):
         _install()
         before = torch._C._dispatch_tls_is_dispatch_key_included(KEY)
-        torch._C._dispatch_tls_set_dispatch_key_included(KEY, True)
+        _include(True)
         _THREAD.entered.append((self, before))
         _THREAD.warned = set()
         with _LOCK:
@@ -73,7 +74,7 @@ class batch_invariant:
         if not _THREAD.entered or _THREAD.entered[-1][0] is not self:
             raise RuntimeError("batch_invariant must be left by the thread that entered it, the innermost one first")
         _, before = _THREAD.entered.pop()
-        torch._C._dispatch_tls_set_dispatch_key_included(KEY, before)
+        _include(before)
         with _LOCK:
             _STRICT[self.strict] -= 1
 
@@ -84,6 +85,11 @@ class batch_invariant:
             with batch_invariant(self.strict):
                 return function(*arguments, **named)
         return inside
+
+
+def _include(on: bool) -> None:
+    for key in (KEY, EARLY):
+        torch._C._dispatch_tls_set_dispatch_key_included(key, on)
 
 
 def active() -> bool:
@@ -134,7 +140,7 @@ def object_to(name: str, why: str) -> None:
 
 
 def guarded(name: str, op, function: Callable, short: Callable) -> Callable:
-    """`function` as a kernel of the dispatcher: without the key and without gradients, which come from above.
+    """`function` as a kernel of the dispatcher: without the keys and without gradients, which come from above.
 
     `short` (kept.py) is asked first, outside of the guards: it gives the result, or None.
     """
@@ -142,7 +148,7 @@ def guarded(name: str, op, function: Callable, short: Callable) -> Callable:
         found = short(*arguments, **named)
         if found is not None:
             return found
-        with torch._C._ExcludeDispatchKeyGuard(_KEYS):
+        with torch._C._ExcludeDispatchKeyGuard(KEYS):
             if _without_numbers((*arguments, *named.values())):
                 return op(*arguments, **named)
             gradients = torch.is_grad_enabled()
@@ -170,17 +176,23 @@ def _without_numbers(arguments) -> bool:
 
 
 def _install() -> None:
-    """Once a process: the key's fallthrough, the rules, and the hook of torch.compile."""
+    """Once a process: the keys' fallthroughs, the rules, and the hook of torch.compile."""
     with _LOCK:
         if _LIBRARIES:
             return
         from . import attention, compiling, elements, overloads, products, reductions, refused  # noqa: F401 - for rules
-        from .kept import short
+        from .composites import COMPOSITES, composite
+        from .kept import short, unless_on_gpu
+        from .overloads import ON_A_CPU_ALONE
 
         everywhere, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
-        everywhere.fallback(torch.library.fallthrough_kernel, "Fake")
+        for key in ("Fake", "DeferredInit"):
+            everywhere.fallback(torch.library.fallthrough_kernel, key)
         for name, function in RULES.items():
             if (op := op_of(name)) is not None:
-                aten.impl(name, guarded(name, op, function, short(name, op)), "Fake")
+                kernel, alone = guarded(name, op, function, short(name)), name in ON_A_CPU_ALONE
+                aten.impl(name, unless_on_gpu(op, kernel) if alone else kernel, "Fake", with_keyset=alone)
+        for name, ways in COMPOSITES.items():
+            aten.impl(name, composite(op_of(name), *ways), "DeferredInit", with_keyset=True)
         compiling.hook()
         _LIBRARIES.extend((everywhere, aten))

@@ -4,69 +4,33 @@ A CPU plays the GPU here. What would be launched is written down, and the specif
 """
 from __future__ import annotations
 
-import ctypes
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from playing import BIAS, CPU, MAT, K, Q, Seen, X
 
 from kernels import call as call_module
-from kernels.bits import portable, same_bits
-from kernels.mode import Refused, batch_invariant, kept, masks
+from kernels.bits import same_bits
+from kernels.mode import Refused, batch_invariant, kept, kept_attention, masks
 from kernels.mode import attention as rules
-from kernels.ops.attention import call as attention_call
-from kernels.ops.attention.sequences import Sequences
+from kernels.mode.switch import KEY, op_of
 from kernels.ops.layer_norm import layer_norm
-from kernels.ops.matmul import plan as plan_module
 from kernels.ops.matmul.call import CALL
 from kernels.ops.matmul.op import matmul
-from kernels.ops.matmul.plan import Plan
 from kernels.ops.mean import mean, sum
 from kernels.ops.softmax import log_softmax, softmax
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU plays the GPU: test_mode.py runs the real one")
-X, MAT, BIAS = portable(6, 40), portable(24, 40, seed=1).t(), portable(1, 24, seed=2)[0]
 PRODUCT = matmul.python(X, MAT.t())
 
 
 def test_no_two_results_share_memory():
     """torch.compile refuses such results of an op."""
     q = torch.zeros(1, 2, 3, 4)
-    for make in (kept.as_flash, kept.as_efficient):
+    for make in (kept_attention.as_flash, kept_attention.as_efficient):
         tensors = [t for t in make(q, q, (q, q[..., 0].clone())) if isinstance(t, torch.Tensor)]
         storages = {t.untyped_storage()._cdata for t in tensors}
         assert len(tensors) > 3 and len(storages) == len(tensors)
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """Makes tensors say that they are on GPU 0. -> the calls of products' plans, as (weight, bias)."""
-    launched = []
-
-    def on_gpu(plan, x, weight, bias, order):
-        launched.append((weight, bias))
-        return matmul.python(x, weight.t() if weight.shape == (40, 24) else weight, bias, order)
-    with batch_invariant():
-        pass  # the rules are registered before a tensor says so
-    ops = (CALL, *(op.call for op in (mean, sum, softmax, log_softmax, layer_norm)))
-    known = [(op.plans, set(op.plans)) for op in ops]
-    monkeypatch.setattr(Plan, "on_gpu", on_gpu)
-    monkeypatch.setattr(plan_module, "multiprocessors", lambda index: 132)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=0: "a GPU without a table")
-    monkeypatch.setattr(torch.cuda, "get_device_properties",
-                        lambda index=0: SimpleNamespace(multi_processor_count=132))
-    monkeypatch.setattr(kept, "_CUDA", torch._C.DispatchKeySet(torch._C._dispatch_key_parse("CPU")))
-    monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0, raising=False)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
-    yield launched
-    for plans, before in known:
-        for key in set(plans) - before:
-            del plans[key]
-    kept.ATTENTION.clear()
-    kept._PLANS.clear()
 
 
 def test_the_second_product_of_a_form_goes_to_its_plan(gpu):
@@ -95,16 +59,6 @@ def test_another_form_is_the_rules(gpu, other):
         x, mat = other()
         y = x @ mat
     assert gpu[-1][0].shape == (24, 40) and same_bits(y, matmul.python(x, mat.t()))
-
-
-class Seen(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.ops = []
-
-    def __torch_dispatch__(self, op, types, arguments=(), named=None):
-        self.ops.append(op)
-        return op(*arguments, **(named or {}))
 
 
 class Other(torch.Tensor):
@@ -214,55 +168,29 @@ def test_a_sum_to_another_dtype_is_the_rules(gpu, monkeypatch):
 
 
 def test_a_function_of_one_number_is_the_gpus_own(gpu):
-    silu = kept.short("silu", torch.ops.aten.silu.default)
-    assert same_bits(silu(X), F.silu(X))
     with batch_invariant(strict=True):
-        assert same_bits(F.silu(X), silu(X)) and same_bits(X.pow(2), X * X)
-        assert same_bits(torch.ops.aten.silu_backward(X, X), torch.ops.aten.silu_backward.default(X, X))
         z = X.clone()
-        assert F.silu(z, inplace=True) is z and same_bits(z, silu(X))
-    with Seen():
-        assert silu(X) is None
-    assert silu(X.as_subclass(Other)) is None and silu(X.to_sparse()) is None
-    assert silu(torch.quantize_per_tensor(X, 0.1, 0, torch.qint8)) is None
-    assert silu(torch.nested.nested_tensor([X, X[:2]])) is None
-    with batch_invariant(strict=True), pytest.raises(Refused, match="forward-mode"):
-        torch.func.jvp(F.silu, (X,), (X,))
+        assert same_bits(X.pow(2), X * X) and F.silu(z, inplace=True) is z and same_bits(z, F.silu(X))
+        with pytest.raises(Refused, match="forward-mode"):
+            torch.func.jvp(F.silu, (X,), (X,))
 
 
-def test_on_a_cpu_a_function_of_one_number_is_the_rules():
-    assert kept.short("silu", torch.ops.aten.silu.default)(X) is None
-    assert kept.short("silu_", torch.ops.aten.silu_.default)(X) is None
-    assert kept.short("bmm", torch.ops.aten.bmm.default)(X, X) is None
+@pytest.mark.parametrize("name", ["silu", "silu_", "pow.Tensor_Scalar"])
+def test_only_a_plain_tensor_of_a_gpu_passes_a_rule(gpu, name):
+    op, more = op_of(name), (2,) if "pow" in name else ()
+    kernel = kept.unless_on_gpu(op, lambda *arguments, **named: "the rule")
+    plain = CPU | torch._C.DispatchKeySet(KEY)
+    assert same_bits(kernel(plain, X.clone(), *more), op(X.clone(), *more))
+    for key in ("SparseCPU", "QuantizedCPU", "NestedTensorCPU", "Meta", "CUDA"):
+        other = torch._C.DispatchKeySet(torch._C._dispatch_key_parse(key)) | torch._C.DispatchKeySet(KEY)
+        assert kernel(other, X, *more) == kernel(other | CPU, X, *more) == "the rule"
+    with torch.autograd.forward_ad.dual_level():
+        assert kernel(plain, X, *more) == "the rule"
 
 
-Q, K = (portable(5 * heads, 8, torch.bfloat16).view(1, 5, heads, 8).transpose(1, 2) for heads in (4, 2))
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention.default
 EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention.default
 CUDNN = torch.ops.aten._scaled_dot_product_cudnn_attention.default
-
-
-@pytest.fixture
-def attention(gpu, monkeypatch):
-    """-> what attention launched: ("looked at", shapes) at a first call, then ("launched", addresses)."""
-    launched = []
-
-    def on_gpu(plan, q, k, v, handle, window, lse):
-        sequences = Sequences.of(handle)
-        launched.append(("looked at", tuple(q.shape), tuple(k.shape), lse))
-        sequences.ready[plan, 7, not (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15] = ready
-        y, sums = attention_call.order.specified(q, k, v, sequences, window, True)
-        return (y, sums) if lse else y
-
-    def ready(q, k, v, y, sums, device):
-        launched.append(("launched", q, k, v))
-        (ctypes.c_uint16 * 160).from_address(y)[:] = range(160)
-        if sums != y:
-            (ctypes.c_float * 20).from_address(sums)[:] = range(20)
-    monkeypatch.setattr(attention_call.Plan, "on_gpu", on_gpu)
-    monkeypatch.setattr(kept, "current_stream", lambda index: 7)
-    monkeypatch.setattr(kept, "current_device", lambda: 0)
-    return launched
 
 
 CALLS = {"flash": lambda q, k, **named: FLASH(q, k, k, 0.0, True, **named),
@@ -297,11 +225,11 @@ def test_attention_keeps_what_a_call_says_apart(attention, monkeypatch):
         assert [kind for kind, *_ in attention] == ["looked at"] * 3
         assert EFFICIENT(Q, K, K, None, False, 0.0, True)[1].numel() == 0
         assert [kind for kind, *_ in attention] == ["looked at"] * 3 + ["launched"]
-        monkeypatch.setattr(kept, "current_device", lambda: 1)
+        monkeypatch.setattr(kept_attention, "current_device", lambda: 1)
         CALLS["flash"](Q, K)  # another GPU is the current one
         assert attention[-1][0] == "looked at"
-        monkeypatch.setattr(kept, "current_device", lambda: 0)
-        monkeypatch.setattr(kept, "current_stream", lambda index: 8)
+        monkeypatch.setattr(kept_attention, "current_device", lambda: 0)
+        monkeypatch.setattr(kept_attention, "current_stream", lambda index: 8)
         CALLS["flash"](Q, K)  # another stream
         assert attention[-1][0] == "looked at"
 
@@ -319,16 +247,16 @@ def test_attention_that_has_no_order_or_must_be_copied_is_the_rules(attention, m
                      lambda: CUDNN(Q, K, K, None, True, 0.5, True)):
             with pytest.raises(Refused, match="dropout_p is 0.5"):
                 call()
-        count = len(kept.ATTENTION)
+        count = len(kept_attention.ATTENTION)
         seen = torch.ones(5, 5, dtype=torch.bool).tril()
         for start in (0, 1):
             seen[:, :start] = False
             EFFICIENT(Q, K, K, torch.zeros(1, 1, 5, 5, dtype=Q.dtype).masked_fill(~seen, -torch.inf).expand(1, 4, 5, 5),
                       True, 0.0)
         count += 1  # the mask whose keys lie as the op wants them
-        assert len([said for (_, _, _, said), _ in kept.ATTENTION if isinstance(said, masks.Seen)]) == 1
+        assert len([said for (_, _, _, said), _ in kept_attention.ATTENTION if isinstance(said, masks.Seen)]) == 1
         two = (t.expand(2, -1, -1, -1).contiguous() for t in (Q, K, K))
         FLASH(*two, 0.0, True)  # rows that do not lie as the op wants them
         CALLS["flash"](Q.float(), K.float())  # float32 is computed otherwise
         CALLS["flash"](Q, K, scale=0.3)
-        assert len(kept.ATTENTION) == count and apart == [torch.float32, torch.bfloat16]
+        assert len(kept_attention.ATTENTION) == count and apart == [torch.float32, torch.bfloat16]

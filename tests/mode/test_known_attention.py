@@ -16,7 +16,7 @@ from kernels.mode.switch import Refused
 DEVICE = runtime.device()
 BATCH, HEADS, TOKENS, WIDTH = 2, 4, 5, 16
 KNOWN = "same_bits_mode::aten__scaled_dot_product_efficient_attention_known"
-READ, AT_EACH_CALL = "same_bits_mode::read_mask", KNOWN.replace("_known", "_read")
+READ, AT_EACH_CALL, Y = "same_bits_mode::read_mask", KNOWN.replace("_known", "_read"), "same_bits_mode::known_attention"
 EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention
 
@@ -63,7 +63,7 @@ def test_a_constant_mask_is_read_once_while_it_is_compiled(monkeypatch):
     before = len(known_attention.SEEN)
     y, names = _compiled(constant, monkeypatch, x)
     assert same_bits(y, eager)
-    assert names.count(KNOWN) == 2 and READ not in names
+    assert names.count(Y) == 2 and READ not in names
     assert not any(name.startswith("aten::le") for name in names)  # nothing makes the mask any more
     assert len(known_attention.SEEN) == before + 1
     again, _ = _compiled(constant, monkeypatch, x)
@@ -96,15 +96,25 @@ def test_a_constant_mask_without_an_order_is_refused_when_it_is_called(monkeypat
 
 @pytest.mark.serial  # it compiles
 @pytest.mark.parametrize("in_graphs", [False, True])
-def test_calls_without_a_mask_are_known_where_graphs_hold_them(in_graphs, monkeypatch):
+def test_calls_without_a_mask_are_known_where_graphs_hold_them_or_y_alone_is_wanted(in_graphs, monkeypatch):
     def plain(x):
-        return EFFICIENT(x, x, x, None, False)[0] + EFFICIENT(x, x, x, None, False, 0.0, True)[0]
+        y, sums, *_ = EFFICIENT(x, x, x, None, True)
+        return y + EFFICIENT(x, x, x, None, True, 0.0, True)[0] + FLASH(x, x, x, 0.0, True)[0], sums
     x = _x()
     with torch.no_grad(), batch_invariant(strict=True):
         eager = plain(x)
-    y, names = _compiled(plain, monkeypatch, x, in_graphs=in_graphs)
-    assert same_bits(y, eager)
-    assert names.count(KNOWN) == (2 if in_graphs else 0)
+    found, names = _compiled(plain, monkeypatch, x, in_graphs=in_graphs)
+    assert all(map(same_bits, found, eager))
+    assert names.count(Y) == 2 and names.count(KNOWN) == in_graphs
+
+
+def test_y_alone_lies_as_it_is_said_to_wherever_queries_lie():
+    x = _x().transpose(1, 2).contiguous().transpose(1, 2)
+    op = torch.ops.same_bits_mode.known_attention.default
+    for q in (x, x.contiguous(), x.repeat_interleave(2, -1)[..., ::2]):
+        y, said = op(-1, q, x, x, True, None), op(*(-1, *(t.to("meta") for t in (q, x, x)), True, None))
+        with batch_invariant(strict=True):
+            assert same_bits(y, EFFICIENT(x, x, x, None, False, 0.0, True)[0]) and y.stride() == said.stride()
 
 
 def test_who_prepares_is_another_thread(monkeypatch):
