@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from playing import BIAS, MAT, K, Q, Seen, X
 
 from kernels.bits import portable, same_bits
-from kernels.mode import Refused, batch_invariant, composites, kept
+from kernels.mode import MovesBits, Refused, batch_invariant, composites, kept
 from kernels.ops.matmul.call import CALL
 from kernels.ops.matmul.op import matmul
 
@@ -92,7 +92,31 @@ def test_a_refusal_leaves_no_plan_for_a_linear(gpu):
         for _ in range(2):
             with pytest.raises(Refused, match="mm has an order for .*self is torch.float64"):
                 F.linear(ROWS.double(), WEIGHT.double())
+    with batch_invariant(), pytest.warns(MovesBits, match="mm has an order for .*self is torch.float64"):
+        assert F.linear(ROWS.double(), WEIGHT.double()).dtype == torch.float64
     assert not any(key[0] == "linear" for key in CALL.plans)
+
+
+def test_forward_mode_derivatives_are_refused_after_a_linear_was_one_step(gpu):
+    with batch_invariant(strict=True), torch.autograd.forward_ad.dual_level():
+        with pytest.raises(Refused, match="forward-mode"):
+            F.linear(torch.autograd.forward_ad.make_dual(ROWS, ROWS), WEIGHT)
+    with batch_invariant(strict=True):
+        for _ in range(2):
+            F.linear(ROWS, WEIGHT)
+        assert _one_step(gpu)
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(Refused, match="forward-mode"):
+            F.linear(torch.autograd.forward_ad.make_dual(ROWS, ROWS), WEIGHT)
+
+
+def test_a_bias_that_lies_otherwise_is_another_form(gpu):
+    apart = torch.stack([BIAS, BIAS], 1)[:, 0]
+    with batch_invariant(strict=True):
+        for _ in range(2):
+            F.linear(ROWS, WEIGHT, BIAS)
+        assert gpu[-1][0] is WEIGHT
+        F.linear(ROWS, WEIGHT, apart)
+    assert gpu[-1][0] is not WEIGHT
 
 
 def _attend(**named):

@@ -9,8 +9,10 @@ import torch
 from kernels import runtime, tables
 from kernels.lab.proofs.certificates import CERTIFICATES
 from kernels.lab.tuning import in_model
+from kernels.lab.tuning.shared_candidates import shared_candidates
 from kernels.model.config import preset
 from kernels.ops.matmul.learned import LEARNED
+from kernels.ops.matmul.order import Order, shared_order
 from kernels.ops.matmul.schedule import Schedule
 
 A, B, C = (Schedule("hopper", size, 64, 64, warps=4, stages=4, persistent=True) for size in (64, 128, 192))
@@ -46,6 +48,17 @@ def test_weights_are_those_that_see_all_tokens_the_largest_first(monkeypatch):
              for i, (n, k, m) in enumerate([(*SMALL, 64), (4096, 14336, 64), (128256, 4096, 1), (*LARGE, 64)])}
     monkeypatch.setattr(in_model, "CALL", SimpleNamespace(plans=SimpleNamespace(clear=list, values=plans.values)))
     monkeypatch.setattr(in_model, "Form", SimpleNamespace(of=lambda p, _: SimpleNamespace(n=p.n, k=p.k, tokens=p.m)))
+    assert in_model.Forward(list, 64).weights == [LARGE, (4096, 14336), SMALL]
+
+
+def test_of_an_order_that_gpus_share_the_weights_are_those_that_are_cut(monkeypatch):
+    orders = {LARGE: None, (4096, 14336): shared_order(4096, 14336), SMALL: shared_order(*SMALL)}
+    plans = {weight: SimpleNamespace(product=SimpleNamespace(weight=weight, order=orders[weight] or Order(8, 512)),
+                                     index=0) for weight in orders}
+    monkeypatch.setattr(in_model, "CALL", SimpleNamespace(plans=SimpleNamespace(clear=list, values=plans.values)))
+    monkeypatch.setattr(in_model, "Form", SimpleNamespace(of=lambda p, _: SimpleNamespace(
+        n=p.weight[0], k=p.weight[1], tokens=64, order=p.order)))
+    assert in_model.Forward(list, 64, 8).weights == [(4096, 14336), SMALL]
     assert in_model.Forward(list, 64).weights == [LARGE, (4096, 14336), SMALL]
 
 
@@ -91,14 +104,19 @@ def test_a_forward_takes_the_schedules_that_it_is_given_and_forgets_them():
 
 
 @pytest.mark.gpu
-def test_a_model_is_tuned_from_end_to_end(tmp_path, monkeypatch):
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_a_model_is_tuned_from_end_to_end(tmp_path, monkeypatch, gpus):
     monkeypatch.setattr(tables, "FOLDER", tmp_path / "schedules")
     monkeypatch.setattr(in_model, "NOISE", -9.0)  # whatever was fastest is kept
+    monkeypatch.setattr(in_model, "shared_candidates", lambda *given: shared_candidates(*given)[:2])
     said: list[str] = []
-    in_model.tune_in_model(in_model.llama("small"), [128], 2, tmp_path, "here", 2, progress=said.append)
-    kept = tables.load(runtime.slug(0), Schedule.parse, tmp_path / "schedules")["matmul"]["bfloat16"]
-    matrices = {shape for shape in preset("small").layer_shapes.values() if len(shape) == 2}
-    assert set(kept) == matrices and all(set(column) == {128} for column in kept.values())
+    made = in_model.llama("small", gpus)
+    in_model.tune_in_model(made, [128], 2, tmp_path, "here", 2, progress=said.append, gpus=gpus)
+    section = "matmul" if gpus == 1 else "matmul_shared"
+    kept = tables.load(runtime.slug(0), Schedule.parse, tmp_path / "schedules")[section]["bfloat16"]
+    cut = {part: shape for part, shape in preset("small").layer_shapes.items() if len(shape) == 2}
+    assert set(kept) == ({*cut.values()} if gpus == 1 else {cut["output"], cut["down"]})
+    assert all(set(column) == {128} for column in kept.values())
     proved = CERTIFICATES.read(tmp_path / "here")
     assert set(proved.schedule) >= {str(s) for column in kept.values() for s in column.values()}
     tables.forget()
