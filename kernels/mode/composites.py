@@ -1,37 +1,49 @@
-"""linear and scaled_dot_product_attention in one step on a GPU, where PyTorch takes several.
+"""Whole calls of composite ops, seen by a key of the dispatcher above autograd: linear, matmul and attention.
 
-Both are composite: above the rules they make views, ask autograd about each part and, for attention, choose a kernel,
-which takes the host longer than a launch. So a second key of the dispatcher stands above autograd and sees the whole
-call. It acts where nothing comes between it and the GPU's kernels: no gradient, autocast, transform, tracing or lazy
-negation, all of which are in the call's own keys. The first call of a form goes the long way. If rules took its parts
-and left plans (kept.py), the whole gets a plan too, and the next such call launches it.
+PyTorch makes a product of one or several from a matrix and rows of more than two dimensions, and adds a bias inside it
+or behind it. How the rows lie decides, and what needs a gradient. A slice of a batch of one lies otherwise than one of
+two, so its bits could move. Here all rows are one product, with its bias, whatever they lie in. (folded.py)
+
+On a GPU the parts of linear and attention take the host longer than a launch. So a call like one before is one step. It
+is where nothing comes between this key and the GPU's kernels: no gradient, autocast, transform, tracing or lazy
+negation, all of which are among the call's own keys. The first call of a form goes the long way. If rules took its
+parts and left plans (kept.py), the next such call launches what they left.
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.autograd import forward_ad
 
-from ..ops.matmul.call import CALL as MATMUL
-from ..ops.matmul.plan import Plan
-from .attention import has_op
-from .kept import can_keep, form
-from .kept_attention import ATTENTION, Few, keep_attention
-from .masks import without_mask
-from .switch import EARLY, KEYS
+from ..call import Plans
+from .folded import leave_linear, linear, linear_at_once, linear_key, matmul
+from .kept_attention import attention_at_once, attention_key, leave_attention
+from .switch import EARLY, KEYS, op_of, unseen_by_dynamo
 
-_TO_EARLY = torch._C.DispatchKeySet(EARLY)
-WHOLE = Few()
-COMPOSITES: dict[str, tuple[Callable, Callable]] = {}  # the op -> its short way or None, and what leaves a plan for it
-_MATH = 0  # what torch._fused_sdp_choice says of a product, a softmax and a product
-_flags = (torch._C._get_flash_sdp_enabled, torch._C._get_mem_efficient_sdp_enabled, torch._C._get_cudnn_sdp_enabled,
-          torch._C._get_math_sdp_enabled)
+_KEY = torch._C.DispatchKeySet(EARLY)
+_LONG = Plans()  # keys of calls whose first one left nothing: they go the long way
+
+
+class Composite(NamedTuple):
+    """How an op's whole calls are made. All take the op's arguments, but `key` a key before them.
+
+    long     the long way, which is given the op first
+    key      what decides a step; None for calls that have none
+    at_once  the result in one step, or None where no step is known
+    leave    after the long way: make a step of what rules left, if there is one, and say so
+    """
+
+    long: Callable
+    key: Callable = lambda *arguments, **named: None
+    at_once: Callable = lambda *arguments, **named: None
+    leave: Callable = lambda *arguments, **named: False
 
 
 def keys(*names: str) -> int:
-    found = _TO_EARLY
+    """The set of these keys and the early one, as a number."""
+    found = _KEY
     for name in names:
         found = found | torch._C.DispatchKeySet(torch._C._dispatch_key_parse(name))
     return found.raw_repr()
@@ -40,77 +52,38 @@ def keys(*names: str) -> int:
 USUAL = {keys("CUDA", "AutogradCUDA"), keys("CUDA")}  # inference tensors have no second one
 
 
-def composite(op, short: Callable, leave: Callable) -> Callable:
-    """The early key's kernel of an op, which is given the call's keys."""
+def seen_whole(op, way: Composite) -> Callable:
+    """The early key's kernel of an op, which is given the call's keys before its arguments."""
     def kernel(given, *arguments, **named):
-        usual = given.raw_repr() in USUAL and forward_ad._current_level < 0
-        if usual and (found := short(*arguments, **named)) is not None:
-            return found
-        with torch._C._ExcludeDispatchKeyGuard(_TO_EARLY):
-            result = op(*arguments, **named)
-        if usual and not result.requires_grad:
+        key = way.key(*arguments, **named) if given.raw_repr() in USUAL and forward_ad._current_level < 0 else None
+        if key is not None:
+            found = way.at_once(key, *arguments, **named)
+            if found is not None:
+                return found
+        with torch._C._ExcludeDispatchKeyGuard(_KEY):
+            result = way.long(op, *arguments, **named)
+        if key is not None and key not in _LONG:
             with torch._C._ExcludeDispatchKeyGuard(KEYS):
-                leave(*arguments, **named)
+                if not way.leave(key, *arguments, **named):
+                    _LONG.keep(key, None)
         return result
-    return kernel
+    return unseen_by_dynamo(kernel)
 
 
-def _form_of_linear(x, weight, bias) -> tuple:
-    found = x.shape, x.stride(), x.dtype, x.get_device(), weight.shape, weight.stride(), weight.dtype, \
-        weight.get_device()
-    return found if bias is None else (*found, bias.shape, bias.stride(), bias.dtype, bias.get_device())
+def _as_it_is(op, *arguments, **named):
+    return op(*arguments, **named)
 
 
-def _gradient(*tensors) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _into(function: Callable) -> Callable:
+    """The overload that writes its result."""
+    def long(op, *arguments, out):
+        result = function(op_of(op._schema.name.removeprefix("aten::")), *arguments)
+        if result.dtype != out.dtype or result.device != out.device or out.requires_grad:
+            return op(*arguments, out=out)  # PyTorch's to refuse
+        return out.resize_(result.shape).copy_(result)
+    return long
 
 
-def _linear(input, weight, bias=None):
-    plan = MATMUL.plans.get(("linear", _form_of_linear(input, weight, bias)))
-    if plan is None or plan.launch is not Plan.on_gpu or _gradient(input, weight, bias):
-        return None
-    return plan.launch(plan, input, weight, bias, None)
-
-
-def _leave_linear(input, weight, bias=None):
-    """Where rows lie together, PyTorch made one product of them, and its rule left a plan."""
-    if weight.dim() != 2 or input.dim() < 2 or not input.is_contiguous() or not can_keep(form(input, weight)):
-        return
-    rows, key = input.view(-1, input.shape[-1]), ("linear", _form_of_linear(input, weight, bias))
-    part = ("mm", (), form(rows, weight.t())) if bias is None else ("addmm", (), form(rows, weight.t(), bias))
-    if part in MATMUL.plans and key not in MATMUL.plans:
-        MATMUL.plans.keep(key, MATMUL.plan((input, weight, bias, None)))
-
-
-def _key_of_attention(q, k, v, causal, scale, grouped) -> tuple:
-    return (causal, scale, grouped, *[flag() for flag in _flags], q.shape, q.stride(), q.dtype, q.get_device(),
-            k.shape, k.stride(), k.dtype, k.get_device(), v.shape, v.stride(), v.dtype, v.get_device())
-
-
-def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
-    if attn_mask is not None or dropout_p or _gradient(query, key, value):
-        return None
-    found = WHOLE.get(_key_of_attention(query, key, value, is_causal, scale, enable_gqa))
-    ready = None if found is None else found.launched(query, key, value)
-    if found is None or ready is not None:
-        return ready and ready[0]
-    with torch._C._ExcludeDispatchKeyGuard(KEYS):
-        return found.looked_at(query, key, value)[0]
-
-
-def _leave_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None,
-                     enable_gqa=False):
-    """Where PyTorch chose one of its kernels, and the rule for that kernel left this suite's attention."""
-    given = query, key, value
-    if attn_mask is not None or dropout_p or query.dim() != 4 or not has_op(*given, scale) or torch._fused_sdp_choice(
-            *given, None, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa) == _MATH:
-        return
-    said = [(is_causal, s, sums, None) for s in (scale, 1 / math.sqrt(query.shape[3])) for sums in (True, False)]
-    if any((numbers, form(*given)) in ATTENTION for numbers in said):
-        seen = without_mask(query.shape[0], query.shape[2], key.shape[2], is_causal, query.device)
-        made = keep_attention(*given, (is_causal, scale, False, None), seen)
-        if made is not None:
-            WHOLE.keep(_key_of_attention(*given, is_causal, scale, enable_gqa), made)
-
-
-COMPOSITES |= {"linear": (_linear, _leave_linear), "scaled_dot_product_attention": (_attention, _leave_attention)}
+COMPOSITES = {"linear": Composite(linear, linear_key, linear_at_once, leave_linear), "matmul": Composite(matmul),
+              "linear.out": Composite(_into(linear)), "matmul.out": Composite(_into(matmul)),
+              "scaled_dot_product_attention": Composite(_as_it_is, attention_key, attention_at_once, leave_attention)}

@@ -22,7 +22,7 @@ from ..ops.matmul.call import CALL as MATMUL
 from ..ops.matmul.plan import Plan
 from ..ops.mean import mean, sum
 from ..ops.softmax import log_softmax, softmax
-from .switch import KEY
+from .switch import KEY, unseen_by_dynamo
 
 _TENSOR, _PARAMETER = torch.Tensor, torch.nn.Parameter
 _modes, _level = torch._C._len_torch_dispatch_stack, torch._C._functorch.maybe_current_level
@@ -127,4 +127,4 @@ def unless_on_gpu(op, kernel: Callable) -> Callable:
         if keys.raw_repr() == _PLAIN and forward_ad._current_level < 0:
             return own(_CUDA, *arguments, **named)
         return kernel(*arguments, **named)
-    return either
+    return unseen_by_dynamo(either)

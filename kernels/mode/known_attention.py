@@ -48,7 +48,10 @@ def replace(module: torch.fx.GraphModule, in_graphs: bool) -> None:
         place = places[node.args[0]] if read else NO_MASK if in_graphs or alone else None
         if place is not None:
             given, _ = _bound(name, node, read)
-            _put_y(module.graph, node, place, given) if alone else _put(module.graph, node, name, place, read)
+            if alone:
+                _put_y(module.graph, node, place, given, in_graphs)
+            else:
+                _put(module.graph, node, name, place, read)
     module.graph.eliminate_dead_code()
     module.recompile()
 
@@ -116,10 +119,10 @@ def _put(graph: torch.fx.Graph, node: torch.fx.Node, name: str, place: int, read
     graph.erase_node(node)
 
 
-def _put_y(graph: torch.fx.Graph, node: torch.fx.Node, place: int, given: dict) -> None:
+def _put_y(graph: torch.fx.Graph, node: torch.fx.Node, place: int, given: dict, in_graphs: bool) -> None:
     q, k, v = (given[key] for key in ("query", "key", "value"))
     with graph.inserting_before(node):
-        known = graph.call_function(_Y, (place, q, k, v, given.get("is_causal", False), given.get("scale")))
+        known = graph.call_function(_Y, (place, in_graphs, q, k, v, given.get("is_causal", False), given.get("scale")))
     for user in list(node.users):
         known.meta = dict(user.meta)
         user.replace_all_uses_with(known)
@@ -141,7 +144,7 @@ def _run(name: str) -> Callable:
     kernel, at_once = kernel_of(name), short(name)
 
     def call(place, q, k, v, *rest, **named):
-        q, k, v = rows(q), *(t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
+        q, k, v = _readable(q, k, v)
         given = q, k, v, *(rest if place == NO_MASK else (Read(SEEN[place], None), *rest[1:]))
         found = at_once(*given, **named)
         if found is None and q.is_cuda:
@@ -157,19 +160,27 @@ def _run(name: str) -> Callable:
     return run
 
 
-def _run_y(place, q, k, v, causal, scale) -> torch.Tensor:
+def _readable(q, k, v) -> tuple[torch.Tensor, ...]:
+    """q that lies as its op wants it, k and v whose rows do."""
+    return rows(q), *(t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
+
+
+def _run_y(place, in_graphs, q, k, v, causal, scale) -> torch.Tensor:
     """y alone, of whichever op PyTorch chose: the rules of all are the same."""
     numbers = causal, scale, False, None if place == NO_MASK else SEEN[place]
     found = ATTENTION.get((numbers, form(q, k, v)))
     ready = None if found is None else found.launched(q, k, v)
     if ready is not None:
         return ready[0]
-    return _run(EFFICIENT)(place, q, k, v, None, False, 0.0, causal, scale=scale)[0]
+    if in_graphs:
+        return _run(EFFICIENT)(place, q, k, v, None, False, 0.0, causal, scale=scale)[0]
+    mask = None if place == NO_MASK else Read(SEEN[place], None)
+    given = *_readable(q, k, v), mask, False, 0.0, causal
+    return laid(EFFICIENT, kernel_of(EFFICIENT)(*given, scale=scale), given)[0]
 
 
-_Y = defined("known_attention",
-             "(int seen, Tensor query, Tensor key, Tensor value, bool is_causal, float? scale) -> Tensor",
-             _run_y, lambda place, q, *given: rows(q.new_empty(q.shape)))
+_Y = defined("known_attention", "(int seen, bool in_graphs, Tensor query, Tensor key, Tensor value, bool is_causal, "
+             "float? scale) -> Tensor", _run_y, lambda place, in_graphs, q, *given: rows(q.new_empty(q.shape)))
 
 
 def _prepare(kernel, given: tuple, named: dict) -> None:

@@ -2,19 +2,23 @@
 
 `Fake` is a key for extensions outside PyTorch's core, of which there is none left that uses it. It stands below
 autograd and autocast and above the devices, and a fallthrough makes it free for every op without a rule.
-`DeferredInit` is another such key, above autograd: for whole calls of composite ops (composites.py).
+`DeferredInit` is another such key, above autograd and autocast: for whole calls of composite ops (composites.py).
 """
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable
 from functools import wraps
 
 import torch
+from torch._C._dynamo import eval_frame
 from torch.autograd import forward_ad
 
-KEY, EARLY = torch._C._dispatch_key_parse("Fake"), torch._C._dispatch_key_parse("DeferredInit")
+_NAMES = "Fake", "DeferredInit"
+KEY, EARLY = map(torch._C._dispatch_key_parse, _NAMES)
 KEYS = torch._C.DispatchKeySet(KEY) | torch._C.DispatchKeySet(EARLY)
 RULES: dict[str, Callable] = {}  # the op as torch.ops.aten writes it -> what takes its place
 
@@ -38,6 +42,7 @@ class _Thread(threading.local):
 
 
 _THREAD, _LOCK = _Thread(), threading.Lock()
+_OURS = tuple(os.path.dirname(file) + os.sep for file in (torch.__file__, __file__))
 _LIBRARIES: list[torch.library.Library] = []
 _STRICT = {True: 0, False: 0}  # how many modes are on, in all threads
 
@@ -136,7 +141,16 @@ def object_to(name: str, why: str) -> None:
         raise Refused(f"{text}. Leave the block for it, or use strict=False to run it as PyTorch does")
     if name not in _THREAD.warned:
         _THREAD.warned.add(name)
-        warnings.warn(f"{text}; it runs as PyTorch runs it, and the batch may move its bits", MovesBits, stacklevel=3)
+        warnings.warn(f"{text}; it runs as PyTorch runs it, and the batch may move its bits", MovesBits,
+                      stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """For warnings.warn: where the reader's code called into PyTorch or this suite."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def guarded(name: str, op, function: Callable, short: Callable) -> Callable:
@@ -163,6 +177,14 @@ def guarded(name: str, op, function: Callable, short: Callable) -> Callable:
             finally:
                 torch._C._set_grad_enabled(gradients)
             return op(*arguments, **named) if result is NotImplemented else result
+    return unseen_by_dynamo(kernel)
+
+
+def unseen_by_dynamo(kernel: Callable) -> Callable:
+    """`kernel` so marked that Dynamo compiles neither it nor what it calls: where Dynamo gives a reader's frame up, it
+    takes those that the frame calls, and settings of PyTorch's that a kernel reads would be constants."""
+    skip = eval_frame._FrameAction.SKIP
+    eval_frame.set_code_exec_strategy(kernel.__code__, eval_frame._FrameExecStrategy(skip, skip))
     return kernel
 
 
@@ -181,18 +203,22 @@ def _install() -> None:
         if _LIBRARIES:
             return
         from . import attention, compiling, elements, overloads, products, reductions, refused  # noqa: F401 - for rules
-        from .composites import COMPOSITES, composite
+        from .composites import COMPOSITES, seen_whole
         from .kept import short, unless_on_gpu
         from .overloads import ON_A_CPU_ALONE
 
         everywhere, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
-        for key in ("Fake", "DeferredInit"):
-            everywhere.fallback(torch.library.fallthrough_kernel, key)
+        here, early = _NAMES
+        for name in _NAMES:
+            everywhere.fallback(torch.library.fallthrough_kernel, name)
         for name, function in RULES.items():
             if (op := op_of(name)) is not None:
-                kernel, alone = guarded(name, op, function, short(name)), name in ON_A_CPU_ALONE
-                aten.impl(name, unless_on_gpu(op, kernel) if alone else kernel, "Fake", with_keyset=alone)
-        for name, ways in COMPOSITES.items():
-            aten.impl(name, composite(op_of(name), *ways), "DeferredInit", with_keyset=True)
+                kernel = guarded(name, op, function, short(name))
+                if name in ON_A_CPU_ALONE:
+                    aten.impl(name, unless_on_gpu(op, kernel), here, with_keyset=True)
+                else:
+                    aten.impl(name, kernel, here)
+        for name, way in COMPOSITES.items():
+            aten.impl(name, seen_whole(op_of(name), way), early, with_keyset=True)
         compiling.hook()
         _LIBRARIES.extend((everywhere, aten))

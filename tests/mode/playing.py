@@ -67,7 +67,8 @@ def gpu(monkeypatch):
             del plans[key]
     kept_attention.ATTENTION.clear()
     kept_attention._PLANS.clear()
-    composites.WHOLE.clear()
+    kept_attention.WHOLE.clear()
+    composites._LONG.clear()
 
 
 @pytest.fixture

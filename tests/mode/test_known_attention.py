@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from playing import Q
 
 from kernels import runtime
 from kernels.bits import portable, same_bits
@@ -112,7 +113,7 @@ def test_y_alone_lies_as_it_is_said_to_wherever_queries_lie():
     x = _x().transpose(1, 2).contiguous().transpose(1, 2)
     op = torch.ops.same_bits_mode.known_attention.default
     for q in (x, x.contiguous(), x.repeat_interleave(2, -1)[..., ::2]):
-        y, said = op(-1, q, x, x, True, None), op(*(-1, *(t.to("meta") for t in (q, x, x)), True, None))
+        y, said = op(-1, False, q, x, x, True, None), op(-1, True, *(t.to("meta") for t in (q, x, x)), True, None)
         with batch_invariant(strict=True):
             assert same_bits(y, EFFICIENT(x, x, x, None, False, 0.0, True)[0]) and y.stride() == said.stride()
 
@@ -126,6 +127,17 @@ def test_who_prepares_is_another_thread(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="must run once before a CUDA graph is captured"):
         known_attention._prepare(lambda *given: None, (_x(),), {})
+
+
+def test_outside_of_graphs_nothing_is_prepared_for_a_capture(attention, monkeypatch):
+    """A capture by hand on a stream of its own takes attention as the op without a place does."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    op, given = torch.ops.same_bits_mode.known_attention.default, (Q, Q, Q, True, None)
+    with pytest.raises(RuntimeError, match="must run once before a CUDA graph is captured"):
+        op(-1, True, *given)
+    assert not attention and op(-1, False, *given).shape == Q.shape
+    assert [kind for kind, *_ in attention] == ["looked at"]
+    assert op(-1, True, *given).shape == Q.shape and attention[-1][0] == "launched"
 
 
 @pytest.mark.gpu
