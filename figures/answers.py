@@ -140,8 +140,19 @@ def _caption(every, about, speed, gpu, page) -> str:
         said += f"{page.newline}Verified: default ops, checked by default ops at one shape; one draft in 16 is wrong."
     if not len(speed):
         return f"{said}{page.newline}Speed: no GPU has recorded it yet."
+    others = of_another_run(speed)
     return (f"{said}{page.newline}Speed: {speed.model.iloc[0]}, random weights, on the "
-            f"{gpu['device'].removeprefix('NVIDIA ')}: medians of interleaved runs, one CUDA graph a step for each.")
+            f"{gpu['device'].removeprefix('NVIDIA ')}: medians of interleaved runs, one CUDA graph a step for each"
+            f"{others and f'; {others} of other runs than invariant'}.")
+
+
+def of_another_run(speed) -> str:
+    """The ops of which some point was timed in another run than `invariant`: contenders of a run are written together.
+    """
+    at = speed.assign(at=pd.to_datetime(speed.recorded_at, utc=True, format="ISO8601")).pivot(
+        index=["phase", "batch", "context"], columns="ops", values="at")
+    return " and ".join(ops for ops in at if "invariant" in at and
+                        ((at[ops] - at.invariant).abs() > pd.Timedelta(minutes=1)).any())
 
 
 def words(data=records.DATA, machine: str | None = None) -> str:

@@ -66,13 +66,20 @@ def _speed(data, machine) -> str:
             f"Over {len(us)} points of decode and prefill `invariant` ops have {_mean(ratio):.2f} times the default's "
             f"speed in the geometric mean, and `frozen` {_mean(us.frozen / us.default):.2f}. The lowest is "
             f"{ratio.min():.2f}: {phase} of {batch:,} behind {context:,}. Slower than the default: "
-            f"{(ratio < 1).sum()} of {len(us)}.{_shareable(rows)}")
+            f"{(ratio < 1).sum()} of {len(us)}.{_apart(rows)}{_shareable(rows)}")
+
+
+def _apart(rows) -> str:
+    others = answers.of_another_run(rows)
+    return others and f" Timed in other runs than `invariant`: {others}."
 
 
 def _shareable(rows) -> str:
     """What the order that several GPUs can share costs on one, where both orders were timed in one run."""
     ms = rows.pivot(index=["phase", "batch", "context"], columns="ops", values="ms_p50")
     if SHAREABLE not in ms:
+        return ""
+    if SHAREABLE in answers.of_another_run(rows):
         return ""
     ratio = (ms[SHAREABLE] / ms.invariant).dropna()
     spans = [f"{phase} {mine.min():.2f} to {mine.max():.2f}" for phase, mine in ratio.groupby("phase")]

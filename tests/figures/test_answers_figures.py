@@ -153,3 +153,11 @@ def test_a_model_without_letters_has_no_tree(tmp_path):
     with pytest.raises(ValueError, match="no answers of the byte model are recorded for h200"):
         answer_tree.draw(tmp_path)
     assert records.machines(recorded.ANSWERS.file, tmp_path) == ["h200"]
+
+
+def test_what_was_timed_in_another_run_is_named(with_a_gpu):
+    assert "of other runs" not in said(answers.draw(with_a_gpu))
+    rows = speed.SERVING.read(with_a_gpu / "h200")
+    one = rows[(rows.ops == "frozen") & (rows.context == 512)]
+    speed.SERVING.merge(with_a_gpu / "h200", one.assign(recorded_at="2020-01-01T00:00:00Z"))
+    assert "; frozen of other runs than invariant." in said(answers.draw(with_a_gpu))
