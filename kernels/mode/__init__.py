@@ -6,14 +6,15 @@
 A key of PyTorch's dispatcher that nothing else uses stands between autograd and the devices' kernels. The rules in this
 folder are registered there once; the mode only tells the thread whether the key counts. So nothing of PyTorch is
 replaced, other threads notice nothing, and leaving the mode, by an exception too, is the end of it. Ops without a rule
-cost nothing. Composite ops (linear, matmul, einsum, scaled_dot_product_attention) are caught in what they are made
-of, gradients in the backward passes' own products and sums, casts of autocast before they arrive here.
+cost nothing. Composite ops (einsum, cross_entropy) are caught in what they are made of, gradients in the backward
+passes' own products and sums, casts of autocast before they arrive here. Of linear and matmul PyTorch would make one
+product or several, as their rows lie: a second key above autograd sees them whole and makes one.
 
     switch      the key, the thread's state, what a refusal is      products    mm and its like
     reductions  sums, softmax, norms and their gradients            attention   scaled_dot_product_attention
     elements    functions of one number that a CPU's loops move     refused     what moves bits and has no order here
-    kept        the short way of a call like one before             composites  linear and attention in one step
-    compiling   what torch.compile traces in the mode
+    kept        the short way of a call like one before             composites  linear, matmul and attention, seen whole
+    folded      rows of several dimensions as one product           compiling   what torch.compile traces in the mode
 
 compiling has its parts in opaque, compiled_attention and known_attention, rounded_norm and norm_fusion; kept has its
 own in kept_attention.

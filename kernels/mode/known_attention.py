@@ -40,14 +40,14 @@ def replace(module: torch.fx.GraphModule, in_graphs: bool) -> None:
     places: dict[torch.fx.Node, int | None] = {}  # of each reading of a mask
     for node in list(module.graph.nodes):
         name, read = _attention(node)
-        if not name or not _can(name, *_bound(name, node, read)):
+        given, shapes = _bound(name, node, read) if name else ({}, {})
+        if not name or not _can(name, given, shapes):
             continue
         if read and node.args[0] not in places:
             places[node.args[0]] = _place(node.args[0])
         alone = all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
         place = places[node.args[0]] if read else NO_MASK if in_graphs or alone else None
         if place is not None:
-            given, _ = _bound(name, node, read)
             if alone:
                 _put_y(module.graph, node, place, given, in_graphs)
             else:

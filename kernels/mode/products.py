@@ -65,6 +65,11 @@ def _bmm(self, mat2):
     return how(self, bmm)(self, mat2.transpose(1, 2), Order(1, self.shape[2]))
 
 
+def _expands(self, shape) -> bool:
+    """Whether a tensor can be added to a product of this shape."""
+    return self.dim() <= len(shape) and all(n in (1, m) for n, m in zip(self.shape[::-1], shape[::-1], strict=False))
+
+
 def combined(self, product, beta, alpha) -> torch.Tensor:
     """beta * self + alpha * product, each operation rounded once; beta = 0 leaves self out, NaN and all."""
     y = product.float() if alpha == 1 else product.float() * alpha
@@ -75,7 +80,8 @@ def combined(self, product, beta, alpha) -> torch.Tensor:
 
 @rule("addmm")
 def _addmm(self, mat1, mat2, *, beta=1, alpha=1):
-    if not _fits(mat1, mat2, 2) or not supported(mat1=mat1, mat2=mat2, self=self):
+    if not _fits(mat1, mat2, 2) or not _expands(self, mat1.shape[:1] + mat2.shape[1:]) \
+            or not supported(mat1=mat1, mat2=mat2, self=self):
         return NotImplemented
     if beta == alpha == 1 and self.shape == mat2.shape[1:]:
         weight = mat2.t()

@@ -190,9 +190,6 @@ def unseen_by_dynamo(kernel: Callable) -> Callable:
 
 def _without_numbers(arguments) -> bool:
     """Tensors of torch.compile's tracing, and meta tensors: they have shapes alone."""
-    first = arguments[0]
-    if type(first) is torch.Tensor or type(first) is torch.nn.Parameter:  # then so are the others; this is each call
-        return first.is_meta
     return any(isinstance(a, torch.Tensor) and (
         a.is_meta or type(a).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__) for a in arguments)
 

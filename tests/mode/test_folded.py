@@ -1,6 +1,8 @@
 """linear and matmul of rows in several dimensions: the same bits wherever a row lies and whoever is beside it."""
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -82,6 +84,18 @@ def test_out_and_empty_ones():
         assert same_bits(H[..., :0] @ W.t()[:0], torch.zeros(2, 3, N, device=DEVICE))
         with pytest.raises(RuntimeError, match="dtype|Double"):
             torch.matmul(H, W.t(), out=out.double())
+
+
+def test_a_bias_or_a_weight_that_does_not_fit_is_pytorchs_to_refuse():
+    for given in ((H, W, B[:-1]), (H[0], W, B[:-1]), (H[0], W, B.to("meta")), (H[0], W.to("meta"), None)):
+        said = []
+        for mode in (nullcontext(), batch_invariant(strict=True)):
+            with mode:
+                try:
+                    said.append(F.linear(*given).device.type)
+                except RuntimeError as error:
+                    said.append(str(error).splitlines()[0])
+        assert said[0] == said[1]
 
 
 def test_a_warning_names_the_readers_line():
