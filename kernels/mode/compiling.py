@@ -53,7 +53,7 @@ def _decomposition(name: str, before: Callable | None) -> Callable:
     on_cpu_alone = name in EVERY
 
     def traced(*arguments, **named):
-        if on_cpu_alone and arguments[0].device.type != "cpu":
+        if on_cpu_alone and next(a for a in arguments if isinstance(a, torch.Tensor)).device.type != "cpu":
             return NotImplemented if before is None else before(*arguments, **named)
         return _opaque(name)(*arguments, **named)
     return traced

@@ -16,10 +16,12 @@ VECTORS = 256  # numbers: a multiple of every vector and of every unrolling of i
 PIECE = 1 << 14  # numbers: below what PyTorch gives to a second thread
 
 ONE = ("silu", "gelu", "sigmoid", "softplus", "elu", "mish", "exp2", "rsqrt", "tanh", "erf", "exp", "log", "sin",
-       "cos", "pow.Tensor_Scalar", "expm1", "log1p", "selu", "celu", "hardswish", "sinh", "cosh")
+       "cos", "pow.Tensor_Scalar", "expm1", "log1p", "selu", "celu", "hardswish", "sinh", "cosh", "atanh", "softshrink",
+       "special_i0e")
 TWO = ("silu_backward", "gelu_backward", "sigmoid_backward", "tanh_backward", "mish_backward", "softplus_backward")
-PAIRS = ("atan2", "logaddexp", "logaddexp2", "pow.Tensor_Tensor")  # of two numbers, whose tensors may broadcast
-EVERY = (*ONE, *TWO, *PAIRS)
+PAIRS = ("atan2", "logaddexp", "logaddexp2", "pow.Tensor_Tensor", "igamma", "igammac")  # of two, which may broadcast
+OF_A_NUMBER = "pow.Scalar"  # and a tensor
+EVERY = (*ONE, *TWO, *PAIRS, OF_A_NUMBER)
 
 
 def steady(name: str, tensors: int):
@@ -51,6 +53,12 @@ def _pairwise(name: str):
         dtype = torch.result_type(a, b)
         return of_one_shape(*(t.to(dtype) for t in torch.broadcast_tensors(a, b)))
     return call
+
+
+@rule(OF_A_NUMBER)
+def _power(self, exponent):
+    base = torch.full((), self, dtype=torch.result_type(self, exponent), device=exponent.device)
+    return _pairwise("pow.Tensor_Tensor")(base, exponent)
 
 
 for _name in PAIRS:

@@ -1,7 +1,7 @@
 """The overloads that write: mm.out, addmm_ and their like, made of the rules whose results they take."""
 from __future__ import annotations
 
-from .elements import EVERY, ONE
+from .elements import EVERY, OF_A_NUMBER, ONE, PAIRS
 from .switch import RULES, op_of, rule
 
 OUT = {"mm.out": "mm", "addmm.out": "addmm", "bmm.out": "bmm", "baddbmm.out": "baddbmm", "mv.out": "mv",
@@ -10,16 +10,14 @@ OUT = {"mm.out": "mm", "addmm.out": "addmm", "bmm.out": "bmm", "baddbmm.out": "b
        "addmm.dtype_out": "addmm.dtype", "baddbmm.dtype_out": "baddbmm.dtype", "sum.IntList_out": "sum.dim_IntList",
        "sum.out": "sum", "mean.out": "mean.dim", "mean.dtype_out": "mean", "_softmax.out": "_softmax",
        "_log_softmax.out": "_log_softmax", "embedding_dense_backward.out": "embedding_dense_backward",
-       "silu.out": "silu", "gelu.out": "gelu", "sigmoid.out": "sigmoid",
-       "softplus.out": "softplus", "elu.out": "elu", "mish.out": "mish", "exp2.out": "exp2", "rsqrt.out": "rsqrt",
-       "tanh.out": "tanh", "exp.out": "exp", "pow.Tensor_Scalar_out": "pow.Tensor_Scalar",
        "cumsum.out": "cumsum", "prod.out": "prod", "prod.int_out": "prod.dim_int", "index_add.out": "index_add",
        "scatter_add.out": "scatter_add", "linalg_vector_norm.out": "linalg_vector_norm",
        "var.correction_out": "var.correction", "std.correction_out": "std.correction"}
-IN_PLACE = {"addmm_": "addmm", "baddbmm_": "baddbmm", "addmv_": "addmv", "addbmm_": "addbmm", "silu_": "silu",
-            "gelu_": "gelu", "sigmoid_": "sigmoid", "elu_": "elu", "exp2_": "exp2", "rsqrt_": "rsqrt",
-            "tanh_": "tanh", "exp_": "exp", "mish_": "mish", "pow_.Scalar": "pow.Tensor_Scalar", "cumsum_": "cumsum"}
-ON_A_CPU_ALONE = {*EVERY, *(name for name, of in (OUT | IN_PLACE).items() if of in ONE)}
+IN_PLACE = {"addmm_": "addmm", "baddbmm_": "baddbmm", "addmv_": "addmv", "addbmm_": "addbmm", "cumsum_": "cumsum"}
+_ELEMENTS_OUT = {name + ("_out" if "." in name else ".out"): name for name in (*ONE, *PAIRS, OF_A_NUMBER)}
+_ELEMENTS_IN_PLACE = {"pow_.Scalar": "pow.Tensor_Scalar", "pow_.Tensor": "pow.Tensor_Tensor",
+                      **{f"{name}_": name for name in (*ONE, *PAIRS) if "." not in name}}
+ON_A_CPU_ALONE = {*EVERY, *_ELEMENTS_OUT, *_ELEMENTS_IN_PLACE}
 REDUCES = ("sum.IntList_out", "sum.out", "mean.out", "mean.dtype_out")
 
 
@@ -58,9 +56,9 @@ def _layer_norm_into(*arguments, out0, out1, out2):
     return out0, out1, out2
 
 
-for _name, _of in OUT.items():
+for _name, _of in (OUT | _ELEMENTS_OUT).items():
     if op_of(_name) is not None:
         rule(_name)(_into(_name, _of))
-for _name, _of in IN_PLACE.items():
+for _name, _of in (IN_PLACE | _ELEMENTS_IN_PLACE).items():
     if op_of(_name) is not None:
         rule(_name)(_in_place(_of))

@@ -59,7 +59,10 @@ KNOWN = {
     "multinomial": Mover(("multinomial",)),
     "batch_norm[training]": Mover(("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm"), _trains),
 }
-RANDOM = ("bernoulli", "bernoulli.p", "bernoulli_.float", "bernoulli_.Tensor", "exponential_")
+RANDOM = ("bernoulli", "bernoulli.p", "bernoulli_.float", "bernoulli_.Tensor", "exponential_", "poisson", "binomial",
+          "_standard_gamma", "_sample_dirichlet")
+RECURRENT = {"mkldnn_rnn_layer": "mkldnn", "mkldnn_rnn_layer_backward": "mkldnn", "_cudnn_rnn": "cudnn",
+             "_cudnn_rnn_backward": "cudnn"}
 
 
 def _refusal(row: str, mover: Mover) -> Callable:
@@ -81,7 +84,21 @@ def _several(*arguments, **named):
                       "torch.backends.mha.set_fastpath_enabled(False)")
 
 
+def _recurrent(library: str) -> Callable:
+    def refuse(*arguments, **named):
+        raise Unsupported("is a whole layer in one kernel, whose sums have no order here: turn it off by "
+                          f"torch.backends.{library}.flags(enabled=False)")
+    return refuse
+
+
+@rule("linalg_matrix_exp")
+def _matrix_exp(self):
+    raise Unsupported("takes other steps for one matrix than for several, and has no order here")
+
+
 for _row, _mover in KNOWN.items():
     rule(*_mover.ops)(_refusal(_row, _mover))
 rule(*RANDOM)(_random)
+for _name, _library in RECURRENT.items():
+    rule(_name)(_recurrent(_library))
 rule("_transformer_encoder_layer_fwd", "_native_multi_head_attention")(_several)
