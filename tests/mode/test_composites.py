@@ -76,8 +76,11 @@ def test_a_gradient_and_a_trace_see_a_linear_that_was_one_step(gpu):
             for _ in range(2):
                 F.linear(ROWS, weight)
             assert gpu[-1][0] is weight
-            assert "aten::linear" in str(torch.jit.trace(F.linear, (ROWS, weight), check_trace=False).graph)
-        assert F.linear(ROWS, weight).requires_grad
+            graph = str(torch.jit.trace(F.linear, (ROWS, weight), check_trace=False).graph)
+            assert "aten::linear" in graph and "view" not in graph and "reshape" not in graph
+            F.linear(ROWS, weight)
+            assert gpu[-1][0] is weight
+        assert F.linear(ROWS, weight).requires_grad and gpu[-1][0] is not weight
 
 
 def test_forward_mode_derivatives_are_refused_after_a_linear_was_one_step(gpu):
@@ -140,7 +143,10 @@ def test_a_weight_whose_memory_was_freed_is_pytorchs_to_refuse(gpu):
         for _ in range(2):
             F.linear(ROWS, weight)
         assert gpu[-1][0] is weight
+        gpu.clear()  # pytest would print what it holds
         weight.untyped_storage().resize_(0)
+        key = composites.COMPOSITES["linear"].key(ROWS, weight)
+        assert key is None
         with pytest.raises(RuntimeError, match="out of bounds"):
             F.linear(ROWS, weight)
 
@@ -174,8 +180,10 @@ def test_other_attention_is_no_step_of_a_known_one(attention, other):
         assert one_step(Q, K, K, **known) is not None
         assert one_step(Q, K, K, **(known | other)) is None
         assert one_step(Q[:, :, :4], K, K, **known) is one_step(Q.float(), K.float(), K.float(), **known) is None
-        for backends in ([SDPBackend.MATH], [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]):
-            with sdpa_kernel(backends, set_priority=True):
+        every = [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+                 SDPBackend.CUDNN_ATTENTION]
+        for setting in (sdpa_kernel(SDPBackend.MATH), sdpa_kernel(every, set_priority=True)):
+            with setting:
                 assert one_step(Q, K, K, **known) is None
     assert one_step(Q.clone().requires_grad_(), K, K, **known) is None
 
