@@ -9,7 +9,7 @@ from ..ops.matmul.call import CALL as MATMUL
 from ..ops.matmul.plan import Plan
 from .kept import can_keep, form
 
-_view = torch.ops.aten._unsafe_view.default
+_view = torch.ops.aten._unsafe_view.default  # as PyTorch does: its result is no view, so it may be changed in place
 
 
 def linear(op, input, weight, bias=None):
@@ -47,6 +47,7 @@ def linear_key(input, weight, bias=None) -> tuple | None:
     if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad
                                     or bias is not None and bias.requires_grad) or not weight.data_ptr():
         return None
+    # written out: `form` would look again for what the call's keys have ruled out
     key = "linear", input.shape, input.stride(), input.dtype, input.get_device(), weight.shape, weight.stride(), \
         weight.dtype, weight.get_device()
     return key if bias is None else (*key, bias.shape, bias.stride(), bias.dtype, bias.get_device())
