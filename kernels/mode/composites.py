@@ -1,13 +1,13 @@
-"""Whole calls of composite ops, seen by a key of the dispatcher above autograd: linear, matmul and attention.
+"""Whole calls of ops, seen by a key of the dispatcher above autograd: linear, matmul, attention, sums and means.
 
 PyTorch makes a product of one or several from a matrix and rows of more than two dimensions, and adds a bias inside it
 or behind it. How the rows lie decides, and what needs a gradient. A slice of a batch of one lies otherwise than one of
 two, so its bits could move. Here all rows are one product, with its bias, whatever they lie in. (folded.py)
 
-On a GPU the parts of linear and attention take the host longer than a launch. So a call like one before is one step. It
-is where nothing comes between this key and the GPU's kernels: no gradient, autocast, transform, tracing or lazy
-negation, all of which are among the call's own keys. The first call of a form goes the long way. If rules took its
-parts and left plans (kept.py), the next such call launches what they left.
+On a GPU the way through autograd and a rule takes the host longer than a launch. So a call like one before is one step
+(steps.py). It is where nothing comes between this key and the GPU's kernels: no gradient, autocast, transform, tracing
+or lazy negation, all of which are among the call's own keys. The first call of a form goes the long way. If rules took
+its parts and left plans (kept.py), the next such call launches what they left.
 """
 from __future__ import annotations
 
@@ -18,56 +18,81 @@ import torch
 from torch.autograd import forward_ad
 
 from ..call import Plans
-from .folded import leave_linear, linear, linear_at_once, linear_key, matmul
-from .kept_attention import attention_at_once, attention_key, leave_attention
-from .switch import EARLY, KEYS, op_of, unseen_by_dynamo
+from ..ops.mean import mean, sum
+from . import kept_attention
+from .folded import LINEAR, leave_linear, linear, linear_key, matmul
+from .kept import leave_reduction, reduction_key
+from .switch import EARLY, KEYS, op_of
 
-_KEY = torch._C.DispatchKeySet(EARLY)
-_LONG = Plans()  # keys of calls whose first one left nothing: they go the long way
+_KEY, _CUDA = (torch._C.DispatchKeySet(key) for key in (EARLY, torch._C._dispatch_key_parse("CUDA")))
 
 
 class Composite(NamedTuple):
-    """How an op's whole calls are made. All take the op's arguments, but `key` a key before them.
+    """How an op's whole calls are made. `key` and `leave` take the op's arguments, `leave` behind the key.
 
-    long     the long way, which is given the op first
-    key      what decides a step; None for calls that have none
-    at_once  the result in one step, or None where no step is known
-    leave    after the long way: make a step of what rules left, if there is one, and say so
+    long   the long way, which is given the op first
+    key    what decides a step; None for calls that have none
+    leave  after the long way: a step made of what rules left, None for calls that have none, NotImplemented for later
+    steps  key -> step, which takes the op's arguments and gives its result, or None where it cannot
     """
 
     long: Callable
     key: Callable = lambda *arguments, **named: None
-    at_once: Callable = lambda *arguments, **named: None
-    leave: Callable = lambda *arguments, **named: False
+    leave: Callable = lambda *arguments, **named: None
+    steps: Plans = Plans()
 
 
-def keys(*names: str) -> int:
-    """The set of these keys and the early one, as a number."""
-    found = _KEY
-    for name in names:
-        found = found | torch._C.DispatchKeySet(torch._C._dispatch_key_parse(name))
-    return found.raw_repr()
+def usual(device: str) -> dict[int, torch._C.DispatchKeySet]:
+    """The sets of keys, as numbers, of calls on a kind of device between which and its kernels nothing comes -> the
+    same without our keys.
+
+    In inference mode there is no key of autograd, only ops that write have the one that counts versions, and ops of
+    which all are composites have none of the rules.
+    """
+    on, autograd, versions = (torch._C.DispatchKeySet(torch._C._dispatch_key_parse(name))
+                              for name in (device, f"Autograd{device}", "ADInplaceOrView"))
+    return {(rest | ours).raw_repr(): rest for ours in (_KEY, KEYS)
+            for rest in (on, on | autograd, on | versions, on | autograd | versions)}
 
 
-USUAL = {keys("CUDA", "AutogradCUDA"), keys("CUDA")}  # inference tensors have no second one
+USUAL = usual("CUDA")
 
 
 def seen_whole(op, way: Composite) -> Callable:
     """The early key's kernel of an op, which is given the call's keys before its arguments."""
+    find = way.steps.get
+
     def kernel(given, *arguments, **named):
         key = way.key(*arguments, **named) if given.raw_repr() in USUAL and forward_ad._current_level < 0 else None
-        if key is not None:
-            found = way.at_once(key, *arguments, **named)
-            if found is not None:
-                return found
+        step = None if key is None else find(key)
+        found = None if step is None else step(*arguments, **named)
+        if found is not None:
+            return found
         with torch._C._ExcludeDispatchKeyGuard(_KEY):
             result = way.long(op, *arguments, **named)
-        if key is not None and key not in _LONG:
+        if key is not None and key not in way.steps:
             with torch._C._ExcludeDispatchKeyGuard(KEYS):
-                if not way.leave(key, *arguments, **named):
-                    _LONG.keep(key, None)
+                step = way.leave(key, *arguments, **named)
+            if step is not NotImplemented:
+                way.steps.keep(key, step)
         return result
-    return unseen_by_dynamo(kernel)
+    return kernel
+
+
+def unless_on_gpu(op) -> Callable:
+    """The early key's kernel of a function of one number, which has a rule on a CPU alone: past it on a GPU.
+
+    Without gradients it goes past autograd too, which for what it writes to counts versions.
+    """
+    go_on, writes = op._handle.redispatch_boxed, op._schema.is_mutable
+
+    def kernel(given, *arguments, **named):
+        rest = USUAL.get(given.raw_repr()) if forward_ad._current_level < 0 else None
+        if rest is None:
+            with torch._C._ExcludeDispatchKeyGuard(_KEY):
+                return go_on(given.remove(EARLY), *arguments, **named)
+        return go_on(rest if writes or torch.is_grad_enabled() else _CUDA, *arguments, **named)
+    return kernel
 
 
 def _as_it_is(op, *arguments, **named):
@@ -84,6 +109,9 @@ def _into(function: Callable) -> Callable:
     return long
 
 
-COMPOSITES = {"linear": Composite(linear, linear_key, linear_at_once, leave_linear), "matmul": Composite(matmul),
+COMPOSITES = {"linear": Composite(linear, linear_key, leave_linear, LINEAR), "matmul": Composite(matmul),
               "linear.out": Composite(_into(linear)), "matmul.out": Composite(_into(matmul)),
-              "scaled_dot_product_attention": Composite(_as_it_is, attention_key, attention_at_once, leave_attention)}
+              "scaled_dot_product_attention": Composite(_as_it_is, kept_attention.attention_key,
+                                                        kept_attention.leave_attention, kept_attention.WHOLE),
+              **{name: Composite(_as_it_is, reduction_key, leave_reduction(op), Plans())
+                 for name, op in (("sum.dim_IntList", sum), ("mean.dim", mean))}}

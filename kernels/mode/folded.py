@@ -1,13 +1,19 @@
 """linear and matmul of rows in more than two dimensions and a matrix: one product of all rows, with its bias."""
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from math import prod
 
 import torch
 
+from ..call import Plans
 from ..ops.matmul.call import CALL as MATMUL
 from ..ops.matmul.plan import Plan
 from .kept import can_keep, form
+from .steps import can_make, of_product
+
+LINEAR = Plans()  # key -> step
 
 _view = torch.ops.aten._unsafe_view.default  # as PyTorch does: its result is no view, so it may be changed in place
 
@@ -43,31 +49,30 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def linear_key(input, weight, bias=None) -> tuple | None:
-    """What decides a step; None where something needs a gradient or a weight's memory was freed (FSDP does so)."""
+    """What decides a step; None where something needs a gradient."""
     if torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad
-                                    or bias is not None and bias.requires_grad) or not weight.data_ptr():
+                                    or bias is not None and bias.requires_grad):
         return None
     # written out: `form` would look again for what the call's keys have ruled out
-    key = "linear", input.shape, input.stride(), input.dtype, input.get_device(), weight.shape, weight.stride(), \
-        weight.dtype, weight.get_device()
+    key = input.shape, input.stride(), input.dtype, input.get_device(), weight.shape, weight.stride(), weight.dtype, \
+        weight.get_device()
     return key if bias is None else (*key, bias.shape, bias.stride(), bias.dtype, bias.get_device())
 
 
-def linear_at_once(key, input, weight, bias=None) -> torch.Tensor | None:
-    """The product, if there is a plan for it whose schedules are not being tried."""
-    plan = MATMUL.plans.get(key)
-    if plan is None or plan.launch is not Plan.on_gpu:
-        return None
-    return plan.launch(plan, input, weight, bias, None)
-
-
-def leave_linear(key, input, weight, bias=None) -> bool:
-    """Make a plan of a linear, if the rule for its product left one. False where it did not."""
+def leave_linear(key, input, weight, bias=None) -> Callable | None:
+    """A step of a linear, if the rule for its product left a plan. It goes with the plan, whose schedule may be learned
+    anew; while schedules are being tried there is none."""
     if weight.dim() != 2 or not input.dim() or not can_keep(form(input, weight)):
-        return False
-    name, more = ("mm", ()) if bias is None else ("addmm", (bias,))
-    if (name, (), form(_rows(input), weight.t(), *more)) not in MATMUL.plans:
-        return False
-    if key not in MATMUL.plans:
-        MATMUL.plans.keep(key, MATMUL.plan((input, weight, bias, None)))
-    return True
+        return None
+    rows, (name, *more) = _rows(input), ("mm",) if bias is None else ("addmm", bias)
+    if rows.data_ptr() != input.data_ptr() or more and not bias.is_contiguous():
+        return None  # copied at each call
+    plan = MATMUL.plans.get((name, (), form(rows, weight.t(), *more)))
+    if plan is None:
+        return None
+    if plan.launch is not Plan.on_gpu or True not in plan.ready or not can_make(plan.index):
+        return NotImplemented
+    step = of_product(plan, (*input.shape[:-1], weight.shape[0]))
+    if step is not None:
+        weakref.finalize(plan, LINEAR.pop, key, None)
+    return step

@@ -5,8 +5,6 @@ from the tensors' classes, shapes, strides, dtypes and GPU, and from the numbers
 the plan of a call that it took, and the next such call launches it: `SHORT` says how, and gives None where nothing was
 left. Whatever is unusual (another class, a dispatch mode, a transform, a plan whose schedules are being tried) goes to
 the rule as first calls do, so that no refusal is left out.
-
-Functions of one number have rules on a CPU alone: tensors of a GPU go to its kernel at once.
 """
 from __future__ import annotations
 
@@ -22,12 +20,10 @@ from ..ops.matmul.call import CALL as MATMUL
 from ..ops.matmul.plan import Plan
 from ..ops.mean import mean, sum
 from ..ops.softmax import log_softmax, softmax
-from .switch import KEY, unseen_by_dynamo
+from .steps import can_make, of_reduction
 
 _TENSOR, _PARAMETER = torch.Tensor, torch.nn.Parameter
 _modes, _level = torch._C._len_torch_dispatch_stack, torch._C._functorch.maybe_current_level
-_CUDA = torch._C.DispatchKeySet(torch._C._dispatch_key_parse("CUDA"))
-_PLAIN = (_CUDA | torch._C.DispatchKeySet(KEY)).raw_repr()  # the keys of a call whose tensors are a GPU's, and no more
 SHORT: dict[str, Callable] = {}  # the op -> its arguments -> its result, or None
 
 
@@ -90,6 +86,26 @@ def _reduction(op) -> Callable:
     return reduced
 
 
+def reduction_key(self, dim, keepdim=False, *, dtype=None) -> tuple | None:
+    """What decides a sum's or mean's step (composites.py); None for all dimensions, another dtype, or a gradient."""
+    if dim is None or dtype is not None or self.requires_grad and torch.is_grad_enabled():
+        return None
+    return keepdim, *dim, self.shape, self.stride(), self.dtype, self.get_device()
+
+
+def leave_reduction(op) -> Callable:
+    """What makes such a step of the plan that the rule left."""
+    name, plans = op.name, op.call.plans
+
+    def leave(_, self, dim, keepdim=False, **named):
+        lies = form(self)
+        plan = plans.get((name, (*dim, keepdim), lies)) if can_keep(lies) else None
+        if plan is not None and not can_make(self.get_device()):
+            return NotImplemented
+        return None if plan is None else of_reduction(plan, self.get_device())
+    return leave
+
+
 def _over(op) -> Callable:
     name, find = op.name, op.call.plans.get
 
@@ -117,14 +133,3 @@ def short(name: str) -> Callable:
 
 def _none(*arguments, **named) -> None:
     return None
-
-
-def unless_on_gpu(op, kernel: Callable) -> Callable:
-    """`kernel` with the call's keys before its arguments; a GPU's tensors go to the GPU's own kernel."""
-    own = op._handle.redispatch_boxed
-
-    def either(keys, *arguments, **named):
-        if keys.raw_repr() == _PLAIN and forward_ad._current_level < 0:
-            return own(_CUDA, *arguments, **named)
-        return kernel(*arguments, **named)
-    return unseen_by_dynamo(either)

@@ -1,6 +1,6 @@
 """The short way of attention: its plan and what it reads of a mask, kept under what decides them (kept.py).
 
-WHOLE has the same for calls of scaled_dot_product_attention (composites.py), under the settings too by which PyTorch
+WHOLE has steps of whole calls of scaled_dot_product_attention (composites.py), under the settings too by which PyTorch
 chooses a kernel.
 """
 from __future__ import annotations
@@ -48,6 +48,11 @@ class _Attention:
                                    device=device) if self.lse else y
         ready(pq, pk, pv, y.data_ptr(), sums.data_ptr(), device)
         return y, sums
+
+    def y(self, q, k, v, *settings, **named) -> torch.Tensor | None:
+        """y alone, as scaled_dot_product_attention gives it."""
+        found = self.launched(q, k, v)
+        return None if found is None else found[0]
 
     def at_once(self, q, k, v) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The same as PyTorch's kernels give it: sums that are not wanted are an empty tensor."""
@@ -165,23 +170,15 @@ def attention_key(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=Fa
             key.get_device(), value.shape, value.stride(), value.dtype, value.get_device())
 
 
-def attention_at_once(step, query, key, value, *settings, **named) -> torch.Tensor | None:
-    """y, if a call like this one is kept and ready here."""
-    found = WHOLE.get(step)
-    ready = None if found is None else found.launched(query, key, value)
-    return None if ready is None else ready[0]
-
-
-def leave_attention(step, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None,
-                    enable_gqa=False) -> bool:
-    """Keep a call for which PyTorch chose one of its kernels and that kernel's rule kept what it launched."""
+def leave_attention(_, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None,
+                    enable_gqa=False):
+    """A step of a call for which PyTorch chose one of its kernels and that kernel's rule kept what it launched."""
     given = query, key, value
     if query.dim() != 4 or query.shape[3] % 8 or torch._fused_sdp_choice(  # other widths are padded before the rule
             *given, None, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa) == SDPBackend.MATH.value:
-        return False
+        return None
     lies, scales = form(*given), (scale, 1 / math.sqrt(query.shape[3]))
     for numbers in ((is_causal, s, sums, None) for s in scales for sums in (False, True)):
         if (numbers, lies) in ATTENTION:
-            WHOLE.keep(step, ATTENTION[numbers, lies])
-            return True
-    return False
+            return ATTENTION[numbers, lies].y
+    return None

@@ -200,22 +200,23 @@ def _install() -> None:
         if _LIBRARIES:
             return
         from . import attention, compiling, elements, overloads, products, reductions, refused  # noqa: F401 - for rules
-        from .composites import COMPOSITES, seen_whole
-        from .kept import short, unless_on_gpu
+        from .composites import COMPOSITES, seen_whole, unless_on_gpu
+        from .kept import short
         from .overloads import ON_A_CPU_ALONE
 
         everywhere, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
         here, early = _NAMES
+
+        def early_kernel(name, kernel):
+            aten.impl(name, unseen_by_dynamo(kernel), early, with_keyset=True)
         for name in _NAMES:
             everywhere.fallback(torch.library.fallthrough_kernel, name)
         for name, function in RULES.items():
             if (op := op_of(name)) is not None:
-                kernel = guarded(name, op, function, short(name))
+                aten.impl(name, guarded(name, op, function, short(name)), here)
                 if name in ON_A_CPU_ALONE:
-                    aten.impl(name, unless_on_gpu(op, kernel), here, with_keyset=True)
-                else:
-                    aten.impl(name, kernel, here)
+                    early_kernel(name, unless_on_gpu(op))
         for name, way in COMPOSITES.items():
-            aten.impl(name, seen_whole(op_of(name), way), early, with_keyset=True)
+            early_kernel(name, seen_whole(op_of(name), way))
         compiling.hook()
         _LIBRARIES.extend((everywhere, aten))

@@ -6,14 +6,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
-from playing import BIAS, CPU, MAT, K, Q, Seen, X
+from playing import BIAS, MAT, K, Q, Seen, X
 
 from kernels import call as call_module
 from kernels.bits import same_bits
 from kernels.mode import Refused, batch_invariant, kept, kept_attention, masks
 from kernels.mode import attention as rules
-from kernels.mode.switch import KEY, op_of
 from kernels.ops.layer_norm import layer_norm
 from kernels.ops.matmul.call import CALL
 from kernels.ops.matmul.op import matmul
@@ -165,27 +163,6 @@ def test_a_sum_to_another_dtype_is_the_rules(gpu, monkeypatch):
     with batch_invariant(strict=True):
         short, long = x.sum(-1), [x.sum(-1, dtype=torch.float32) for _ in range(2)]
     assert short.dtype == torch.bfloat16 and all(same_bits(y, sum.python(x.float(), -1)) for y in long)
-
-
-def test_a_function_of_one_number_is_the_gpus_own(gpu):
-    with batch_invariant(strict=True):
-        z = X.clone()
-        assert same_bits(X.pow(2), X * X) and F.silu(z, inplace=True) is z and same_bits(z, F.silu(X))
-        with pytest.raises(Refused, match="forward-mode"):
-            torch.func.jvp(F.silu, (X,), (X,))
-
-
-@pytest.mark.parametrize("name", ["silu", "silu_", "pow.Tensor_Scalar"])
-def test_only_a_plain_tensor_of_a_gpu_passes_a_rule(gpu, name):
-    op, more = op_of(name), (2,) if "pow" in name else ()
-    kernel = kept.unless_on_gpu(op, lambda *arguments, **named: "the rule")
-    plain = CPU | torch._C.DispatchKeySet(KEY)
-    assert same_bits(kernel(plain, X.clone(), *more), op(X.clone(), *more))
-    for key in ("SparseCPU", "QuantizedCPU", "NestedTensorCPU", "Meta", "CUDA"):
-        other = torch._C.DispatchKeySet(torch._C._dispatch_key_parse(key)) | torch._C.DispatchKeySet(KEY)
-        assert kernel(other, X, *more) == kernel(other | CPU, X, *more) == "the rule"
-    with torch.autograd.forward_ad.dual_level():
-        assert kernel(plain, X, *more) == "the rule"
 
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention.default
