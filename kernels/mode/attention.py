@@ -4,7 +4,7 @@ bfloat16 and float16 with heads of up to 128 numbers and the usual scale take th
 float32 above all, is computed as written here, in float32, for each sequence apart, its keys counted from its first:
 
     scores  a chain over D of q and k, each times the scale's root; -inf where a key is not seen
-    p       softmax over the keys, in the order of ops/softmax.py
+    p       softmax over the keys, in the order of ops/softmax/order.py
     y       a chain over the keys, in sequence, of p and v; 0 where no key is seen
 
 What is masked adds +0 to a sum at its end, so neither the padding nor the other sequences can be in a result. (Rows of

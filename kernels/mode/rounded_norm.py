@@ -7,9 +7,9 @@ Models write the norm of x (..., D), of float32, float16 or bfloat16, in operati
     y      = weight * (float32(stream) * scale rounded to x's dtype) rounded to x's dtype
 
 The mean is opaque to Inductor, which so makes three kernels of a norm. The ops here have the bits of these operations:
-they add as ops/mean.py does and round where they round. A GPU's rsqrt is one approximate instruction in PyTorch, in
-Inductor and here. (PyTorch's takes subnormal numbers too, Triton's makes them zero, so eps is to be a normal number.)
-norm_fusion.py puts them into graphs.
+they add as ops/mean/order.py does and round where they round. A GPU's rsqrt is one approximate instruction in PyTorch,
+in Inductor and here. (PyTorch's takes subnormal numbers too, Triton's makes them zero, so eps is to be a normal
+number.) norm_fusion.py puts them into graphs.
 """
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ A choice depends on its row of logits, on a seed and on a position, and on nothi
 what was drawn before. For one row of V logits:
 
     scores   the logits in float32; greedy takes the largest, of equal ones (+0 equals -0) that of lowest index
-    log p    log_softmax of scores * float32(1 / temperature), one multiplication each, as ops/softmax.py adds
+    log p    log_softmax of scores * float32(1 / temperature), one multiplication each, as ops/softmax/order.py adds
     weight   floor(exp(log p) * 2**31), an integer; exp as in arithmetic/elementary.py
     top-k    keeps the weights of the k largest scores, of equal ones those of lowest index; the others become 0
     top-p    takes what is left in that order, and keeps a token while the weights before it sum to less than

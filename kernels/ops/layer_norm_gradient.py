@@ -3,8 +3,8 @@
     n = (x - middle) * rstd,  g = dy * weight
     dx = ((g - mean(g)) - n * mean(g * n)) * rstd,    dweight and dbias: the sums of dy * n and of dy over the tokens
 
-Every step is one float32 operation, the sums are those of ops/mean.py, a mean is a sum times float32(1 / D), and each
-result is rounded once. The order of dx names one row; dweight and dbias add over the tokens, in their order.
+Every step is one float32 operation, the sums are those of ops/mean/order.py, a mean is a sum times float32(1 / D), and
+each result is rounded once. The order of dx names one row; dweight and dbias add over the tokens, in their order.
 """
 from __future__ import annotations
 

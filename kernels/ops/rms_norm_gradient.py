@@ -3,8 +3,8 @@
     g = dy * weight,  n = x * r
     dx = (g - n * ((sum(g * x) * r) * float32(1 / D))) * r,    dweight = the sum of dy * n over the tokens
 
-Every step is one float32 operation, the sums are those of ops/mean.py, and each result is rounded once. The order of
-dx names one row; dweight adds over the tokens, in their order.
+Every step is one float32 operation, the sums are those of ops/mean/order.py, and each result is rounded once. The order
+of dx names one row; dweight adds over the tokens, in their order.
 """
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The gradient of cross-entropy, from log-probabilities. No sum, so no order.
 
-The loss is the mean, as ops/mean.py adds, of -logp[t, target[t]] over T tokens, logp by ops/softmax.py in float32. For
-a gradient dloss of it, a logit's is
+The loss is the mean, as ops/mean/order.py adds, of -logp[t, target[t]] over T tokens, logp by ops/softmax/order.py in
+float32. For a gradient dloss of it, a logit's is
 
     (exp(logp) - [it is the target]) * (dloss * float32(1 / T))
 

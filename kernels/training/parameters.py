@@ -3,7 +3,7 @@
 The numbers kept are float32; a bfloat16 copy, rounded from them after every step, is what the model reads. With a
 step's gradients g of all weights in one row, and its three numbers a, b and keep (recipe.py), all in float32:
 
-    norm = sqrt(the sum of g * g), as ops/mean.py adds;  g = g * min(clip / norm, 1)
+    norm = sqrt(the sum of g * g), as ops/mean/order.py adds;  g = g * min(clip / norm, 1)
     m = m * beta1 + g * (1 - beta1)
     v = v * beta2 + (g * g) * (1 - beta2)
     w = w * keep                              matrices alone

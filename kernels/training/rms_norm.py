@@ -7,8 +7,8 @@ The order, for one row of D numbers. r is made as in ops/rms_norm.py, in its ord
     k = (c * r) * float32(1 / D)
     dx = (g - n * k) * r, and the gradient that comes along the stream is added to it if there is one
 
-rounded once to the dtype. dweight is the sum of dy * n over the tokens, as ops/mean.py says, rounded once: chunks of
-1024 tokens in sequence, then neighbours in pairs. Every step is one float32 operation.
+rounded once to the dtype. dweight is the sum of dy * n over the tokens, as ops/mean/order.py says, rounded once: chunks
+of 1024 tokens in sequence, then neighbours in pairs. Every step is one float32 operation.
 
 Why a batch cannot change dx: every step names elements of one row. dweight adds over the tokens, in their order, so it
 depends on how many there are and on nothing else.

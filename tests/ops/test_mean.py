@@ -18,7 +18,9 @@ from kernels.arithmetic.sums import tree_width
 from kernels.bits import check_invariance, same_bits
 from kernels.lab.proofs.generated_code import TARGETS, Job
 from kernels.op import DTYPES, Shape
-from kernels.ops.mean import ENOUGH_PROGRAMS, Schedule, _dims, _schedule, _view
+from kernels.ops.mean.order import dims_of
+from kernels.ops.mean.schedule import ENOUGH_PROGRAMS, Schedule, choose
+from kernels.ops.mean.view import view_of
 
 SUM, MEAN = OPS["sum"], OPS["mean"]
 both_ops = pytest.mark.parametrize("op", [SUM, MEAN], ids=["sum", "mean"])
@@ -77,7 +79,7 @@ def special(*values):
 
 @both
 def test_sums_at_the_corners(name):
-    """As kernels/ops/mean.py says of each."""
+    """As kernels/ops/mean/order.py says of each."""
     total, mean = SUM.implementation(name), MEAN.implementation(name)
     inf, nan = float("inf"), float("nan")
     for zeros in (1, 2, 3, 1024, 1025, 2048):
@@ -123,7 +125,7 @@ def test_a_tensor_without_dimensions(op, name, dtype):
 
 def programs(outer, length, inner=1, itemsize=2):
     """How many programs the schedule of choice launches first."""
-    s = _schedule(outer, length, inner, itemsize)
+    s = choose(outer, length, inner, itemsize)
     each = {"rows": s.rows, "stream": 1, "inner": s.columns, "split": s.columns}[s.kind]
     whole = {"rows": outer, "stream": outer, "inner": inner, "split": inner * tree_width(length)}[s.kind]
     return -(-whole // each) * (outer if s.kind in ("inner", "split") else 1)
@@ -138,7 +140,7 @@ def test_few_long_rows_are_not_left_to_one_program():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 def test_rows_of_8192_are_one_launch_at_every_token_count(dtype):
     for tokens in (1, 2, 16, 128, 4096, 65536):
-        assert _schedule(tokens, 8192, 1, dtype.itemsize).kind == "rows"
+        assert choose(tokens, 8192, 1, dtype.itemsize).kind == "rows"
         assert programs(tokens, 8192, 1, dtype.itemsize) == tokens
 
 
@@ -190,7 +192,7 @@ def test_expanded_inputs_are_sums_of_copies(name):
 
 
 def in_place(x, dim):
-    return _view(x, _dims(x, dim)).order is None
+    return view_of(x, dims_of(x, dim)).order is None
 
 
 def test_the_usual_layouts_are_read_in_place():
@@ -215,7 +217,7 @@ def test_a_view_names_every_number_at_its_place(data, sizes):
         x = x[(*[slice(None)] * i, cut)]
     x = (x if data.draw(st.booleans()) else x.contiguous()).permute(data.draw(st.permutations(range(len(sizes)))))
     dims = tuple(sorted(data.draw(st.sets(st.sampled_from(range(len(sizes)))))))
-    view = _view(x, dims)
+    view = view_of(x, dims)
     memory = x if view.order is None else x.permute(view.order).contiguous()
     seen = memory.as_strided(view[:3], (view.outer_stride, view.stride, 1))
     kept = [i for i in range(x.dim()) if i not in dims]

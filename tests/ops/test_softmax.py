@@ -7,7 +7,6 @@ import math
 import re
 import warnings
 from dataclasses import replace
-from importlib import import_module
 
 import pytest
 import torch
@@ -22,9 +21,8 @@ from kernels.arithmetic.sums import ordered_sum, tree_width
 from kernels.bits import check_invariance, elements_differ, same_bits
 from kernels.lab.proofs.generated_code import TARGETS, Job
 from kernels.op import DTYPES, Shape
-from kernels.ops.softmax import Schedule
+from kernels.ops.softmax import Schedule, order
 
-MODULE = import_module("kernels.ops.softmax")  # the package's name `softmax` is the op
 SOFTMAX, LOG = OPS["softmax"], OPS["log_softmax"]
 every_op = pytest.mark.parametrize("op", [SOFTMAX, LOG], ids=["softmax", "log_softmax"])
 
@@ -52,8 +50,9 @@ FEW_CHUNKS, SHORT_SEGMENTS, LONG = (rising(rows, width, seed=seed, device="cpu")
 @pytest.fixture
 def short_segments(monkeypatch):
     """Rows of more than 2 chunks in segments of 2, so that a short row has several; no plan of others is kept."""
-    monkeypatch.setattr(MODULE, "WHOLE", 2)
-    monkeypatch.setattr(MODULE, "SEGMENT", 2)
+    for file in ("order", "schedule", "kernels"):
+        for name in ("WHOLE", "SEGMENT"):
+            monkeypatch.setattr(f"kernels.ops.softmax.{file}.{name}", 2)
     for op in (SOFTMAX, LOG):
         op.call.plans.clear()
     yield
@@ -369,7 +368,7 @@ def test_float16_overflows_nowhere(op, name):
 
 
 def test_the_docstring_states_the_table():
-    said = " ".join(import_module("kernels.ops.softmax").__doc__.partition("Accuracy")[2].split())
+    said = " ".join(order.__doc__.partition("Accuracy")[2].split())
     largest, powers = numbers(20, 33000).abs().max().item(), re.findall(r"2\*\*(-\d+)", said)
     table = [math.floor(math.log2(TOLERANCE[op][dtype])) for op in ("softmax", "log_softmax")
              for dtype in ("float32", "float16", "bfloat16")]

@@ -68,7 +68,7 @@ def test_the_gradient_of_cross_entropy(width):
 
 
 def pencil(column):
-    """Numbers added as ops/mean.py says: chunks of 1024 in sequence, then neighbours in pairs."""
+    """Numbers added as ops/mean/order.py says: chunks of 1024 in sequence, then neighbours in pairs."""
     width = min(1024, 1 << max(len(column) - 1, 0).bit_length())
     padded = np.concatenate([column, np.zeros(-len(column) % width, np.float32)]).reshape(-1, width)
     total = padded[0]

@@ -25,7 +25,7 @@ from kernels import OPS, bits, runtime
 from kernels.lab import bench, records, style
 from kernels.lab.sweep import chart, estimate
 from kernels.lab.sweep import measure as sweep
-from kernels.lab.sweep import widget as widgets
+from kernels.lab.sweep.progress import Clock
 from kernels.lab.sweep.widget import TokenSweep
 from kernels.lab.widgets import jobs, process
 from kernels.lab.widgets import parts as widget_parts
@@ -781,7 +781,7 @@ def test_its_text_form_is_one_line(out):
 
 
 def test_a_time_estimate_uses_what_points_took():
-    clock = widgets._Clock(["a", "b"] * 2, [2.0, 6.0, 2.0, 6.0])
+    clock = Clock(["a", "b"] * 2, [2.0, 6.0, 2.0, 6.0])
     assert clock.text() == "0 of 4 points, about 16 s left"
     clock._last -= 3.0
     clock.tick()
