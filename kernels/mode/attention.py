@@ -29,10 +29,11 @@ from ..ops.attention.order import WIDEST
 from ..ops.bmm import bmm
 from ..ops.matmul.order import Order
 from ..ops.mean import sum
-from ..ops.softmax import log_softmax, softmax
+from ..ops.softmax import log_softmax
 from .kept_attention import as_cudnn, as_efficient, as_flash, as_rows, keep_attention, nothing, of_rows
 from .masks import Read, Seen, of_mask, without_mask
 from .products import how, supported
+from .seen_softmax import seen_softmax
 from .switch import Unsupported, rule
 
 
@@ -99,7 +100,7 @@ def _weights(q, k, hidden, scale):
     root = math.sqrt(1 / math.sqrt(q.shape[2]) if scale is None else abs(scale))
     q = q * (-root if scale is not None and scale < 0 else root)
     scores = how(q, bmm)(q, k * root, Order(1, q.shape[2])).masked_fill(hidden, -math.inf)
-    return scores, how(q, softmax)(scores, -1).masked_fill(hidden, 0.0)
+    return scores, seen_softmax(scores, -1).masked_fill(hidden, 0.0)
 
 
 def _for_heads(t, heads: int):

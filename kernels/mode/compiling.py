@@ -91,6 +91,7 @@ def _patches() -> dict:
     as_eager = dict.fromkeys(("emulate_precision_casts", "eager_numerics.division_rounding",
                               "eager_numerics.disable_ftz"), True)
     kept = dict.fromkeys(("fx_graph_cache", "fx_graph_remote_cache"), False)  # a graph names places in this SEEN
+    kept["cpp.simdlen"] = 1  # no vectors on a CPU: the last few numbers of a loop would take other routines
     known = config.get_config_copy()
     return {name: value for name, value in (as_eager | kept).items() if name in known}
 

@@ -19,10 +19,10 @@ from torch.autograd import forward_ad
 
 from ..call import Plans
 from ..ops.mean import mean, sum
-from . import kept_attention
 from .folded import LINEAR, leave_linear, linear, linear_key, matmul
 from .kept import leave_reduction, reduction_key
 from .switch import EARLY, KEYS, op_of
+from .whole_attention import WHOLE, attention, attention_key, leave_attention
 
 _KEY, _CUDA = (torch._C.DispatchKeySet(key) for key in (EARLY, torch._C._dispatch_key_parse("CUDA")))
 
@@ -111,7 +111,6 @@ def _into(function: Callable) -> Callable:
 
 COMPOSITES = {"linear": Composite(linear, linear_key, leave_linear, LINEAR), "matmul": Composite(matmul),
               "linear.out": Composite(_into(linear)), "matmul.out": Composite(_into(matmul)),
-              "scaled_dot_product_attention": Composite(_as_it_is, kept_attention.attention_key,
-                                                        kept_attention.leave_attention, kept_attention.WHOLE),
+              "scaled_dot_product_attention": Composite(attention, attention_key, leave_attention, WHOLE),
               **{name: Composite(_as_it_is, reduction_key, leave_reduction(op), Plans())
                  for name, op in (("sum.dim_IntList", sum), ("mean.dim", mean))}}

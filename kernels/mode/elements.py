@@ -39,8 +39,14 @@ def steady(name: str, tensors: int):
         op, count = op_of(name), first.numel()
         flat = [torch.nn.functional.pad(t.reshape(-1), (0, -count % VECTORS), value=1.0) for t in given]
         pieces = [op(*piece, *rest, **named) for piece in zip(*(t.split(PIECE) for t in flat), strict=True)]
-        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[:count].view(first.shape)
+        return _laid((pieces[0] if len(pieces) == 1 else torch.cat(pieces))[:count].view(first.shape), given)
     return call
+
+
+def _laid(y: torch.Tensor, given) -> torch.Tensor:
+    """y that lies as the first tensor which was not broadcast, as PyTorch's loops write it."""
+    like = next((t for t in given if 0 not in t.stride()), y)
+    return y if like.is_contiguous() else torch.empty_like(like).copy_(y)
 
 
 def _pairwise(name: str):

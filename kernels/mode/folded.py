@@ -20,8 +20,9 @@ _view = torch.ops.aten._unsafe_view.default  # as PyTorch does: its result is no
 
 def linear(op, input, weight, bias=None):
     """`op`, which is linear, of x (.., K), weight (N, K) and bias (N) in two dimensions; of all else as it is."""
-    if _can_fold(input, weight) and input.dim() != 2 and weight.dim() == 2 and input.shape[-1] == weight.shape[1] \
-            and (bias is None or bias.dim() == 1 and bias.shape[0] == weight.shape[0]):
+    if _can_fold(input, weight) and input.dim() not in (0, 2) and weight.dim() == 2 and (
+            input.shape[-1] == weight.shape[1]) and (
+            bias is None or bias.dim() == 1 and bias.shape[0] == weight.shape[0]):
         return _view(op(_rows(input), weight, bias), (*input.shape[:-1], weight.shape[0]))
     return op(input, weight, bias)
 
@@ -35,7 +36,7 @@ def matmul(op, self, other):
     if other.dim() > 2 and self.shape[-1] == other.shape[-2]:
         columns = other.transpose(-2, -1)
         y = _view(op(_rows(columns), self.t()), (*columns.shape[:-1], *self.shape[:-1]))
-        return y if self.dim() == 1 else y.transpose(-2, -1)
+        return y if self.dim() == 1 else y.transpose(-2, -1).contiguous()  # as PyTorch's lies
     return op(self, other)
 
 

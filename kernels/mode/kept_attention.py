@@ -1,14 +1,8 @@
 """The short way of attention: its plan and what it reads of a mask, kept under what decides them (kept.py).
-
-WHOLE has steps of whole calls of scaled_dot_product_attention (composites.py), under the settings too by which PyTorch
-chooses a kernel.
 """
 from __future__ import annotations
 
-import math
-
 import torch
-from torch.nn.attention import SDPBackend
 
 from ..call import Plans
 from ..ops.attention.op import attention_prefill
@@ -21,7 +15,7 @@ class Few(Plans):
     LARGEST = 64  # each holds tables on a GPU
 
 
-ATTENTION, WHOLE = Few(), Few()
+ATTENTION = Few()
 _PLANS = Plans()  # masks come and go
 
 
@@ -154,31 +148,3 @@ def _state(x: torch.Tensor, *shape: int, dtype: torch.dtype = torch.uint64) -> t
 
 def _scalars(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return _state(x, dtype=torch.int64), _state(x, dtype=torch.int64)
-
-
-_settings = (torch._C._get_flash_sdp_enabled, torch._C._get_mem_efficient_sdp_enabled, torch._C._get_cudnn_sdp_enabled,
-             torch._C._get_math_sdp_enabled)
-
-
-def attention_key(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
-    """What decides a step; None for a mask, dropout, or where something needs a gradient."""
-    if attn_mask is not None or dropout_p or torch.is_grad_enabled() and (
-            query.requires_grad or key.requires_grad or value.requires_grad):
-        return None
-    return (is_causal, scale, enable_gqa, *[setting() for setting in _settings], *torch._C._get_sdp_priority_order(),
-            query.shape, query.stride(), query.dtype, query.get_device(), key.shape, key.stride(), key.dtype,
-            key.get_device(), value.shape, value.stride(), value.dtype, value.get_device())
-
-
-def leave_attention(_, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None,
-                    enable_gqa=False):
-    """A step of a call for which PyTorch chose one of its kernels and that kernel's rule kept what it launched."""
-    given = query, key, value
-    if query.dim() != 4 or query.shape[3] % 8 or torch._fused_sdp_choice(  # other widths are padded before the rule
-            *given, None, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa) == SDPBackend.MATH.value:
-        return None
-    lies, scales = form(*given), (scale, 1 / math.sqrt(query.shape[3]))
-    for numbers in ((is_causal, s, sums, None) for s in scales for sums in (False, True)):
-        if (numbers, lies) in ATTENTION:
-            return ATTENTION[numbers, lies].y
-    return None

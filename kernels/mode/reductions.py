@@ -22,6 +22,7 @@ from ..ops.softmax import log_softmax, softmax
 from .elements import steady
 from .kept import keep
 from .products import how, supported
+from .seen_softmax import from_first, may_be_scores, seen_softmax
 from .switch import Unsupported, rule
 
 
@@ -76,7 +77,8 @@ def _softmax_gradient(grad_output, output, dim, input_dtype):
         return NotImplemented
     y = output.float()
     each = y * grad_output.float()
-    return (each - y * how(output, sum)(each, dim, True)).to(input_dtype)
+    row = from_first(each, y == 0.0, dim) if may_be_scores(y, dim) else each
+    return (each - y * how(output, sum)(row, dim, True)).to(input_dtype)
 
 
 @rule("_log_softmax_backward_data")
@@ -95,23 +97,18 @@ def _exp(x):
 
 @rule("_safe_softmax")
 def _safe_softmax(self, dim, dtype=None):
-    """Softmax of scores as PyTorch's math backend takes it: 0 where every key is hidden.
-
-    A row begins at its first key that is seen, so padding on the left moves no sum; what is behind the last adds zeros.
-    """
+    """Softmax of scores as PyTorch's math backend takes it: 0 where every key is hidden."""
     if not supported(self=self) or not self.dim() or not self.shape[dim]:
         return NotImplemented
-    x = self.transpose(dim, -1)
-    begin = (~(x <= torch.finfo(x.dtype).min)).to(torch.int8).argmax(-1, keepdim=True)  # masks hide by the lowest too
-    place = torch.arange(x.shape[-1], dtype=torch.int64, device=x.device).add(begin).remainder_(x.shape[-1])
-    p = how(x, softmax)(x.gather(-1, place), -1, dtype).masked_fill_((x == -math.inf).all(-1, keepdim=True), 0.0)
-    return torch.empty_like(p).scatter_(-1, place, p).transpose(dim, -1)
+    return seen_softmax(self, dim, dtype).masked_fill_((self == -math.inf).all(dim, keepdim=True), 0.0)
 
 
 def _over(op, x, dim, half_to_float):
     if not supported(self=x):
         return NotImplemented
     dtype = torch.float32 if half_to_float else None
+    if op is softmax and may_be_scores(x, dim):
+        return seen_softmax(x, dim, dtype)
     y = how(x, op)(x, dim, dtype)
     keep(op.name, (x,), (dim, half_to_float), op.call, (x, dim, dtype))
     return y

@@ -22,8 +22,8 @@ _SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, 
 
 
 @cache
-def model(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """'llama', 'qwen3' or 'gpt2'."""
+def model(name: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> torch.nn.Module:
+    """'llama', 'qwen3' or 'gpt2', with attention by PyTorch's op or ('eager') of products and a softmax."""
     torch.manual_seed(0)
     if name == "llama":
         made = LlamaForCausalLM(LlamaConfig(**_SIZES))
@@ -32,6 +32,7 @@ def model(name: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     else:
         made = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4,
                                           bos_token_id=0, eos_token_id=0))
+    made.set_attn_implementation(attention)
     return made.to(DEVICE, dtype).eval()
 
 

@@ -31,10 +31,11 @@ def together(net, given, left):
 
 @each_model
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", [None, SDPBackend.MATH], ids=["", "PyTorch multiplies itself"])
+@pytest.mark.parametrize("attention, backend", [("sdpa", None), ("sdpa", SDPBackend.MATH), ("eager", None)],
+                         ids=["", "PyTorch multiplies itself", "of products and a softmax"])
 @torch.no_grad()
-def test_no_bit_differs_in_random_batches_padded_left_and_right(name, dtype, backend):
-    net, given = model(name, dtype), prompts([5, 1, 3, 4, 2, 5])
+def test_no_bit_differs_in_random_batches_padded_left_and_right(name, dtype, attention, backend):
+    net, given = model(name, dtype, attention), prompts([5, 1, 3, 4, 2, 5])
     with batch_invariant(strict=True), nullcontext() if backend is None else sdpa_kernel(backend):
         expected = alone(net, given)
         for seed, left in itertools.product(range(2), (True, False)):
