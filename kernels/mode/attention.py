@@ -4,16 +4,16 @@ bfloat16 and float16 with heads of up to 128 numbers and the usual scale take th
 float32 above all, is computed as written here, in float32, for each sequence apart, its keys counted from its first:
 
     scores  a chain over D of q and k, each times the scale's root; -inf where a key is not seen
-    p       softmax over the keys, in the order of ops/softmax/order.py
+    p       softmax over the keys, in the order of ops/softmax/order.py, from a query's first key with a weight on
     y       a chain over the keys, in sequence, of p and v; 0 where no key is seen
 
 What is masked adds +0 to a sum at its end, so neither the padding nor the other sequences can be in a result. (Rows of
 more than 32768 keys have softmax's segments, which their number decides: there a longer cache may move bits.)
 
 PyTorch chooses the kernel before this suite is asked. Where it chooses none and multiplies itself (its math backend:
-q, k and v of three dimensions, masks that learn), its operations are the same ones, in float32, and a row of its
-softmax begins at its first key that is seen (reductions.py). So a prompt has its bits by either way: on a GPU,
-transformers takes one way for float32 alone and the other for float32 that is padded.
+masks that learn, wide heads), its operations are the same ones, in float32, and so is its softmax (seen_softmax.py).
+So a prompt has its bits by either way: on a GPU, transformers takes one way for float32 alone and the other for float32
+that is padded.
 
 The gradients, of the same p: dv a chain over queries of p and dy; with d = p * (dy . v - sum(dy * y)) * scale, dq is
 a chain over keys of d and k, dk one over queries of d and q; heads that share a key add up in sequence.
