@@ -7,7 +7,6 @@ another GPU is the current one, or without memory.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 
@@ -68,7 +67,7 @@ def of_product(plan: Plan, shape: torch.Size) -> Callable | None:
 def of_reduction(plan, index: int) -> Callable:
     """x, dim, keepdim -> the sum or mean, by the plan of such a call on GPU `index`."""
     if plan.copies or plan.second is not None:
-        return partial(plan.launch, plan)
+        return lambda x, dim, keepdim=False: plan.launch(plan, x, dim, keepdim)
     launch = plan.steps[0].compiled(index)
     shape, strides, dtype, device = plan.shape, plan.strides, plan.dtype, plan.device
 

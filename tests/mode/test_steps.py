@@ -169,3 +169,4 @@ def test_a_reductions_step_launches_what_its_plan_does(monkeypatch, op, call):
     plan.launch = lambda *given: given
     for plan.copies, plan.second in ((True, None), (False, "a second launch")):
         assert steps.of_reduction(plan, 0)(X, *given) == (plan, X, *given)
+        assert steps.of_reduction(plan, 0)(X, [-1]) == (plan, X, [-1], False)  # the dispatcher leaves defaults out
