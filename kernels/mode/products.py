@@ -93,10 +93,11 @@ def _addmm(self, mat1, mat2, *, beta=1, alpha=1):
 
 @rule("baddbmm")
 def _baddbmm(self, batch1, batch2, *, beta=1, alpha=1):
-    product = _bmm(batch1, batch2)
-    if product is NotImplemented or not supported(batch1=batch1, self=self):
+    if not _fits(batch1, batch2, 3) or not _expands(self, (*batch1.shape[:2], batch2.shape[2])) \
+            or not supported(batch1=batch1, self=self):
         return NotImplemented
-    return combined(self, product, beta, alpha)
+    product = _bmm(batch1, batch2)
+    return NotImplemented if product is NotImplemented else combined(self, product, beta, alpha)
 
 
 @rule("addbmm")
@@ -106,20 +107,22 @@ def _addbmm(self, batch1, batch2, *, beta=1, alpha=1):
 
 @rule("mv")
 def _mv(self, vec):
-    if not _fits(self, vec[:, None], 2) or not supported(self=self, vec=vec):
+    if vec.dim() != 1 or not _fits(self, vec[:, None], 2) or not supported(self=self, vec=vec):
         return NotImplemented
     return how(self, matmul)(self, vec[None])[:, 0]
 
 
 @rule("addmv")
 def _addmv(self, mat, vec, *, beta=1, alpha=1):
+    if not _expands(self, mat.shape[:1]) or not supported(mat=mat, self=self):
+        return NotImplemented
     product = _mv(mat, vec)
     return NotImplemented if product is NotImplemented else combined(self, product, beta, alpha)
 
 
 @rule("dot", "vdot")
 def _dot(self, other):
-    if self.shape != other.shape or not supported(self=self, other=other):
+    if self.dim() != 1 or self.shape != other.shape or not supported(self=self, other=other):
         return NotImplemented
     return how(self, matmul)(self[None], other[None])[0, 0]
 

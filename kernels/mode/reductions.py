@@ -16,14 +16,19 @@ from ..ops.embedding_gradient import embedding_gradient
 from ..ops.layer_norm import layer_norm
 from ..ops.layer_norm_gradient import layer_norm_gradient
 from ..ops.mean import mean, sum
+from ..ops.mean.order import dims_of, shape_of
 from ..ops.rms_norm import rms_norm
 from ..ops.rms_norm_gradient import rms_norm_gradient
 from ..ops.softmax import log_softmax, softmax
+from ..runtime import contiguous_strides
 from .elements import steady
 from .kept import keep
 from .products import how, supported
 from .seen_softmax import from_first, may_be_scores, seen_softmax
 from .switch import Unsupported, rule
+
+_MOST_DIMENSIONS = 64  # of a tensor whose dimensions are named: PyTorch keeps them as bits of a number
+_PYTORCHS = {"sum": torch.ops.aten.sum.dim_IntList, "mean": torch.ops.aten.mean.dim}
 
 
 def _reduced(op, x, dim, keepdim, dtype):
@@ -33,11 +38,32 @@ def _reduced(op, x, dim, keepdim, dtype):
         return NotImplemented
     if dtype is not None and x.dtype != dtype:
         return NotImplemented  # integers, asked for as such
-    dim = None if dim is None else tuple(dim)
+    if dim is None:
+        return how(x, op)(x, None, keepdim)
+    dim = tuple(dim)
+    if not _can_reduce(x, dim):
+        return NotImplemented
     y = how(x, op)(x, dim, keepdim)
-    if dim is not None:
+    strides = _strides(op, x, dim, keepdim)
+    if all(n < 2 or here == there for n, here, there in zip(y.shape, y.stride(), strides, strict=True)):
         keep(op.name, (x,), (*dim, keepdim), op.call, (x, dim, keepdim))
-    return y
+        return y
+    return torch.empty_strided(y.shape, strides, dtype=y.dtype, device=y.device).copy_(y)
+
+
+def _can_reduce(x, dim) -> bool:
+    """Whether x has these dimensions, each named once; if not, PyTorch says so."""
+    most = max(x.dim(), 1)
+    return all(-most <= d < most for d in dim) and len({d % most for d in dim}) == len(dim) \
+        and (not dim or x.dim() <= _MOST_DIMENSIONS)
+
+
+def _strides(op, x, dim, keepdim) -> tuple[int, ...]:
+    """PyTorch's for such a result, which follow x's: code behind it may take a view."""
+    if x.is_contiguous():
+        return contiguous_strides(shape_of(x, dims_of(x, dim), keepdim))
+    alike = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    return _PYTORCHS[op.name](alike, dim, keepdim).stride()
 
 
 @rule("sum.dim_IntList")
@@ -104,7 +130,8 @@ def _safe_softmax(self, dim, dtype=None):
 
 
 def _over(op, x, dim, half_to_float):
-    if not supported(self=x):
+    size = max(x.dim(), 1)
+    if not supported(self=x) or not -size <= dim < size:
         return NotImplemented
     dtype = torch.float32 if half_to_float else None
     if op is softmax and may_be_scores(x, dim):
@@ -117,7 +144,9 @@ def _over(op, x, dim, half_to_float):
 def _rows(x, normalized_shape, *others):
     """x and the weights beside it as (rows, D) and (D,). What does not fit is PyTorch's to refuse."""
     width, last = math.prod(normalized_shape), torch.Size(normalized_shape)
-    if not width or x.shape[x.dim() - len(last) :] != last or any(t is not None and t.shape != last for t in others):
+    if not last or not width:
+        return NotImplemented
+    if x.shape[x.dim() - len(last) :] != last or any(t is not None and t.shape != last for t in others):
         return NotImplemented
     named = dict(zip(("weight", "bias"), others, strict=False))
     if not supported(input=x, **{name: t for name, t in named.items() if t is not None}):
@@ -160,8 +189,12 @@ def _layer_norm(input, normalized_shape, weight, bias, eps):
     given = _rows(input, normalized_shape, weight, bias)
     if given is NotImplemented:
         return given
+    if not 0 <= eps < math.inf:
+        raise Unsupported(f"has an order for an eps of at least 0, got {eps}")
     kept = input.dim() - len(normalized_shape)
     y, middle, rstd = how(input, layer_norm)(*given, eps)
+    if input.is_cpu:  # PyTorch's are float32 on a GPU alone, and compiled code counts on it
+        middle, rstd = middle.to(input.dtype), rstd.to(input.dtype)
     if len(normalized_shape) == 1 and weight is not None and bias is not None:
         keep("native_layer_norm", (input, weight, bias), (eps, *normalized_shape), layer_norm.call,
              (input, weight, bias, eps))
@@ -175,8 +208,8 @@ def _layer_norm_backward(grad_out, input, normalized_shape, mean, rstd, weight, 
     if given is NotImplemented:
         return given
     x, scale = given
-    dx, dweight, dbias = layer_norm_gradient(grad_out.reshape(x.shape), x, mean.reshape(-1, 1), rstd.reshape(-1, 1),
-                                             scale, how(x, sum))
+    dx, dweight, dbias = layer_norm_gradient(grad_out.reshape(x.shape), x, mean.float().reshape(-1, 1),
+                                             rstd.float().reshape(-1, 1), scale, how(x, sum))
     return (dx.view(input.shape) if output_mask[0] else None,
             dweight.view(weight.shape) if output_mask[1] and weight is not None else None,
             dbias.view(bias.shape) if output_mask[2] and bias is not None else None)

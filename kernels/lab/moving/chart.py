@@ -68,7 +68,7 @@ def claim(report: Report) -> str:
     """What was found, in one line."""
     first = report.first
     if first is None:
-        return "No bit moved."
+        return f"Nothing was compared: {', '.join(report.unchecked)}." if report.unchecked else "No bit moved."
     ways = list(dict.fromkeys(call.way for call in report.calls if call.verdict == STARTS))
     where = first.module or "the model"
     return f"{_short(first.op)} in {where} is the first to move its bits ({', '.join(ways)})"

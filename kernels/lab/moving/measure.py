@@ -14,7 +14,7 @@ import torch
 
 from ... import bits
 from . import ways
-from .watch import Key, Seen, run
+from .watch import OUTPUT, Key, Seen, run
 from .ways import WAYS
 
 STARTS, CARRIES, SAME, ABSORBS, ELSEWHERE = "starts", "carries", "same", "absorbs", "not compared"
@@ -46,19 +46,27 @@ class Call:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found. True if bits moved.
+    """What was found. False if no bit moved; true if one did, or if a way compared nothing: it has not been checked.
 
-    calls    every call of every way
+    calls    every call of every way; of a model's results, as calls of `output`, those whose call was not compared
+    tried    the ways that were tried
     left_out way -> why it was not tried
     kinds    module -> its class
     """
 
     calls: tuple[Call, ...]
+    tried: tuple[str, ...]
     left_out: dict[str, str]
     kinds: dict[str, str]
 
     def __bool__(self):
-        return any(call.moved for call in self.calls)
+        return any(call.moved for call in self.calls) or bool(self.unchecked)
+
+    @property
+    def unchecked(self) -> list[str]:
+        """The ways in which nothing was compared, so that they say nothing of the model's bits."""
+        compared = {call.way for call in self.calls if call.elements}
+        return [way for way in self.tried if way not in compared]
 
     @property
     def first(self) -> Call | None:
@@ -86,17 +94,21 @@ class Report:
                                            "fed by"])
 
     def __str__(self):
-        tried = list(dict.fromkeys(call.way for call in self.calls))
         if not self:
-            return f"no bit moved: {', '.join(tried)}, {sum(c.verdict == SAME for c in self.calls)} results compared"
-        return "\n".join(self._line(way) for way in tried)
+            return (f"no bit moved: {', '.join(self.tried)}, {sum(c.verdict == SAME for c in self.calls)} results "
+                    "compared")
+        return "\n".join(self._line(way) for way in self.tried)
 
     def _line(self, way: str) -> str:
         own = [call for call in self.calls if call.way == way]
         start = next((call for call in own if call.verdict == STARTS), None)
+        if way in self.unchecked:
+            return f"{way}: nothing was compared, for no result has a part that is the row's"
         if start is None:
             return f"{way}: no bit moved"
-        return (f"{way} ({WAYS[way].says}): {start.op} in {start.module or 'the model'} is the first to move, "
+        made = "".join(f" (made by {op} in {module}, which was not compared)" for module, op, _ in start.fed_by
+                       if start.op == OUTPUT)
+        return (f"{way} ({WAYS[way].says}): {start.op} in {start.module or 'the model'}{made} is the first to move, "
                 f"{start.differ} of {start.elements} elements, up to {start.ulps} ulps; "
                 f"{sum(call.verdict == STARTS for call in own)} calls start a difference, "
                 f"{sum(call.verdict == CARRIES for call in own)} carry one")
@@ -111,8 +123,10 @@ def find_moving_ops(model: torch.nn.Module, inputs, ways: Iterable[str] | None =
             that the inputs allow
     row     which row is watched
 
-    It runs without gradients and in the mode the model is in, training or not. Raises TypeError or ValueError for
-    inputs, ways or a row that cannot be, and what the model itself raises, with hooks and modes gone.
+    It runs without gradients and in the mode the model is in, training or not. Each run has its own copies of the
+    inputs, caches among them, and starts from the model's buffers and attributes as they are, which stay so. Raises
+    TypeError or ValueError for inputs, ways or a row that cannot be, and what the model itself raises, with hooks and
+    modes gone.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -125,7 +139,7 @@ def find_moving_ops(model: torch.nn.Module, inputs, ways: Iterable[str] | None =
         alone = _kept(model, given.rows([row]), 0, None)
         calls = [call for way in chosen if way not in left_out for call in _compare(model, given, way, row, alone)]
     kinds = {name or type(model).__name__: type(module).__name__ for name, module in model.named_modules()}
-    return Report(tuple(calls), left_out, kinds)
+    return Report(tuple(calls), tuple(way for way in chosen if way not in left_out), left_out, kinds)
 
 
 def _chosen(named, given: ways.Inputs) -> list[str]:
@@ -147,7 +161,7 @@ def _compare(model, inputs, name: str, row: int, alone: dict) -> list[Call]:
     one, other = way.first(inputs, row), way.again(inputs, row)
     kept = alone if one.batch == 1 and not way.prefix else _kept(model, one, row, alone)
     comparison = _Comparison(name, kept, other.batch, way.place(inputs, row), way.prefix)
-    run(model, other.arguments, other.named, comparison.see)
+    _run(model, other, comparison.see)
     return comparison.calls
 
 
@@ -162,8 +176,13 @@ def _kept(model, inputs: ways.Inputs, row: int, alone: dict | None) -> dict[Key,
             results = tuple(ways.part(t, shape, inputs.batch, row, False) for t, shape in
                             zip(results, shapes, strict=False))
         kept[seen.key] = tuple(None if t is None else t.clone() for t in results)
-    run(model, inputs.arguments, inputs.named, keep)
+    _run(model, inputs, keep)
     return kept
+
+
+def _run(model, inputs: ways.Inputs, tell) -> None:
+    own = inputs.own()
+    run(model, own.arguments, own.named, tell)
 
 
 class _Comparison:
@@ -171,13 +190,18 @@ class _Comparison:
         self.way, self.kept, self.rows, self.row, self.prefix = way, kept, rows, row, prefix
         self.calls: list[Call] = []
         self.moved: set[Key] = set()
+        self.compared: set[Key] = set()
 
     def see(self, seen: Seen) -> None:
         carried = bool(self.moved.intersection(seen.fed_by))
-        if not any(t.is_floating_point() or t.is_complex() for t in seen.results):
+        if seen.key[1] == OUTPUT:
+            if self.compared.issuperset(seen.fed_by) and seen.fed_by:
+                return  # by the call that made it
+        elif not any(t.is_floating_point() or t.is_complex() for t in seen.results):
             self.moved.update([seen.key] * carried)  # masks and places have no rounding; they hand it on
             return
         pairs = self._pairs(seen)
+        self.compared.update([seen.key] * bool(pairs))
         if pairs and all(_shows_or_hides(t) for pair in pairs for t in pair):
             self.moved.update([seen.key] * carried)
             return

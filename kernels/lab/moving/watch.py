@@ -10,6 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .state import put_back, tensors_in
+
+OUTPUT = "output"  # a result of the model as if an op of this name gave it
 # what they return is memory, not a value
 _MEMORY = frozenset(("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"))
 
@@ -48,9 +51,21 @@ class Watch(TorchDispatchMode):
             self.tell(Seen(key, tuple(results), tuple(given)))
         return found
 
+    def outputs(self, module: str, found) -> None:
+        """The model's results, each fed by the call that made it. Whole numbers count where there are no others."""
+        tensors = _strided(tensors_in(found))
+        rounded = [t for t in tensors if t.is_floating_point() or t.is_complex()]
+        for number, tensor in enumerate(rounded or tensors, 1):
+            maker = self.made_by.get(_storage(tensor))
+            self.tell(Seen((module, OUTPUT, number), (tensor,), () if maker is None else (maker,)))
+
 
 def _tensors(value) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided]
+    return _strided(tree_leaves(value))
+
+
+def _strided(leaves: list) -> list[torch.Tensor]:
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided]
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -85,7 +100,12 @@ def placed(model: torch.nn.Module, watch: Watch) -> Iterator[None]:
 
 
 def run(model: torch.nn.Module, arguments: tuple, named: dict, tell: Callable[[Seen], None]) -> None:
-    """One forward without gradients. What the model raises comes out of here, with its hooks and modes gone."""
+    """One forward without gradients, of a model that is put back behind it, calls first and then results.
+
+    What the model raises comes out of here, with its hooks and modes gone.
+    """
     watch = Watch(tell)
-    with torch.no_grad(), placed(model, watch), watch:
-        model(*arguments, **named)
+    with torch.no_grad(), put_back(model):
+        with placed(model, watch), watch:
+            found = model(*arguments, **named)
+        watch.outputs(type(model).__name__, found)
