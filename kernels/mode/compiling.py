@@ -8,8 +8,10 @@ compilations inside neither read nor fill those caches.
 
 A fused kernel rounds after each operation, as eager does, and contracts none, for what is fused follows the sizes.
 Where Inductor has another formula for a function of one number (a sigmoid, a remainder), its last bits are Inductor's,
-for every batch the same. What goes around torch.compile (Inductor's own `compile`, ahead-of-time packages,
-AOTAutograd's backends with decompositions) is not asked, and takes orders of its own.
+for every batch the same. Ops that take functions (cond, scan) are traced with what these do; of flex_attention Inductor
+makes a kernel that has no order here, so its calls are refused. What goes around torch.compile (Inductor's own
+`compile`, ahead-of-time packages, AOTAutograd's backends with decompositions) is not asked, and takes orders of its
+own.
 
 CUDA graphs (mode="reduce-overhead") hold all of a model whose masks are known when it is compiled (known_attention.py),
 and otherwise what is between calls of attention (compiled_attention.py).
@@ -26,7 +28,7 @@ from . import compiled_attention, known_attention, norm_fusion
 from .elements import EVERY
 from .kept import short
 from .opaque import defined, schema_of
-from .switch import RULES, active, guarded, op_of
+from .switch import RULES, active, guarded, object_to, op_of
 
 
 @cache
@@ -81,7 +83,28 @@ def _inner(module: torch.fx.GraphModule, *arguments, **named):
     compiled_attention.read_once(module)
     known_attention.replace(module, config.triton.cudagraphs)
     norm_fusion.fuse(module)
-    return compile_fx_inner(module, *arguments, **named)
+    own, compiled = _own_kernels(module), compile_fx_inner(module, *arguments, **named)
+    return _objected(compiled, own) if own else compiled
+
+
+_OWN = "flex_attention", "flex_attention_backward", "associative_scan"
+
+
+def _own_kernels(module: torch.fx.GraphModule) -> list[str]:
+    """Those of _OWN in a graph, and in the functions that its ops take: of each, Inductor makes a kernel of its own."""
+    nodes = [node for m in module.modules() if isinstance(m, torch.fx.GraphModule) for node in m.graph.nodes]
+    names = {str(n.target) for n in nodes if isinstance(n.target, torch._ops.HigherOrderOperator)}
+    return [name for name in _OWN if name in names]
+
+
+def _objected(compiled: Callable, own: list[str]) -> Callable:
+    """`compiled`, each call of which is objected to: code that was compiled in one mode may run in a stricter one."""
+    def run(inputs):
+        for name in own:
+            object_to(name, "is compiled to a kernel of its own, whose sums have no order here")
+        return compiled(inputs)
+    run._boxed_call = True  # type: ignore[attr-defined] - it takes its inputs as one list, as `compiled` does
+    return run
 
 
 def _patches() -> dict:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .switch import Unsupported, rule
+from .switch import Unsupported, op_of, rule
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ RANDOM = ("bernoulli", "bernoulli.p", "bernoulli_.float", "bernoulli_.Tensor", "
           "_standard_gamma", "_sample_dirichlet")
 RECURRENT = {"mkldnn_rnn_layer": "mkldnn", "mkldnn_rnn_layer_backward": "mkldnn", "_cudnn_rnn": "cudnn",
              "_cudnn_rnn_backward": "cudnn"}
+PACKED = tuple(f"_{kernel}_attention_{way}" for kernel in ("flash", "efficient", "cudnn") for way in
+               ("forward", "backward"))
 
 
 def _refusal(row: str, mover: Mover) -> Callable:
@@ -96,6 +98,13 @@ def _matrix_exp(self):
     raise Unsupported("takes other steps for one matrix than for several, and has no order here")
 
 
+def _packed(*arguments, **named):
+    raise Unsupported("is attention of sequences behind each other, whose sums have no order here")
+
+
+for _name in PACKED:
+    if op_of(_name) is not None:
+        rule(_name)(_packed)
 for _row, _mover in KNOWN.items():
     rule(*_mover.ops)(_refusal(_row, _mover))
 rule(*RANDOM)(_random)

@@ -11,14 +11,15 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
-from functools import wraps
 
 import torch
 from torch._C._dynamo import eval_frame
 from torch.autograd import forward_ad
 
-_NAMES = "Fake", "DeferredInit"
-KEY, EARLY = map(torch._C._dispatch_key_parse, _NAMES)
+from . import decorated
+
+NAMES = "Fake", "DeferredInit"
+KEY, EARLY = map(torch._C._dispatch_key_parse, NAMES)
 KEYS = torch._C.DispatchKeySet(KEY) | torch._C.DispatchKeySet(EARLY)
 RULES: dict[str, Callable] = {}  # the op as torch.ops.aten writes it -> what takes its place
 
@@ -43,7 +44,6 @@ class _Thread(threading.local):
 
 _THREAD, _LOCK = _Thread(), threading.Lock()
 _OURS = tuple(os.path.dirname(file) + os.sep for file in (torch.__file__, __file__))
-_LIBRARIES: list[torch.library.Library] = []
 _STRICT = {True: 0, False: 0}  # how many modes are on, in all threads
 
 
@@ -51,13 +51,14 @@ class batch_invariant:
     """In this block, and in backward passes begun in it, this thread's ops add in an order that no batch changes.
 
     strict  what becomes of an op that is known to move its bits and has no order here, or of arguments that a rule
-            does not cover (a dense mask, dropout, float64, sparse or complex tensors): True refuses it with
+            does not cover (a dense mask, dropout, float64, sparse, nested or complex tensors): True refuses it with
             `Refused`, False runs it as PyTorch does and warns with `MovesBits`, once an op and block. Both name it
 
     A mode may be nested, entered again while it is on, and entered by several threads at once; the innermost one's
-    `strict` holds. A thread that is started inside does not inherit it: enter it there. torch.compile compiles once
-    outside and once inside. Raises TypeError for a `strict` that is no bool, RuntimeError where it is left by another
-    thread or in another order than it was entered.
+    `strict` holds. A thread that is started inside does not inherit it: enter it there; a process that is forked inside
+    does. torch.compile compiles once outside and once inside. Raises TypeError for a `strict` that is no bool,
+    RuntimeError where it is left by a thread that did not enter it, which changes nothing, or in another order than it
+    was entered. It is left all the same then: once all are, the thread is as it was before the first.
     """
 
     def __init__(self, strict: bool = False):
@@ -66,7 +67,9 @@ class batch_invariant:
         self.strict = strict
 
     def __enter__(self):
-        _install()
+        from .installing import install  # which needs the rules, and they this file
+
+        install()
         before = torch._C._dispatch_tls_is_dispatch_key_included(KEY)
         _include(True)
         _THREAD.entered.append((self, before))
@@ -76,20 +79,22 @@ class batch_invariant:
         return self
 
     def __exit__(self, *_):
-        if not _THREAD.entered or _THREAD.entered[-1][0] is not self:
-            raise RuntimeError("batch_invariant must be left by the thread that entered it, the innermost one first")
-        _, before = _THREAD.entered.pop()
-        _include(before)
+        entered = _THREAD.entered
+        place = next((i for i in reversed(range(len(entered))) if entered[i][0] is self), None)
+        if place is None:
+            raise RuntimeError("batch_invariant must be left by the thread that entered it, and once for each time")
+        _, before = entered.pop(place)
         with _LOCK:
             _STRICT[self.strict] -= 1
+        if place < len(entered):
+            entered[place] = entered[place][0], before  # whichever is left last brings this back
+            raise RuntimeError("batch_invariant must be left in the order that it was entered, the innermost one first")
+        _include(before)
 
     def __call__(self, function: Callable) -> Callable:
-        """`function` with each call in such a mode: a decorator."""
-        @wraps(function)
-        def inside(*arguments, **named):
-            with batch_invariant(self.strict):
-                return function(*arguments, **named)
-        return inside
+        """`function` with each call in such a mode: a decorator. Of a generator function, the body runs in the mode and
+        what comes between does not. Raises TypeError for an async function."""
+        return decorated.inside(lambda: batch_invariant(self.strict), function)
 
 
 def _include(on: bool) -> None:
@@ -127,7 +132,7 @@ def op_of(name: str):
 
 def public(name: str) -> str:
     """The name by which a reader called ATen's op."""
-    if name.startswith("_scaled_dot_product"):
+    if name.startswith("_scaled_dot_product") or name == "_safe_softmax":
         return "scaled_dot_product_attention"
     return {"_softmax": "softmax", "_log_softmax": "log_softmax", "_fused_rms_norm": "rms_norm",
             "native_layer_norm": "layer_norm", "native_dropout": "dropout"}.get(name, name)
@@ -163,11 +168,14 @@ def guarded(name: str, op, function: Callable, short: Callable) -> Callable:
         if found is not None:
             return found
         with torch._C._ExcludeDispatchKeyGuard(KEYS):
-            if _without_numbers((*arguments, *named.values())):
+            given = [a for a in (*arguments, *named.values()) if isinstance(a, torch.Tensor)]
+            if _without_numbers(given):
                 return op(*arguments, **named)
             gradients = torch.is_grad_enabled()
             torch._C._set_grad_enabled(False)
             try:
+                if any(t.is_nested for t in given):
+                    raise Unsupported("has no order for nested tensors")
                 if forward_ad._current_level >= 0:
                     raise Unsupported("has no order under forward-mode derivatives")
                 result = function(*arguments, **named)
@@ -188,35 +196,6 @@ def unseen_by_dynamo(kernel: Callable) -> Callable:
     return kernel
 
 
-def _without_numbers(arguments) -> bool:
+def _without_numbers(tensors: list[torch.Tensor]) -> bool:
     """Tensors of torch.compile's tracing, and meta tensors: they have shapes alone."""
-    return any(isinstance(a, torch.Tensor) and (
-        a.is_meta or type(a).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__) for a in arguments)
-
-
-def _install() -> None:
-    """Once a process: the keys' fallthroughs, the rules, and the hook of torch.compile."""
-    with _LOCK:
-        if _LIBRARIES:
-            return
-        from . import attention, compiling, elements, overloads, products, reductions, refused  # noqa: F401 - for rules
-        from .composites import COMPOSITES, seen_whole, unless_on_gpu
-        from .kept import short
-        from .overloads import ON_A_CPU_ALONE
-
-        everywhere, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
-        here, early = _NAMES
-
-        def early_kernel(name, kernel):
-            aten.impl(name, unseen_by_dynamo(kernel), early, with_keyset=True)
-        for name in _NAMES:
-            everywhere.fallback(torch.library.fallthrough_kernel, name)
-        for name, function in RULES.items():
-            if (op := op_of(name)) is not None:
-                aten.impl(name, guarded(name, op, function, short(name)), here)
-                if name in ON_A_CPU_ALONE:
-                    early_kernel(name, unless_on_gpu(op))
-        for name, way in COMPOSITES.items():
-            early_kernel(name, seen_whole(op_of(name), way))
-        compiling.hook()
-        _LIBRARIES.extend((everywhere, aten))
+    return any(t.is_meta or type(t).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for t in tensors)
