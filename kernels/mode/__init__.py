@@ -15,10 +15,12 @@ choose kernels by how their tensors lie: a second key above autograd sees them w
     elements    functions of one number that a CPU's loops move     refused     what moves bits and has no order here
     kept        the short way of a call like one before             composites  whole calls, and their steps
     folded      rows of several dimensions as one product           compiling   what torch.compile traces in the mode
+    names       of ops, ATen's and a reader's                       callers     whose call is no row of a batch
 
 switch has its parts in installing (what is registered once) and decorated (the mode as a decorator); composites in
 folded, whole_attention and steps; compiling in opaque, compiled_attention, known_attention, rounded_norm and
-norm_fusion; kept in kept_attention; reductions in seen_softmax.
+norm_fusion; kept in kept_attention; reductions in seen_softmax. refused has the ops that the atlas ran, refused_draws
+random numbers, refused_libraries linear algebra, Fourier transforms, distances, sparse and quantized ops.
 
 What the batch is: the rows of a product's first factor, the matrices of a batched one, attention's sequences, and of
 other ops the rows over which they go. So `W @ x.t()`, whose columns are the batch, may move where `x @ W.t()` does not,

@@ -23,8 +23,9 @@ from torch.utils._pytree import tree_flatten
 from .kept import short
 from .kept_attention import nothing
 from .masks import READ, Read, number_of, of_mask
+from .names import op_of
 from .opaque import defined, schema_of
-from .switch import RULES, guarded, op_of
+from .switch import RULES, guarded
 
 # which of its arguments is the mask, and which are queries and keys
 EFFICIENT, _CUDNN = "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"

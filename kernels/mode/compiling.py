@@ -25,10 +25,11 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from . import compiled_attention, known_attention, norm_fusion
-from .elements import EVERY
+from .elements import COMPLEX, EVERY
 from .kept import short
-from .opaque import defined, schema_of
-from .switch import RULES, active, guarded, object_to, op_of
+from .names import op_of, space_of
+from .opaque import defined, named_as_pytorchs, schema_of
+from .switch import RULES, active, guarded, object_to
 
 
 @cache
@@ -37,7 +38,7 @@ def _opaque(name: str) -> Callable:
     if name.startswith("_scaled_dot_product"):
         return compiled_attention.traced(name)
     op = op_of(name)
-    kernel = guarded(name, op, RULES[name], short(name))
+    kernel, shapes = (named_as_pytorchs(f, op) for f in (guarded(name, op, RULES[name], short(name)), op))
 
     def run(*arguments, **named):
         found = kernel(*arguments, **named)
@@ -46,27 +47,29 @@ def _opaque(name: str) -> Callable:
         return tree_map_only(torch.Tensor, torch.Tensor.contiguous, found)
 
     def fake(*arguments, **named):
-        return tree_map_only(torch.Tensor, lambda t: t.new_empty(t.shape), op(*arguments, **named))
+        return tree_map_only(torch.Tensor, lambda t: t.new_empty(t.shape), shapes(*arguments, **named))
     random = torch.Tag.nondeterministic_seeded  # or a checkpoint draws anew in silence
     return defined("aten_" + name.replace(".", "_"), schema_of(op), run, fake, *{random}.intersection(op.tags))
 
 
 def _decomposition(name: str, before: Callable | None) -> Callable:
-    on_cpu_alone = name in EVERY
+    on_cpu_alone, of_complex = name in (*EVERY, *COMPLEX), name in COMPLEX
 
     def traced(*arguments, **named):
-        if on_cpu_alone and next(a for a in arguments if isinstance(a, torch.Tensor)).device.type != "cpu":
+        tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+        if on_cpu_alone and tensors[0].device.type != "cpu" or of_complex and not any(map(torch.is_complex, tensors)):
             return NotImplemented if before is None else before(*arguments, **named)
         return _opaque(name)(*arguments, **named)
     return traced
 
 
 def decompositions(known: dict) -> dict:
-    """Inductor's table `known`, with each rule in its place."""
+    """Inductor's table `known`, with each rule in its place. Inductor leaves ops of other namespaces than
+    ATen's to PyTorch, and they meet their rules as they run."""
     table = dict(known)
     for name in RULES:
         op = op_of(name)
-        if op is not None and not _writes(op):
+        if op is not None and not _writes(op) and space_of(name) == "aten":
             table[op] = _decomposition(name, known.get(op))
     return table
 
@@ -107,14 +110,15 @@ def _objected(compiled: Callable, own: list[str]) -> Callable:
     return run
 
 
-def _patches() -> dict:
-    """Settings of Inductor's in the mode, of those that this PyTorch has."""
+def _patches(model: torch.fx.GraphModule) -> dict:
+    """Settings of Inductor's for this graph in the mode, of those that this PyTorch has."""
     from torch._inductor import config
 
     as_eager = dict.fromkeys(("emulate_precision_casts", "eager_numerics.division_rounding",
                               "eager_numerics.disable_ftz"), True)
-    kept = dict.fromkeys(("fx_graph_cache", "fx_graph_remote_cache"), False)  # a graph names places in this SEEN
-    kept["cpp.simdlen"] = 1  # no vectors on a CPU: the last few numbers of a loop would take other routines
+    kept: dict = dict.fromkeys(("fx_graph_cache", "fx_graph_remote_cache"), False)  # a graph names places in this SEEN
+    # no vectors on a CPU: the last few numbers of a loop would take other routines; those kernels are made of vectors
+    kept |= {} if _own_kernels(model) else {"cpp.simdlen": 1}
     known = config.get_config_copy()
     return {name: value for name, value in (as_eager | kept).items() if name in known}
 
@@ -132,7 +136,7 @@ def hook() -> None:
         from torch._inductor.compile_fx import compile_fx
         from torch._inductor.decomposition import select_decomp_table
 
-        patches = {**self.config, **(named.get("config_patches") or {}), **_patches()}
+        patches = {**self.config, **(named.get("config_patches") or {}), **_patches(model)}
         with functorch.patch(enable_autograd_cache=False):
             return compile_fx(model, inputs, inner_compile=_inner, config_patches=patches,
                               decompositions=decompositions(select_decomp_table()))

@@ -21,7 +21,8 @@ from ..call import Plans
 from ..ops.mean import mean, sum
 from .folded import LINEAR, leave_linear, linear, linear_key, matmul
 from .kept import leave_reduction, reduction_key
-from .switch import EARLY, KEYS, op_of
+from .names import op_of
+from .switch import EARLY, KEYS
 from .whole_attention import WHOLE, attention, attention_key, leave_attention
 
 _KEY, _CUDA = (torch._C.DispatchKeySet(key) for key in (EARLY, torch._C._dispatch_key_parse("CUDA")))

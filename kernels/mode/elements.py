@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from .switch import Unsupported, op_of, rule
+from .names import op_of, overloads_of
+from .switch import Unsupported, rule
 
 VECTORS = 256  # numbers: a multiple of every vector and of every unrolling of it
 PIECE = 1 << 14  # numbers: below what PyTorch gives to a second thread
@@ -22,6 +23,8 @@ TWO = ("silu_backward", "gelu_backward", "sigmoid_backward", "tanh_backward", "m
 PAIRS = ("atan2", "logaddexp", "logaddexp2", "pow.Tensor_Tensor", "igamma", "igammac")  # of two, which may broadcast
 OF_A_NUMBER = "pow.Scalar"  # and a tensor
 EVERY = (*ONE, *TWO, *PAIRS, OF_A_NUMBER)
+COMPLEX = tuple(name for packet in ("sgn", "sgn_", "angle", "addcmul", "addcmul_", "lerp", "lerp_")
+                for name in overloads_of(packet))  # real numbers keep their bits
 
 
 def steady(name: str, tensors: int):
@@ -29,9 +32,10 @@ def steady(name: str, tensors: int):
     def call(*arguments, **named):
         given, rest = arguments[:tensors], arguments[tensors:]
         first = given[0]
-        if not first.is_cpu or first.layout != torch.strided or any(
-                t.shape != first.shape or t.dtype != first.dtype for t in given):
+        if not first.is_cpu or any(t.shape != first.shape or t.dtype != first.dtype for t in given):
             return NotImplemented
+        if first.layout != torch.strided:
+            raise Unsupported(f"has no fixed place in a CPU's loops for {first.layout}")
         if first.is_complex():
             raise Unsupported(f"has no fixed place in a CPU's loops for {first.dtype}")
         if not first.is_floating_point() or not first.numel():
@@ -67,6 +71,14 @@ def _power(self, exponent):
     return _pairwise("pow.Tensor_Tensor")(base, exponent)
 
 
+def _of_complex(*arguments, **named):
+    first = next((t for t in arguments if isinstance(t, torch.Tensor) and t.is_complex()), None)
+    if first is not None and first.is_cpu:
+        raise Unsupported(f"has no fixed place in a CPU's loops for {first.dtype}")
+    return NotImplemented
+
+
+rule(*COMPLEX)(_of_complex)
 for _name in PAIRS:
     rule(_name)(_pairwise(_name))
 for _name in ONE:

@@ -5,11 +5,22 @@ import threading
 
 import torch
 
-from . import attention, compiling, elements, overloads, products, reductions, refused  # noqa: F401 - for rules
+from . import (  # noqa: F401 - for rules
+    attention,
+    compiling,
+    elements,
+    overloads,
+    products,
+    reductions,
+    refused,
+    refused_draws,
+    refused_libraries,
+)
 from .composites import COMPOSITES, seen_whole, unless_on_gpu
 from .kept import short
+from .names import op_of, space_of
 from .overloads import ON_A_CPU_ALONE
-from .switch import EARLY, KEY, NAMES, RULES, guarded, op_of, unseen_by_dynamo
+from .switch import EARLY, KEY, NAMES, RULES, guarded, unseen_by_dynamo
 
 _LIBRARIES: list[torch.library.Library] = []
 _LOCK = threading.Lock()
@@ -29,21 +40,22 @@ def install() -> None:
 
 def _registered() -> tuple[torch.library.Library, ...]:
     """The libraries that hold the keys' fallthroughs and the rules, for as long as they are kept."""
-    everywhere, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    everywhere = torch.library.Library("_", "IMPL")
+    spaces = {space: torch.library.Library(space, "IMPL") for space in sorted(set(map(space_of, RULES)) | {"aten"})}
     here, early = NAMES
 
     def early_kernel(name, kernel):
-        aten.impl(name, unseen_by_dynamo(kernel), early, with_keyset=True)
+        spaces["aten"].impl(name, unseen_by_dynamo(kernel), early, with_keyset=True)
     for name in NAMES:
         everywhere.fallback(torch.library.fallthrough_kernel, name)
     for name, function in RULES.items():
         if (op := op_of(name)) is not None:
-            aten.impl(name, guarded(name, op, function, short(name)), here)
+            spaces[space_of(name)].impl(name.rpartition("::")[2], guarded(name, op, function, short(name)), here)
             if name in ON_A_CPU_ALONE:
                 early_kernel(name, unless_on_gpu(op))
     for name, way in COMPOSITES.items():
         early_kernel(name, seen_whole(op_of(name), way))
-    return everywhere, aten
+    return everywhere, *spaces.values()
 
 
 def _pass_higher_order() -> None:

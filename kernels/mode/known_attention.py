@@ -23,8 +23,9 @@ from .compiled_attention import EFFICIENT, MASKED, kernel_of, laid, rows, said, 
 from .kept import form, short
 from .kept_attention import ATTENTION
 from .masks import Read, Seen, of_mask
+from .names import op_of
 from .opaque import defined, schema_of
-from .switch import Unsupported, op_of
+from .switch import Unsupported
 
 FORWARD = ("_scaled_dot_product_flash_attention", *(name for name in MASKED if not name.endswith("_backward")))
 SEEN: list[Seen] = []  # what constant masks say; a call in compiled code carries its mask's place here

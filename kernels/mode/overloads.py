@@ -1,8 +1,9 @@
 """The overloads that write: mm.out, addmm_ and their like, made of the rules whose results they take."""
 from __future__ import annotations
 
-from .elements import EVERY, OF_A_NUMBER, ONE, PAIRS
-from .switch import RULES, op_of, rule
+from .elements import COMPLEX, EVERY, OF_A_NUMBER, ONE, PAIRS
+from .names import op_of
+from .switch import RULES, rule
 
 OUT = {"mm.out": "mm", "addmm.out": "addmm", "bmm.out": "bmm", "baddbmm.out": "baddbmm", "mv.out": "mv",
        "addmv.out": "addmv", "dot.out": "dot", "vdot.out": "vdot", "addbmm.out": "addbmm",
@@ -17,7 +18,7 @@ IN_PLACE = {"addmm_": "addmm", "baddbmm_": "baddbmm", "addmv_": "addmv", "addbmm
 _ELEMENTS_OUT = {name + ("_out" if "." in name else ".out"): name for name in (*ONE, *PAIRS, OF_A_NUMBER)}
 _ELEMENTS_IN_PLACE = {"pow_.Scalar": "pow.Tensor_Scalar", "pow_.Tensor": "pow.Tensor_Tensor",
                       **{f"{name}_": name for name in (*ONE, *PAIRS) if "." not in name}}
-ON_A_CPU_ALONE = {*EVERY, *_ELEMENTS_OUT, *_ELEMENTS_IN_PLACE}
+ON_A_CPU_ALONE = {*EVERY, *COMPLEX, *_ELEMENTS_OUT, *_ELEMENTS_IN_PLACE}
 REDUCES = ("sum.IntList_out", "sum.out", "mean.out", "mean.dtype_out")
 
 

@@ -1,15 +1,16 @@
 """Ops that the atlas has seen move their bits and that have no order here: refused, or warned of, by name.
 
-`KNOWN` says which of ATen's ops a row of the atlas (data/*/atlas.csv) ran, and when a call is of that kind.
+`KNOWN` says which of ATen's ops a row of the atlas (data/*/atlas.csv) ran, and when a call is of that kind. Beside it
+stand whole layers in one kernel. Other kinds are in refused_draws.py (random numbers) and refused_libraries.py (linear
+algebra, transforms, sparse and quantized ops).
 """
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
-from .switch import Unsupported, op_of, rule
+from .names import op_of
+from .switch import Unsupported, rule
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,6 @@ KNOWN = {
     "multinomial": Mover(("multinomial",)),
     "batch_norm[training]": Mover(("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm"), _trains),
 }
-RANDOM = ("bernoulli", "bernoulli.p", "bernoulli_.float", "bernoulli_.Tensor", "exponential_", "poisson", "binomial",
-          "_standard_gamma", "_sample_dirichlet")
 RECURRENT = {"mkldnn_rnn_layer": "mkldnn", "mkldnn_rnn_layer_backward": "mkldnn", "_cudnn_rnn": "cudnn",
              "_cudnn_rnn_backward": "cudnn"}
 PACKED = tuple(f"_{kernel}_attention_{way}" for kernel in ("flash", "efficient", "cudnn") for way in
@@ -74,11 +73,6 @@ def _refusal(row: str, mover: Mover) -> Callable:
         raise Unsupported(f"moves its bits with the batch, or from run to run ({row} in the atlas), and has no order "
                           "here")
     return refuse
-
-
-def _random(x: torch.Tensor, *arguments, **named):
-    raise Unsupported("draws from one stream of random numbers, as dropout does, so that a row's depend on its place "
-                      "in the batch")
 
 
 def _several(*arguments, **named):
@@ -107,7 +101,6 @@ for _name in PACKED:
         rule(_name)(_packed)
 for _row, _mover in KNOWN.items():
     rule(*_mover.ops)(_refusal(_row, _mover))
-rule(*RANDOM)(_random)
 for _name, _library in RECURRENT.items():
     rule(_name)(_recurrent(_library))
 rule("_transformer_encoder_layer_fwd", "_native_multi_head_attention")(_several)

@@ -17,6 +17,7 @@ from torch._C._dynamo import eval_frame
 from torch.autograd import forward_ad
 
 from . import decorated
+from .names import public
 
 NAMES = "Fake", "DeferredInit"
 KEY, EARLY = map(torch._C._dispatch_key_parse, NAMES)
@@ -53,6 +54,9 @@ class batch_invariant:
     strict  what becomes of an op that is known to move its bits and has no order here, or of arguments that a rule
             does not cover (a dense mask, dropout, float64, sparse, nested or complex tensors): True refuses it with
             `Refused`, False runs it as PyTorch does and warns with `MovesBits`, once an op and block. Both name it
+
+    Random draws are such ops. Those that make weights pass in silence, for weights are no rows of a batch: into a
+    Parameter, in torch.nn.init and where a module is built; and so do those of a DataLoader.
 
     A mode may be nested, entered again while it is on, and entered by several threads at once; the innermost one's
     `strict` holds. A thread that is started inside does not inherit it: enter it there; a process that is forked inside
@@ -122,20 +126,6 @@ def rule(*names: str) -> Callable:
         RULES.update(dict.fromkeys(names, function))
         return function
     return add
-
-
-def op_of(name: str):
-    """The op that RULES calls `name`: 'mm' or 'mm.out'. None if this PyTorch has none."""
-    packet, _, overload = name.partition(".")
-    return getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
-
-
-def public(name: str) -> str:
-    """The name by which a reader called ATen's op."""
-    if name.startswith("_scaled_dot_product") or name == "_safe_softmax":
-        return "scaled_dot_product_attention"
-    return {"_softmax": "softmax", "_log_softmax": "log_softmax", "_fused_rms_norm": "rms_norm",
-            "native_layer_norm": "layer_norm", "native_dropout": "dropout"}.get(name, name)
 
 
 def object_to(name: str, why: str) -> None:

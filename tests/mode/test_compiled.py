@@ -1,6 +1,7 @@
 """torch.compile and the mode: one graph outside, one inside, and inside the bits of eager."""
 from __future__ import annotations
 
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -167,7 +168,7 @@ def test_draws_and_results_that_eager_keeps_apart_stay_apart():
         return x + noise[0], x + noise[1], x.sort()[0], x.sort()[0]
     torch._dynamo.reset()
     compiled, x = torch.compile(drawn, dynamic=False), portable(4, 16, device=DEVICE)
-    with torch.no_grad(), batch_invariant(strict=True):
+    with torch.no_grad(), batch_invariant(), pytest.warns(MovesBits, match="normal.float_float draws"):
         one, other, a, b = compiled(x)
     assert not torch.equal(one, other) and torch.equal(a, b) and a.data_ptr() != b.data_ptr()
     assert torch.Tag.nondeterministic_seeded in compiling._opaque("native_dropout").tags
@@ -199,7 +200,7 @@ def test_masks_made_of_noise_are_each_read():
     with pytest.MonkeyPatch.context() as patch:
         read_once = compiled_attention.read_once
         patch.setattr(compiled_attention, "read_once", lambda module: (read_once(module), graphs.append(module))[0])
-        with torch.no_grad(), batch_invariant(strict=True):
+        with torch.no_grad(), batch_invariant(), pytest.warns(MovesBits, match="normal.float_float draws"):
             torch.compile(two, dynamic=False)(x)
     read = [str(node.target) for module in graphs for node in module.graph.nodes]
     assert read.count("same_bits_mode.read_mask.default") == 2
@@ -245,3 +246,21 @@ def test_cuda_graphs_hold_a_model_but_attention_and_see_each_mask():
             assert same_bits(compiled(x, keep).clone(), two(x, keep)), hidden
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
     assert torch._inductor.cudagraph_trees.get_manager(x.device.index, create_if_none_exists=False) is not None
+
+
+def drawn(x):
+    y = torch.randn(5, 40, device=x.device) + torch.zeros_like(x).uniform_() + torch.zeros_like(x).random_(1, 9) + x
+    return torch.fft.rfft(y).real + torch.complex(x, x).sgn().real[:, :21]
+
+
+@pytest.mark.serial  # it compiles
+def test_compiled_code_names_what_it_refuses():
+    torch._dynamo.reset()
+    x, compiled = portable(5, 40, device=DEVICE), torch.compile(drawn)
+    with torch.no_grad(), warnings.catch_warnings(record=True) as seen, batch_invariant():
+        warnings.simplefilter("always", MovesBits)
+        assert compiled(x).isfinite().all()
+        with batch_invariant(strict=True), pytest.raises(Refused, match="draws from one stream"):
+            compiled(x)
+    named = {str(w.message).split()[1] for w in seen if w.category is MovesBits}
+    assert named == {"randn", "uniform", "random_.from", "fft", *["sgn"] * (DEVICE.type == "cpu")}

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kernels import call as call_module
 from kernels.bits import portable, same_bits
 from kernels.mode import MovesBits, Refused, batch_invariant, composites, folded, kept, switch
-from kernels.mode.switch import op_of
+from kernels.mode.names import op_of
 from kernels.ops.matmul.op import matmul
 from kernels.ops.mean import mean, sum
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import csv
 import math
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import bits, runtime
 from kernels.bits import portable, same_bits
-from kernels.mode import MovesBits, Refused, active, batch_invariant, masks
+from kernels.mode import Refused, batch_invariant, masks
 from kernels.mode import attention as attention_rules
+from kernels.mode.names import op_of
 from kernels.mode.refused import KNOWN
-from kernels.mode.switch import RULES, op_of
+from kernels.mode.switch import RULES
 from kernels.op import DTYPES
 from kernels.ops.bmm import bmm
 from kernels.ops.embedding_gradient import embedding_gradient
@@ -500,78 +500,6 @@ def test_integers_pass_for_their_sums_have_no_order():
         assert whole.cumsum(0)[-1].tolist() == [12, 15, 18, 21]
         if DEVICE.type == "cpu":
             assert (whole @ whole.t()).tolist() == [[14, 38, 62], [38, 126, 214], [62, 214, 366]]
-
-
-# What has no order here.
-
-def attention(*, dtype=torch.float32, **named):
-    return lambda: F.scaled_dot_product_attention(*[Q.to(dtype)] * 3, **named)
-
-
-REFUSED = {
-    "a dense mask": (attention(attn_mask=made(5, 5)), "scaled_dot_product_attention.*attn_mask is dense"),
-    "a mask with holes": (attention(attn_mask=torch.arange(5, device=DEVICE) % 2 == torch.zeros(5, 1, device=DEVICE)),
-                          "scaled_dot_product_attention.*attn_mask is dense in another way"),
-    "a mask for each head": (attention(attn_mask=torch.arange(100, device=DEVICE).view(1, 4, 5, 5) % 3 > 0),
-                             "attn_mask is not"),
-    "dropout in training": (lambda: F.dropout(X, 0.5, training=True), "as dropout does|dropout moves"),
-    "dropout in attention": (attention(dropout_p=0.5), "as dropout does|dropout_p is 0.5"),
-    "float64": (lambda: X.double() @ W.t().double(), "mm has an order for .*self is torch.float64"),
-    # where PyTorch has no kernel it multiplies itself
-    "float64 attention": (attention(dtype=torch.float64), "(scaled_dot_product_attention|bmm).* is torch.float64"),
-    "float64 sum": (lambda: X.sum(dtype=torch.float64), "sum has an order for .*torch.float64"),
-    "sparse": (lambda: torch.mm(X.to_sparse(), W.t()), "mm has no order for sparse tensors, and self"),
-    "complex": (lambda: torch.mm(X.cfloat(), W.t().cfloat()), "mm has an order for .*self is torch.complex64"),
-    "batches": (lambda: torch.addbmm(Q[0, 0, :, :5], Q[0], Q[0].mT),
-                "addbmm adds over its matrices"),
-    "conv1d": (lambda: F.conv1d(Q[0], made(3, 5, 3)), "convolution moves its bits"),
-    "var": (lambda: X.var(-1), "var.correction moves its bits"),
-    "norm": (lambda: torch.linalg.norm(X), "linalg_vector_norm moves its bits"),
-    "prod": (lambda: X.prod(-1), "prod.dim_int moves its bits"),
-    "index_add": (lambda: X.clone().index_add_(0, torch.zeros(2, dtype=torch.int64, device=DEVICE), X[:2]),
-                  "index_add_ moves its bits"),
-    "scatter_add": (lambda: X.scatter_add(0, torch.zeros(2, 40, dtype=torch.int64, device=DEVICE), X[:2]),
-                    "scatter_add moves its bits"),
-    "index_put": (lambda: X.clone().index_put_((torch.zeros(2, dtype=torch.int64, device=DEVICE),), X[:2],
-                                               accumulate=True), "index_put_ moves its bits"),
-    "multinomial": (lambda: X.abs().multinomial(1), "multinomial moves its bits"),
-    "batch_norm": (lambda: F.batch_norm(X, None, None, training=True), "batch_norm moves its bits"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_it_is_refused_by_name(name):
-    call, says = REFUSED[name]
-    with batch_invariant(strict=True), pytest.raises(Refused, match=says):
-        call()
-    assert not active()
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_or_passed_through_with_a_warning(name):
-    call, says = REFUSED[name]
-    torch.manual_seed(0)
-    with batch_invariant(), pytest.warns(MovesBits, match=says):
-        result = call()
-    torch.manual_seed(0)
-    torch.testing.assert_close(result, call())
-
-
-def test_it_is_warned_of_once_a_block():
-    with warnings.catch_warnings(record=True) as seen, batch_invariant():
-        warnings.simplefilter("always")
-        for _ in range(3):
-            X.var()
-    assert len([w for w in seen if w.category is MovesBits]) == 1
-
-
-@pytest.mark.parametrize("call", [lambda: F.dropout(X, 0.5, training=False), lambda: X.cumsum(0) if X.is_cpu else X,
-                                  lambda: F.batch_norm(X, X[0], X[0].abs(), training=False),
-                                  lambda: X.clone().index_put_((torch.tensor([1, 0], device=DEVICE),), X[:2])])
-def test_what_does_not_move_passes_in_silence(call):
-    with warnings.catch_warnings(), batch_invariant(strict=True):
-        warnings.simplefilter("error")
-        call()
 
 
 def test_forward_mode_derivatives_are_refused():
