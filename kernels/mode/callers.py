@@ -6,6 +6,8 @@ import sys
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _TORCH, _MODE = (os.path.dirname(file) + os.sep for file in (torch.__file__, __file__))
 _INIT, _DATA = nn.init.__file__, os.path.join(_TORCH, "utils", "data") + os.sep
@@ -31,7 +33,22 @@ def makes_inputs() -> bool:
     return any(frame.f_code.co_filename.startswith(_DATA) for frame in _frames())
 
 
+def _caller() -> str:
+    """The file that makes the call."""
+    return next((name for frame in _frames() if not (name := frame.f_code.co_filename).startswith(_BETWEEN)), "")
+
+
 def measures() -> bool:
     """Whether torch.compile itself makes the call: numbers to time its kernels with."""
-    caller = next((name for frame in _frames() if not (name := frame.f_code.co_filename).startswith(_BETWEEN)), "")
-    return caller.startswith(_COMPILERS)
+    return _caller().startswith(_COMPILERS)
+
+
+def called_by_pytorch() -> bool:
+    """Whether PyTorch makes the call for itself, and no layer of it."""
+    caller = _caller()
+    return caller.startswith(_TORCH) and not caller.startswith(os.path.join(_TORCH, "nn") + os.sep)
+
+
+def is_fake() -> bool:
+    """Whether tensors that are made now have no numbers."""
+    return any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())

@@ -1,13 +1,14 @@
 """Random draws: a row's numbers depend on its place in the stream, so they are refused, or warned of, by name.
 
 What draws for no row of a batch passes in silence: into a Parameter, where a module is built, in torch.nn.init, in a
-DataLoader, and where torch.compile times its kernels. A generator that the caller gives is one stream too.
+DataLoader, and where torch.compile times its kernels; of draws of a shape alone (`torch.rand(3)`), those that PyTorch
+itself makes. A generator that the caller gives is one stream too.
 """
 from __future__ import annotations
 
 import torch
 
-from .callers import makes_inputs, makes_weights, measures
+from .callers import called_by_pytorch, is_fake, makes_inputs, makes_weights, measures
 from .names import overloads_of
 from .switch import Unsupported, rule
 
@@ -35,12 +36,18 @@ def _draws(*arguments, **named):
                       "in the batch")
 
 
+def _draws_of_a_shape(*arguments, **named):
+    return NotImplemented if called_by_pytorch() or is_fake() else _draws(*arguments, **named)
+
+
 def _noise(self, noise, lower=0.125, upper=1 / 3, training=False, *rest, **named):
     return _draws(self, noise) if training else NotImplemented
 
 
-for _packet in (*OF_A_TENSOR, *IN_PLACE, *FUNCTIONAL, *FROM_A_SHAPE):
+for _packet in (*OF_A_TENSOR, *IN_PLACE, *FUNCTIONAL):
     rule(*overloads_of(_packet))(_draws)
+for _packet in FROM_A_SHAPE:
+    rule(*overloads_of(_packet))(_draws_of_a_shape)
 rule("multinomial.out")(_draws)  # multinomial has a row in the atlas
 for _packet in WITH_NOISE:
     rule(*overloads_of(_packet))(_noise)

@@ -49,6 +49,12 @@ def test_it_is_refused_by_name(name, grad):
 def test_or_passed_through_with_a_warning(name):
     call, layout, said = REFUSED[name]
     x = nested(layout=layout)
+    try:
+        call(x)
+    except NotImplementedError:  # of this PyTorch, on this device
+        with batch_invariant(), pytest.warns(MovesBits), pytest.raises(NotImplementedError):
+            call(x)
+        return
     with batch_invariant(), pytest.warns(MovesBits, match=f"{said}.* has no order for nested tensors"):
         y = call(x)
     for part, expected in zip(y.unbind(), call(x).unbind(), strict=True):

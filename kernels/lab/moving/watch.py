@@ -65,7 +65,7 @@ def _tensors(value) -> list[torch.Tensor]:
 
 
 def _strided(leaves: list) -> list[torch.Tensor]:
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided]
+    return [t for t in leaves if isinstance(t, torch.Tensor) and t.layout == torch.strided and not t.is_meta]
 
 
 def _storage(tensor: torch.Tensor) -> int:
