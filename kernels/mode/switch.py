@@ -11,6 +11,8 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from functools import reduce
+from operator import or_
 
 import torch
 from torch._C._dynamo import eval_frame
@@ -22,6 +24,7 @@ from .names import public
 NAMES = "Fake", "DeferredInit"
 KEY, EARLY = map(torch._C._dispatch_key_parse, NAMES)
 KEYS = torch._C.DispatchKeySet(KEY) | torch._C.DispatchKeySet(EARLY)
+_BELOW = torch._C._dispatch_keyset_full_after(KEY) | torch._C.DispatchKeySet(torch._C._dispatch_key_parse("Python"))
 RULES: dict[str, Callable] = {}  # the op as torch.ops.aten writes it -> what takes its place
 
 
@@ -157,8 +160,11 @@ def guarded(name: str, op, function: Callable, short: Callable) -> Callable:
         found = short(*arguments, **named)
         if found is not None:
             return found
+        given = [a for a in (*arguments, *named.values()) if isinstance(a, torch.Tensor)]
+        if any(map(_wraps, given)):
+            keys = reduce(or_, map(torch._C._dispatch_keys, given)) & _BELOW
+            return op._handle.redispatch_boxed(keys, *arguments, **named)
         with torch._C._ExcludeDispatchKeyGuard(KEYS):
-            given = [a for a in (*arguments, *named.values()) if isinstance(a, torch.Tensor)]
             if _without_numbers(given):
                 return op(*arguments, **named)
             gradients = torch.is_grad_enabled()
@@ -184,6 +190,16 @@ def unseen_by_dynamo(kernel: Callable) -> Callable:
     skip = eval_frame._FrameAction.SKIP
     eval_frame.set_code_exec_strategy(kernel.__code__, eval_frame._FrameExecStrategy(skip, skip))
     return kernel
+
+
+def _wraps(t: torch.Tensor) -> bool:
+    """Whether its class computes with tensors inside, in this mode. (PyTorch 2.13 asks it before us, 2.11 after.)"""
+    if type(t).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ or t.is_meta:
+        return False
+    from torch._subclasses import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return not isinstance(t, (FakeTensor, FunctionalTensor))
 
 
 def _without_numbers(tensors: list[torch.Tensor]) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import runtime
 from kernels.bits import portable, same_bits
@@ -255,3 +256,35 @@ def test_async_functions_are_refused_where_they_are_decorated(function, name):
 def test_a_class_is_refused_where_it_is_decorated():
     with pytest.raises(RuntimeError, match="Cannot decorate classes"):
         batch_invariant()(Rows)
+
+
+# Tensors whose class computes with others inside.
+
+class Wrapper(torch.Tensor):
+    seen: list[tuple] = []
+
+    @staticmethod
+    def __new__(cls, inner):
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), named=None):
+        cls.seen.append((function, active()))
+        found = function(*(a.inner if isinstance(a, Wrapper) else a for a in arguments), **(named or {}))
+        return Wrapper(found)
+
+
+@torch.no_grad()
+def test_what_a_wrapper_computes_inside_is_in_the_mode():
+    """In torch 2.11 the rule's kernel comes before the class."""
+    op, asked = torch.ops.aten.mm.default, []
+    kernel = switch.guarded("mm", op, lambda *given: asked.append(given) or NotImplemented, lambda *given: None)
+    for call in (kernel, torch.mm):
+        Wrapper.seen.clear()
+        with batch_invariant(strict=True):
+            y = call(Wrapper(X), W.t())
+        assert Wrapper.seen == [(op, True)] and not asked and same_bits(y.inner, PRODUCT)
+    with batch_invariant(strict=True), FakeTensorMode() as fake:
+        assert kernel(fake.from_tensor(X), fake.from_tensor(W.t())).shape == PRODUCT.shape and not asked
