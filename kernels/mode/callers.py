@@ -11,7 +11,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _TORCH, _MODE = (os.path.dirname(file) + os.sep for file in (torch.__file__, __file__))
 _INIT, _DATA = nn.init.__file__, os.path.join(_TORCH, "utils", "data") + os.sep
-_BETWEEN = _MODE, os.path.join(_TORCH, "_ops.py"), os.path.join(_TORCH, "_library"), os.path.join(_TORCH, "library.py")
+_BETWEEN = _MODE, *(os.path.join(_TORCH, *name.split("/")) for name in (  # on the way of a call to its rule
+    "_ops.py", "_library", "library.py", "_compile.py", "_dynamo/eval_frame.py",
+    "_functorch/_aot_autograd/runtime_wrappers.py"))
 _COMPILERS = tuple(os.path.join(_TORCH, name) + os.sep for name in ("_inductor", "_dynamo"))
 
 

@@ -24,7 +24,8 @@ from .names import public
 NAMES = "Fake", "DeferredInit"
 KEY, EARLY = map(torch._C._dispatch_key_parse, NAMES)
 KEYS = torch._C.DispatchKeySet(KEY) | torch._C.DispatchKeySet(EARLY)
-_BELOW = torch._C._dispatch_keyset_full_after(KEY) | torch._C.DispatchKeySet(torch._C._dispatch_key_parse("Python"))
+_PYTHON = torch._C.DispatchKeySet(torch._C._dispatch_key_parse("Python"))  # classes and modes: of 2.11 below ours
+_BELOW = torch._C._dispatch_keyset_full_after(KEY) | _PYTHON
 RULES: dict[str, Callable] = {}  # the op as torch.ops.aten writes it -> what takes its place
 
 
@@ -161,8 +162,8 @@ def guarded(name: str, op, function: Callable, short: Callable) -> Callable:
         if found is not None:
             return found
         given = [a for a in (*arguments, *named.values()) if isinstance(a, torch.Tensor)]
-        if any(map(_wraps, given)):
-            keys = reduce(or_, map(torch._C._dispatch_keys, given)) & _BELOW
+        if any(map(_wraps, given)) or torch._C._len_torch_dispatch_stack() and not _without_numbers(given):
+            keys = reduce(or_, map(torch._C._dispatch_keys, given), _PYTHON) & _BELOW
             return op._handle.redispatch_boxed(keys, *arguments, **named)
         with torch._C._ExcludeDispatchKeyGuard(KEYS):
             if _without_numbers(given):
@@ -193,7 +194,7 @@ def unseen_by_dynamo(kernel: Callable) -> Callable:
 
 
 def _wraps(t: torch.Tensor) -> bool:
-    """Whether its class computes with tensors inside, in this mode. (PyTorch 2.13 asks it before us, 2.11 after.)"""
+    """Whether its class computes with tensors inside, in this mode."""
     if type(t).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ or t.is_meta:
         return False
     from torch._subclasses import FakeTensor

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from playing import Seen
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import runtime
@@ -291,3 +292,13 @@ def test_what_a_wrapper_computes_inside_is_in_the_mode():
     with batch_invariant(strict=True):
         kernel(*(fake.from_tensor(t) for t in (X, W)))
     assert len(calls) == 1  # not handed on, for there are no numbers
+
+
+@torch.no_grad()
+def test_a_dispatch_mode_sees_the_op_and_not_what_its_rule_does():
+    op, asked = torch.ops.aten.mm.default, []
+    kernel = switch.guarded("mm", op, lambda *given: asked.append(given) or NotImplemented, lambda *given: None)
+    for call in (kernel, torch.mm):
+        with batch_invariant(strict=True), Seen() as seen:
+            y = call(X, W.t())
+        assert seen.ops[-1] is op and seen.ops.count(op) == 1 and not asked and same_bits(y, PRODUCT)
