@@ -21,6 +21,7 @@ from .. import records
 from . import parts, process
 
 SETTLE_SECONDS = 0.15
+SHOWN_SECONDS = 1.0  # how long a run waits for its rows to be shown: a busy kernel may draw much later
 
 
 class SingleThreaded(w.VBox):
@@ -109,7 +110,7 @@ class Measuring(SingleThreaded):
 
     def __init__(self):
         super().__init__()
-        self._queue, self._stop, self._taken = queue.SimpleQueue(), threading.Event(), threading.Event()
+        self._queue, self._stop = queue.SimpleQueue(), threading.Event()
         self._worker, self._rows, self.file, self._doing, self._killed = None, {}, None, "", False
         self._problems, self._remarks = {}, {}
         self.run_button = w.Button(description="Run", icon="play", button_style="primary")
@@ -201,7 +202,6 @@ class Measuring(SingleThreaded):
     def stop(self):
         """End the run within two seconds, whatever it is doing; finished points are kept."""
         self._stop.set()
-        self._taken.set()
         if self.running:
             self._in_own_thread(lambda: self.running and self._say("stopping"))
 
@@ -215,7 +215,6 @@ class Measuring(SingleThreaded):
     def close(self):
         """Stop measuring, then close as every widget does."""
         self._stop.set()
-        self._taken.set()
         super().close()
 
     # --- the worker's side
@@ -248,12 +247,13 @@ class Measuring(SingleThreaded):
 
     def _report(self, what, value=None):
         """Queue a report. For rows, wait until they are shown, so that drawing does not disturb a timing."""
-        self._taken.clear()
-        self._queue.put((what, value))
+        shown = threading.Event()
+        self._queue.put((what, value, shown))
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._take)
-        if what == "rows" and not self._stop.is_set():
-            self._taken.wait(1.0)
+        end = time.monotonic() + SHOWN_SECONDS
+        while what == "rows" and not self._stop.is_set() and time.monotonic() < end and not shown.wait(0.02):
+            pass
 
     # --- the widget's own side
 
@@ -262,12 +262,12 @@ class Measuring(SingleThreaded):
         reports = []
         while not self._queue.empty():
             reports.append(self._queue.get())
-        for what, value in reports:
+        for what, value, _ in reports:
             getattr(self, f"_on_{what}")(value)
-        if any(what in ("rows", "ended") for what, _ in reports):
+        if any(what in ("rows", "ended") for what, _, _ in reports):
             self._draw()
-        if reports:
-            self._taken.set()
+        for _, _, shown in reports:
+            shown.set()
 
     def _on_started(self, _):
         if not self._stop.is_set():

@@ -26,20 +26,29 @@ class Server:
 
     def __init__(self, inbox, outbox):
         self._inbox, self._outbox = inbox, outbox
-        self._jobs, self._shown, self.stop = queue.SimpleQueue(), threading.Event(), threading.Event()
+        self._jobs, self.stop = queue.SimpleQueue(), threading.Event()
+        self._answer, self._unanswered = threading.Condition(), 0  # rows sent that nobody has said to be shown
 
     def listen(self):
         """Take messages until there are no more, then end the process, whatever it is doing."""
         with contextlib.suppress(EOFError, OSError, pickle.UnpicklingError):
             while True:
                 what, value = pickle.load(self._inbox)
-                if what == "job":
-                    self.stop.clear()
-                    self._jobs.put(value)
-                elif what == "stop":
-                    self.stop.set()
-                self._shown.set()
+                self.hear(what, value)
         os._exit(0)
+
+    def hear(self, what, value=None):
+        """Act on one message: "job" with what is to run, "stop", or "shown" for the oldest rows not answered yet."""
+        with self._answer:
+            if what == "job":
+                self._unanswered = 0
+                self.stop.clear()
+                self._jobs.put(value)
+            elif what == "stop":
+                self.stop.set()
+            elif what == "shown":
+                self._unanswered -= 1
+            self._answer.notify()
 
     def serve(self):
         """Do one job after the other."""
@@ -49,12 +58,14 @@ class Server:
             self._do(self._jobs.get())
 
     def report(self, what, value=None):
-        """Send a report, and wait until rows are drawn, so that drawing does not disturb a timing."""
-        self._shown.clear()
+        """Send a report, and wait until its rows are drawn, so that drawing does not disturb a timing."""
+        with self._answer:
+            self._unanswered += what == "rows"
         pickle.dump((what, value), self._outbox)
         self._outbox.flush()
-        if what == "rows" and not self.stop.is_set():
-            self._shown.wait(DRAWN_WITHIN)
+        if what == "rows":
+            with self._answer:
+                self._answer.wait_for(lambda: self.stop.is_set() or self._unanswered <= 0, DRAWN_WITHIN)
 
     def _do(self, job: bytes):
         try:
