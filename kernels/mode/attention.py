@@ -30,7 +30,7 @@ from ..ops.bmm import bmm
 from ..ops.matmul.order import Order
 from ..ops.mean import sum
 from ..ops.softmax import log_softmax
-from .kept_attention import as_cudnn, as_efficient, as_flash, as_rows, keep_attention, nothing, of_rows
+from .kept_attention import as_cudnn, as_efficient, as_flash, as_rows, keep_attention, nothing, of_rows, with_nothing
 from .masks import Read, Seen, of_mask, without_mask
 from .products import how, supported
 from .seen_softmax import seen_softmax
@@ -82,17 +82,12 @@ def has_op(q, k, v, scale) -> bool:
 
 def _by_op(q, k, v, seen, lse):
     """This suite's attention on one row a query, (B * Q, H, D)."""
-    rows, *cached = as_rows(q, k, v)
-    cached = [seen.shifted(t) for t in cached]
-    given = rows if seen.rows is None else rows[seen.rows]
-    found = how(q, attention_prefill)(given, *cached, seen.sequences, seen.window, lse)
-    y, sums = found if lse else (found, None)
-    if seen.rows is not None:
-        y = torch.zeros_like(rows).index_copy_(0, seen.rows, y)
-        if lse:
-            sums = torch.full(rows.shape[:2], -math.inf, dtype=torch.float32, device=q.device).index_copy_(
-                0, seen.rows, sums)
-    return of_rows(y, sums, q.shape[0], q.shape[2])
+    if not seen.keys:
+        sums = torch.full(q.shape[:3], -math.inf, dtype=torch.float32, device=q.device) if lse else None
+        return torch.zeros_like(q), sums
+    rows = as_rows(q, seen.shifted(k), seen.shifted(v))
+    found = how(q, attention_prefill)(*rows, seen.sequences, seen.window, lse)
+    return with_nothing(seen, *of_rows(*(found if lse else (found, None)), q.shape[0], q.shape[2]))
 
 
 def _weights(q, k, hidden, scale):
@@ -150,7 +145,7 @@ def _forward(query, key, value, mask, dropout_p, is_causal, scale, lse=True):
     read = None if mask is None else seen
     made = keep_attention(query, key, value, (is_causal, scale, lse, read), seen) \
         if has_op(query, key, value, scale) else None
-    y, sums = attend(query, key, value, seen, scale, lse) if made is None else made.looked_at(query, key, value)
+    y, sums = attend(query, key, value, seen, scale, lse) if made is None else made.results(query, key, value)
     return y, nothing(query, torch.float32) if sums is None else sums
 
 

@@ -2,6 +2,8 @@
 """
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..call import Plans
@@ -22,11 +24,11 @@ _PLANS = Plans()  # masks come and go
 class _Attention:
     """Attention of tensors that lie as its op wants them: their addresses are all that it needs."""
 
-    __slots__ = ("plan", "sequences", "shape", "strides", "lse")
+    __slots__ = ("plan", "seen", "sequences", "shape", "strides", "lse")
 
-    def __init__(self, plan, sequences, shape: tuple, lse: bool):
+    def __init__(self, plan, seen: Seen, shape: tuple, lse: bool):
         _, heads, queries, width = self.shape = shape
-        self.plan, self.sequences, self.lse = plan, sequences, lse
+        self.plan, self.seen, self.sequences, self.lse = plan, seen, seen.sequences, lse
         self.strides = queries * heads * width, width, heads * width, 1
 
     def launched(self, q, k, v) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -53,10 +55,31 @@ class _Attention:
         found = self.launched(q, k, v)
         return found if found is None or self.lse else (found[0], nothing(q, torch.float32))
 
+    def results(self, q, k, v) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """y, and None or its sums, also where something is new."""
+        found = self.launched(q, k, v)
+        return self.looked_at(q, k, v) if found is None else (found[0], found[1] if self.lse else None)
+
     def looked_at(self, q, k, v) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The same, made ready where it is new; without its sums if they are not wanted."""
-        found = self.plan.launch(self.plan, *as_rows(q, k, v), self.sequences.handle, 0, self.lse)
+        """The same, made ready first."""
+        found = self.plan.launch(self.plan, *as_rows(q, k, v), self.sequences.handle, self.seen.window,
+                                 self.lse)
         return of_rows(*(found if self.lse else (found, None)), q.shape[0], q.shape[2])
+
+
+class _Padded(_Attention):
+    """The same where sequences begin behind their first keys, or queries see nothing."""
+
+    __slots__ = ()
+
+    def launched(self, q, k, v):
+        found = super().launched(q, self.seen.shifted(k), self.seen.shifted(v))
+        if found is not None:
+            with_nothing(self.seen, found[0], found[1] if self.lse else None)
+        return found
+
+    def looked_at(self, q, k, v):
+        return with_nothing(self.seen, *super().looked_at(q, self.seen.shifted(k), self.seen.shifted(v)))
 
 
 def nothing(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -74,22 +97,31 @@ def of_rows(y, sums, batch: int, queries: int) -> tuple[torch.Tensor, torch.Tens
     return tuple(t if t is None else t.view(batch, queries, *t.shape[1:]).transpose(1, 2) for t in (y, sums))
 
 
+def with_nothing(seen: Seen, y, sums) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """y (B, H, Q, D), and if there are any its sums (B, H, Q), with what queries get that see nothing: 0 and -inf."""
+    if seen.empty is not None:
+        y.masked_fill_(seen.empty, 0.0)
+        if sums is not None:
+            sums.masked_fill_(seen.empty[..., 0], -math.inf)
+    return y, sums
+
+
 def keep_attention(q, k, v, numbers: tuple, seen: Seen) -> _Attention | None:
-    """Leave a call of this suite's attention, or find it; None where tensors must be copied or a window is seen.
+    """Leave a call of this suite's attention, or find it; None where queries must be copied.
 
     numbers  is_causal, scale, whether the logarithms of the sums are wanted, and what a mask said if there is one
     """
-    key, rows = (numbers, form(q, k, v)), as_rows(q, k, v)
+    key = numbers, form(q, k, v)
     if (known := ATTENTION.get(key)) is not None:
         return known
-    if not can_keep(key[-1]) or seen.window or any(seen.starts) or seen.rows is not None \
-            or rows[0].data_ptr() != q.data_ptr():
+    if not can_keep(key[-1]) or as_rows(q, k, v)[0].data_ptr() != q.data_ptr():
         return None
-    lse = numbers[2]
-    of_form = numbers[:3], key[1]
+    lse, (k, v) = numbers[2], (seen.shifted(t) for t in (k, v))
+    of_form = numbers[:3], seen.window, form(q, k, v)
     plan = _PLANS.get(of_form) or _PLANS.keep(of_form, attention_prefill.call.plan(
-        (*rows, seen.sequences.handle, 0, lse)))
-    return None if plan.copies else ATTENTION.keep(key, _Attention(plan, seen.sequences, tuple(q.shape), lse))
+        (*as_rows(q, k, v), seen.sequences.handle, seen.window, lse)))
+    kind = _Attention if seen.empty is None and not any(seen.starts) else _Padded
+    return None if plan.copies else ATTENTION.keep(key, kind(plan, seen, tuple(q.shape), lse))
 
 
 def _attention(q, k, v, *numbers) -> tuple | None:

@@ -90,7 +90,7 @@ def _place(reading: torch.fx.Node) -> int | None:
             seen = None if value is None else of_mask(value, *sizes, value.device)
     except Unsupported:
         return None  # it is refused by name when it is called
-    if seen is None or seen.window or any(seen.starts) or seen.rows is not None:
+    if seen is None or seen.window or any(seen.starts) or seen.empty is not None:
         return None
     with _LOCK:
         place = next((i for i, known in enumerate(SEEN) if known is seen), len(SEEN))

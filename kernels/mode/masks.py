@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -18,6 +18,8 @@ import torch
 
 from ..ops.attention.sequences import Sequences
 from .switch import Unsupported
+
+_TOGETHER = 64  # queries that see nothing, in one sequence: more would take the time of as many keys
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,20 +40,39 @@ class Seen:
     starts: tuple[int, ...]
     runs: tuple[tuple[int, int, int, int], ...]
     window: int = 0
+    _places: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def sequences(self) -> Sequences:
-        """A sequence for each run, on the rows of `shifted` keys."""
-        element, _, count, keys = zip(*self.runs, strict=True) if self.runs else ((), (), (), ())
+        """A sequence for each run and, so that every query is in one, for `_blind` ones too, on `shifted` keys."""
+        runs = sorted((*self.runs, *self._blind))
+        element, _, count, keys = zip(*runs, strict=True) if runs else ((), (), (), ())
         return Sequences(count, keys, self.device, slots=element)
 
     @cached_property
-    def rows(self) -> torch.Tensor | None:
-        """Where the runs' queries lie among batch * queries of them; None if they are all of them, in order."""
-        found = np.concatenate([[], *(b * self.queries + first + np.arange(n) for b, first, n, _ in self.runs)])
-        if np.array_equal(found, np.arange(self.batch * self.queries)):
-            return None
-        return torch.from_numpy(found.astype(np.int64)).to(self.device)
+    def _blind(self) -> list[tuple[int, int, int, int]]:
+        """Runs of the queries that see nothing, as if they saw keys: `empty` says whose results are to be put right."""
+        runs = []
+        for b, seeing in enumerate(self._seeing if self.keys else ()):
+            places = np.flatnonzero(~seeing)
+            for run in np.split(places, np.flatnonzero(np.diff(places) != 1) + 1):
+                step = min(_TOGETHER, self.keys)
+                runs += [(b, int(part[0]), len(part), len(part)) for part in
+                         (run[i : i + step] for i in range(0, len(run), step))]
+        return runs
+
+    @cached_property
+    def _seeing(self) -> np.ndarray:
+        found = np.zeros((self.batch, self.queries), dtype=bool)
+        for b, first, count, _ in self.runs:
+            found[b, first : first + count] = True
+        return found
+
+    @cached_property
+    def empty(self) -> torch.Tensor | None:
+        """(batch, 1, queries, 1) True for queries that see nothing; None if there are none."""
+        hidden = ~self._seeing[:, None, :, None]
+        return torch.from_numpy(hidden).to(self.device) if hidden.any() else None
 
     def hidden(self, element: int) -> torch.Tensor:
         """(queries, keys behind the start) True where a query of this element does not see a key."""
@@ -66,13 +87,27 @@ class Seen:
         return hidden.to(self.device)
 
     def shifted(self, cache: torch.Tensor) -> torch.Tensor:
-        """Keys or values (batch, keys, ...) with each element's first one in place 0."""
+        """Keys or values (batch, KV, keys, D) with each element's first one in place 0, and its last one repeated.
+
+        It is one launch for tensors that lie as (batch, KV, keys, D) or as (batch, keys, KV, D) does.
+        """
         if not any(self.starts):
             return cache
-        out = torch.zeros_like(cache, memory_format=torch.contiguous_format)
-        for b, start in enumerate(self.starts):
-            out[b, : self.keys - start] = cache[b, start:]
-        return out
+        by_key = cache.transpose(1, 2)
+        if by_key.is_contiguous():
+            found = by_key.view(-1, by_key[0, 0].numel()).index_select(0, self._moved(1))
+            return found.view(by_key.shape).transpose(1, 2)
+        rows = cache.reshape(-1, cache.shape[3]).index_select(0, self._moved(cache.shape[1]))
+        return rows.view(cache.shape)
+
+    def _moved(self, heads: int) -> torch.Tensor:
+        """Rows (batch * heads * keys) of a cache -> the row from which each is taken."""
+        if heads not in self._places:
+            key = np.arange(self.keys) + np.array(self.starts)[:, None, None]
+            head = np.arange(self.batch * heads).reshape(self.batch, heads, 1)
+            places = head * self.keys + np.minimum(key, self.keys - 1)
+            self._places[heads] = torch.from_numpy(places.ravel()).to(self.device)
+        return self._places[heads]
 
 
 @dataclass(frozen=True)

@@ -11,21 +11,18 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
-from functools import reduce
-from operator import or_
 
 import torch
 from torch._C._dynamo import eval_frame
 from torch.autograd import forward_ad
 
 from . import decorated
+from .asked_first import are_asked, ask, without_numbers
 from .names import public
 
 NAMES = "Fake", "DeferredInit"
 KEY, EARLY = map(torch._C._dispatch_key_parse, NAMES)
 KEYS = torch._C.DispatchKeySet(KEY) | torch._C.DispatchKeySet(EARLY)
-_PYTHON = torch._C.DispatchKeySet(torch._C._dispatch_key_parse("Python"))  # classes and modes: of 2.11 below ours
-_BELOW = torch._C._dispatch_keyset_full_after(KEY) | _PYTHON
 RULES: dict[str, Callable] = {}  # the op as torch.ops.aten writes it -> what takes its place
 
 
@@ -162,11 +159,10 @@ def guarded(name: str, op, function: Callable, short: Callable) -> Callable:
         if found is not None:
             return found
         given = [a for a in (*arguments, *named.values()) if isinstance(a, torch.Tensor)]
-        if any(map(_wraps, given)) or torch._C._len_torch_dispatch_stack() and not _without_numbers(given):
-            keys = reduce(or_, map(torch._C._dispatch_keys, given), _PYTHON) & _BELOW
-            return op._handle.redispatch_boxed(keys, *arguments, **named)
+        if are_asked(given):
+            return ask(op, given, KEY, arguments, named)
         with torch._C._ExcludeDispatchKeyGuard(KEYS):
-            if _without_numbers(given):
+            if without_numbers(given):
                 return op(*arguments, **named)
             gradients = torch.is_grad_enabled()
             torch._C._set_grad_enabled(False)
@@ -191,18 +187,3 @@ def unseen_by_dynamo(kernel: Callable) -> Callable:
     skip = eval_frame._FrameAction.SKIP
     eval_frame.set_code_exec_strategy(kernel.__code__, eval_frame._FrameExecStrategy(skip, skip))
     return kernel
-
-
-def _wraps(t: torch.Tensor) -> bool:
-    """Whether its class computes with tensors inside, in this mode."""
-    if type(t).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ or t.is_meta:
-        return False
-    from torch._subclasses import FakeTensor
-    from torch._subclasses.functional_tensor import FunctionalTensor
-
-    return not isinstance(t, (FakeTensor, FunctionalTensor))
-
-
-def _without_numbers(tensors: list[torch.Tensor]) -> bool:
-    """Tensors of torch.compile's tracing, and meta tensors: they have shapes alone."""
-    return any(t.is_meta or type(t).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for t in tensors)

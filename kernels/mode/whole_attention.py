@@ -110,9 +110,5 @@ def _masked(query, key, value, attn_mask, *settings, scale=None, **named) -> tor
         except Unsupported:
             return None
         made = keep_attention(query, key, value, (False, scale, False, seen), seen)
-        if made is None:
-            y, _ = attend(query, key, value, seen, scale, False)
-        else:
-            y = made.y(query, key, value)
-            y = made.looked_at(query, key, value)[0] if y is None else y
+        y, _ = attend(query, key, value, seen, scale, False) if made is None else made.results(query, key, value)
     return y.contiguous() if query.is_contiguous() else y

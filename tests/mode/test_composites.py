@@ -197,7 +197,7 @@ def test_a_weight_whose_memory_was_freed_is_pytorchs_to_refuse(gpu):
 def test_a_function_of_one_number_is_the_gpus_own(gpu, monkeypatch):
     """Whatever it writes and wherever gradients are; a version is counted."""
     asked = []
-    monkeypatch.setattr(switch, "_without_numbers", lambda arguments: asked.append(arguments))
+    monkeypatch.setattr(switch, "without_numbers", lambda arguments: asked.append(arguments))
     for inside in (nullcontext(), torch.no_grad(), torch.inference_mode()):
         z, out = X.clone(), torch.empty(0)
         with batch_invariant(strict=True), inside:

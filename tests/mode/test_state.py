@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from playing import Seen
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import runtime
 from kernels.bits import portable, same_bits
@@ -302,3 +303,37 @@ def test_a_dispatch_mode_sees_the_op_and_not_what_its_rule_does():
         with batch_invariant(strict=True), Seen() as seen:
             y = call(X, W.t())
         assert seen.ops[-1] is op and seen.ops.count(op) == 1 and not asked and same_bits(y, PRODUCT)
+
+
+@torch.no_grad()
+def test_what_modes_and_classes_do_is_in_the_mode():
+    """Two modes, the innermost first; each sees the op once, and what they call has its rule."""
+    op, on = torch.ops.aten.mm.default, []
+    kernel = switch.guarded("mm", op, lambda *given: NotImplemented, lambda *given: None)
+
+    class Tells(TorchDispatchMode):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
+
+        def __torch_dispatch__(self, function, types, arguments=(), named=None):
+            on.append((self.name, function, active()))
+            return function(*arguments, **(named or {}))
+    transposed = W.t()
+    for call in (kernel, torch.mm):
+        on.clear()
+        with batch_invariant(strict=True), Tells("outer"), Tells("inner"):
+            y = call(X, transposed)
+        assert on == [("inner", op, True), ("outer", op, True)] and same_bits(y, PRODUCT)
+
+
+@torch.no_grad()
+def test_a_call_that_every_class_gives_up_is_an_error():
+    class GivesUp(Wrapper):
+        @classmethod
+        def __torch_dispatch__(cls, function, types, arguments=(), named=None):
+            return NotImplemented
+    kernel = switch.guarded("mm", torch.ops.aten.mm.default, lambda *given: NotImplemented, lambda *given: None)
+    for call in (kernel, torch.mm):
+        with batch_invariant(strict=True), pytest.raises(TypeError, match="GivesUp"):
+            call(GivesUp(X), W.t())

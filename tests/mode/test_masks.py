@@ -1,0 +1,119 @@
+"""What a mask says of sequences that begin behind their first keys and of queries that see nothing."""
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from playing import K, Q
+from playing import Seen as Ops
+
+from kernels import runtime
+from kernels.bits import portable, same_bits
+from kernels.mode import batch_invariant, kept_attention, masks
+
+DEVICE = runtime.device()
+EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention
+STARTS, KEYS = (2, 0, 5), 6
+
+
+def _numbers(*sizes: int, seed: int = 0) -> torch.Tensor:
+    return portable(torch.Size(sizes[:-1]).numel(), sizes[-1], torch.bfloat16, DEVICE, seed).view(sizes)
+
+
+def _padded(starts=STARTS, keys: int = KEYS, window: int = 0) -> torch.Tensor:
+    """A causal mask (B, 1, keys, keys) of sequences that are padded on the left, whose padding sees nothing."""
+    seen = torch.ones(len(starts), 1, keys, keys, dtype=torch.bool, device=DEVICE).tril()
+    for b, start in enumerate(starts):
+        seen[b, ..., :start] = False
+    return seen.triu(1 - window) if window else seen
+
+
+def _seen(mask: torch.Tensor) -> masks.Seen:
+    batch, _, queries, keys = mask.shape
+    return masks.of_mask(mask, batch, queries, keys, DEVICE)
+
+
+def _hidden(mask: torch.Tensor, heads: int) -> torch.Tensor:
+    return torch.zeros(mask.shape, dtype=torch.bfloat16, device=DEVICE).masked_fill(~mask, -math.inf).expand(
+        -1, heads, -1, -1)
+
+
+LAYOUTS = {"by head": lambda t: t, "by key": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+           "in a larger cache": lambda t: torch.cat([t, t], 2)[:, :, :KEYS]}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_keys_are_shifted_in_one_launch_behind_a_copy_at_most(layout):
+    cache, seen = LAYOUTS[layout](_numbers(3, 2, KEYS, 8)), _seen(_padded())
+    seen.shifted(cache)
+    with Ops() as ops:
+        found = seen.shifted(cache)
+    for b, start in enumerate(STARTS):
+        assert same_bits(found[b, :, : KEYS - start].contiguous(), cache[b, :, start:].contiguous())
+        assert same_bits(found[b, :, KEYS - start :].contiguous(), cache[b, :, -1:].repeat(1, start, 1))
+    views = {"transpose.int", "view.default", "select.int", "_unsafe_view.default"}
+    launches = [op for op in ops.ops if str(op).removeprefix("aten.") not in views]
+    assert str(launches[-1]) == "aten.index_select.default" and len(launches) == 1 + (layout == "in a larger cache")
+
+
+def test_keys_that_begin_at_the_first_one_stay():
+    cache = _numbers(2, 2, KEYS, 8)
+    assert _seen(_padded((0, 0))).shifted(cache) is cache
+
+
+def test_queries_that_see_nothing_are_found_and_are_in_sequences():
+    seen = _seen(_padded())
+    assert seen.empty.shape == (3, 1, KEYS, 1)
+    assert seen.empty[:, 0, :, 0].tolist() == [[i < start for i in range(KEYS)] for start in STARTS]
+    assert seen.sequences.tokens == 3 * KEYS and seen.sequences.place.tolist() == [0, 0, 1, 2, 2]
+    assert seen.sequences.queries.tolist() == [2, 4, 6, 5, 1] and seen.sequences.keys.tolist() == [2, 4, 6, 5, 1]
+    assert _seen(_padded((0, 0))).empty is None
+
+
+@pytest.mark.parametrize(("keys", "pieces"), [(3, 3), (200, 64)])
+def test_sequences_of_queries_that_see_nothing_are_short(keys, pieces):
+    """Each has as many keys as queries, and there may be fewer keys."""
+    seen = masks.Seen(1, 150, keys, DEVICE, (0,), ((0, 100, 3, 3),))
+    assert seen.sequences.tokens == 150 and seen.sequences.queries.max() == pieces
+    assert seen.empty.sum().item() == 147
+
+
+def _attended(q, k, v, mask):
+    return EFFICIENT(q, k, v, _hidden(mask, q.shape[1]), True)[:2]
+
+
+@pytest.mark.parametrize("window", [0, 2])
+def test_a_padded_sequence_has_the_bits_of_itself_alone(window):
+    q, k, v = (_numbers(3, 4, KEYS, 8, seed=seed) for seed in range(3))
+    v[0, :, 0], k[2, :, 4] = math.nan, math.inf  # padding
+    if not q.is_cuda:
+        call = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        attended = lambda q, k, v, mask: call(q, k, v, attn_mask=_hidden(mask, q.shape[1]))  # noqa: E731
+    else:
+        attended = _attended
+    with batch_invariant(strict=True):
+        y, sums = attended(q, k, v, _padded(window=window))
+        for b, start in enumerate(STARTS):
+            one = [t[b : b + 1, :, start:].contiguous() for t in (q, k, v)]
+            alone = attended(*one, _padded((0,), KEYS - start, window))
+            assert same_bits([t[b : b + 1, :, start:].contiguous() for t in (y, sums)], [t.contiguous() for t in alone])
+            assert not y[b, :, :start].any() and (sums[b, :, :start] == -math.inf).all()
+
+
+@pytest.mark.parametrize("sums", [True, False])
+@pytest.mark.parametrize("start", [1, 3])
+def test_padded_attention_is_kept(attention, sums, start):
+    """A second call launches what the first one left, with keys moved, and puts right what padding gets."""
+    hidden = _hidden(_padded((start,), 5), 4)
+    with batch_invariant(strict=True):
+        first, second = (EFFICIENT(Q, K.repeat_interleave(2, 1), K.repeat_interleave(2, 1), hidden, sums)[:2]
+                         for _ in range(2))
+    (kind, *_), (again, q, k, v) = attention
+    assert (kind, again) == ("looked at", "launched") and q == Q.data_ptr() and len({q, k, v}) == 3
+    (kept,) = kept_attention.ATTENTION.values()
+    assert isinstance(kept, kept_attention._Padded)
+    for y, of in (first, second):
+        assert not y[:, :, :start].any() and y[:, :, start:].any()
+        assert not sums or (of[:, :, :start] == -math.inf).all() and of[:, :, start:].isfinite().all()
+        assert of.numel() == (20 if sums else 0)
