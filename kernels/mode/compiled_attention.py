@@ -6,25 +6,24 @@ forward   y (B, H, Q, D) as (B, Q, H, D) lies, and the logarithms of the sums (B
 backward  contiguous gradients
 
 What a mask says decides the launches, so Inductor leaves attention out of CUDA graphs, unless that is known when code
-is compiled (known_attention.py). An op of its own reads the mask on the host and gives what it says a number; layers
-that share a mask share that call, and attention takes the number.
+is compiled (known_attention.py). An op of its own reads the mask on the host (read_masks.py) and gives what it says a
+number, which attention takes.
 """
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 from functools import cache
 
 import torch
 import torch.nn.functional as F
-from torch.utils._pytree import tree_flatten
 
 from .kept import short
 from .kept_attention import nothing
-from .masks import READ, Read, number_of, of_mask
+from .masks import READ, Read, of_mask
 from .names import op_of
 from .opaque import defined, schema_of
+from .read_masks import READER
 from .switch import RULES, guarded
 
 # which of its arguments is the mask, and which are queries and keys
@@ -56,7 +55,7 @@ def traced(name: str) -> Callable:
         mask = arguments[MASKED[name][0]]
         if mask is None or not mask.numel():
             return plain(*arguments, **named)
-        return read(_reader()(mask, *_sizes(name, arguments)), *arguments, **named)
+        return read(READER(mask, *_sizes(name, arguments)), *arguments, **named)
     return one_or_other
 
 
@@ -64,42 +63,6 @@ def traced(name: str) -> Callable:
 def kernel_of(name: str) -> Callable:
     """The rule of an attention op, with PyTorch's op where it gives way."""
     return guarded(name, _theirs(name), RULES[name], short(name))
-
-
-@cache
-def _reader():
-    """mask, batch, queries, keys -> its number, a tensor of the CPU."""
-    def run(mask, *sizes):
-        return torch.tensor(number_of(mask, *sizes), dtype=torch.int64, device="cpu")
-    return defined("read_mask", "(Tensor mask, SymInt batch, SymInt queries, SymInt keys) -> Tensor", run,
-                   lambda mask, *sizes: torch.empty((), dtype=torch.int64, device="cpu"), torch.Tag.cudagraph_unsafe)
-
-
-def read_once(module: torch.fx.GraphModule) -> None:
-    """Of readings of masks that are made alike leave the first: layers make and read theirs apart, of the same one."""
-    values: dict[tuple, int] = {}  # operations on equal values -> their number
-    of: dict[torch.fx.Node, int] = {}
-    first: dict[int, torch.fx.Node] = {}
-    for node in list(module.graph.nodes):
-        leaves, form = tree_flatten((node.args, node.kwargs))
-        known = node.op == "call_function" and not varies(node.target)
-        made = tuple(f"value {of[leaf]}" if isinstance(leaf, torch.fx.Node) else repr(leaf) for leaf in leaves)
-        of[node] = values.setdefault((node.target, str(form), made) if known else (node,), len(values))
-        if getattr(node.target, "name", str)() == "same_bits_mode::read_mask":
-            if of[node] in first:
-                node.replace_all_uses_with(first[of[node]])
-                module.graph.erase_node(node)
-            else:
-                first[of[node]] = node
-    module.recompile()
-
-
-def varies(target) -> bool:
-    """Whether two alike calls may differ: random draws, and ops that write."""
-    if target is operator.getitem:
-        return False
-    return not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable or \
-        torch.Tag.nondeterministic_seeded in target.tags
 
 
 def _sizes(name: str, arguments) -> tuple:

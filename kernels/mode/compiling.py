@@ -24,7 +24,7 @@ from functools import cache, wraps
 import torch
 from torch.utils._pytree import tree_map_only
 
-from . import compiled_attention, known_attention, norm_fusion
+from . import compiled_attention, known_attention, norm_fusion, read_masks
 from .elements import COMPLEX, EVERY
 from .kept import short
 from .names import op_of, space_of
@@ -83,8 +83,10 @@ def _inner(module: torch.fx.GraphModule, *arguments, **named):
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
 
-    compiled_attention.read_once(module)
+    read_masks.read_once(module)
     known_attention.replace(module, config.triton.cudagraphs)
+    if not config.triton.cudagraphs:
+        read_masks.name_sources(module)
     norm_fusion.fuse(module)
     own, compiled = _own_kernels(module), compile_fx_inner(module, *arguments, **named)
     return _objected(compiled, own) if own else compiled

@@ -19,12 +19,13 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .attention import has_op
-from .compiled_attention import EFFICIENT, MASKED, kernel_of, laid, rows, said, varies
+from .compiled_attention import EFFICIENT, MASKED, kernel_of, laid, rows, said
 from .kept import form, short
 from .kept_attention import ATTENTION
 from .masks import Read, Seen, of_mask
 from .names import op_of
 from .opaque import defined, schema_of
+from .read_masks import varies
 from .switch import Unsupported
 
 FORWARD = ("_scaled_dot_product_flash_attention", *(name for name in MASKED if not name.endswith("_backward")))

@@ -12,6 +12,7 @@ import threading
 import weakref
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -156,8 +157,24 @@ def without_mask(batch: int, queries: int, keys: int, causal: bool, device: torc
 
 # what torch 2.10, for one, writes for False in a boolean mask before it calls cuDNN; rounded, in bfloat16, to -65536
 FOR_CUDNN = -65504.0
-_LAST: dict[str, tuple] = {}  # the last mask that was read: layers share it, or each gets one like it
-COPIED = 1 << 22  # numbers of a mask that is kept, to be compared with the next one
+COPIED = 1 << 22  # numbers of a mask that is kept, to be compared with the next ones
+LAST = 4  # masks that are kept: a forward may have one of all keys and one of a window, in turn
+_LAST: list[_Last] = []
+
+
+class _Last(NamedTuple):
+    """A mask that was read: layers share it, or each gets one like it."""
+
+    mask: weakref.ref
+    version: int | None
+    copy: torch.Tensor | None
+    sizes: tuple
+    seen: Seen
+
+    def is_alike(self, mask: torch.Tensor) -> bool:
+        """Whether a mask has the same numbers: one wait for the GPU, where reading it takes several."""
+        kinds = [(t.dtype, t.device, t.layout, t.shape) for t in (self.copy, mask) if t is not None]
+        return len(kinds) == 2 and kinds[0] == kinds[1] and torch.equal(self.copy, mask)
 
 
 def of_mask(mask: torch.Tensor, batch: int, queries: int, keys: int, device: torch.device,
@@ -168,22 +185,19 @@ def of_mask(mask: torch.Tensor, batch: int, queries: int, keys: int, device: tor
     captured graph or a kernel of one's own writes there is not seen.
     """
     version = None if mask.is_inference() else mask._version
-    known, sizes = _LAST.get("mask"), (batch, queries, keys, device)
-    if known and known[3] == sizes:
-        if mask.is_cuda and not compare and version is not None and known[0]() is mask and known[1] == version:
-            return known[4]
-        if _alike(known[2], mask):  # PyTorch makes each layer a mask of its own, of the one that it was given
-            return known[4]
+    sizes = batch, queries, keys, device
+    known = [last for last in tuple(_LAST) if last.sizes == sizes]
+    if mask.is_cuda and not compare and version is not None:
+        for last in known:
+            if last.mask() is mask and last.version == version:
+                return last.seen
+    for last in known:
+        if last.is_alike(mask):  # PyTorch makes each layer a mask of its own, of the one that it was given
+            return last.seen
     copy = mask.detach().clone() if mask.numel() <= COPIED else None
     seen = _read(mask if copy is None else copy, *sizes)  # the copy, or another thread could write in between
-    _LAST["mask"] = (weakref.ref(mask), version, copy, sizes, seen)
+    _LAST[:] = [_Last(weakref.ref(mask), version, copy, sizes, seen), *_LAST[: LAST - 1]]
     return seen
-
-
-def _alike(copy: torch.Tensor | None, mask: torch.Tensor) -> bool:
-    """Whether a mask has the numbers of the last one: one wait for the GPU, where reading it takes many."""
-    kinds = [(t.dtype, t.device, t.layout) for t in (copy, mask) if t is not None]
-    return len(kinds) == 2 and kinds[0] == kinds[1] and torch.equal(copy, mask)
 
 
 def _read(mask, batch, queries, keys, device) -> Seen:
@@ -195,11 +209,19 @@ def _read(mask, batch, queries, keys, device) -> Seen:
             shown = shown[None]
         if shown.shape[1] > 1 and not (shown == shown[:, :1]).all():
             raise Unsupported("has an order for masks that are the same for all heads, and attn_mask is not")
-        table = shown[:, 0].expand(batch, queries, keys).cpu().numpy()
+        numbers = _counted(shown[:, 0].expand(-1, -1, keys)).expand(3, batch, queries)
     except RuntimeError:
         raise Unsupported(f"has an order for masks that fit ({batch}, heads, {queries}, {keys}), and attn_mask has "
                           f"shape {tuple(mask.shape)}") from None
-    return _sequences(table, device)
+    return _sequences(*numbers.cpu().numpy(), keys, device)
+
+
+def _counted(table: torch.Tensor) -> torch.Tensor:
+    """(B, Q, K) of switches -> (3, B, Q): how many keys each query sees, its first one, and the one behind its last."""
+    if not table.shape[2]:
+        return torch.zeros((3, *table.shape[:2]), dtype=torch.int64, device=table.device)
+    ones = table.to(torch.uint8)
+    return torch.stack((ones.sum(2), ones.argmax(2), table.shape[2] - ones.flip(2).argmax(2)))
 
 
 def _shown(mask) -> torch.Tensor:
@@ -217,12 +239,11 @@ def _shown(mask) -> torch.Tensor:
     return shown
 
 
-def _sequences(table: np.ndarray, device) -> Seen:
-    batch, queries, keys = table.shape
-    count, first = table.sum(2), table.argmax(2)
+def _sequences(count: np.ndarray, first: np.ndarray, last: np.ndarray, keys: int, device) -> Seen:
+    batch, queries = count.shape
     end = first + count
     some = count > 0
-    gaps = some & (keys - table[:, :, ::-1].argmax(2) != end) if keys else some
+    gaps = some & (last != end)
     starts = [int(first[b][some[b]].min(initial=keys)) for b in range(batch)]
     start = np.array(starts).reshape(-1, 1)
     window = 0 if (first == start)[some].all() else int(count.max(initial=0))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from kernels import runtime
 from kernels.bits import portable, same_bits
-from kernels.mode import batch_invariant, compiled_attention, compiling, masks
+from kernels.mode import batch_invariant, compiling, masks, read_masks
 from kernels.mode.switch import MovesBits, Refused
 
 DEVICE = runtime.device()
@@ -145,7 +145,7 @@ def test_layers_that_share_a_mask_read_it_once_and_its_numbers_count(monkeypatch
             x = x + EFFICIENT(x, x, x, _bias(keep), False)[0]
         return x
     read = []
-    monkeypatch.setattr(compiled_attention, "number_of",
+    monkeypatch.setattr(read_masks, "number_of",
                         lambda mask, *sizes: (read.append(sizes), masks.number_of(mask, *sizes))[1])
     torch._dynamo.reset()
     compiled, x = torch.compile(three, dynamic=False), portable(2 * HEADS * TOKENS, 16).view(2, HEADS, TOKENS, 16)
@@ -198,8 +198,8 @@ def test_masks_made_of_noise_are_each_read():
     graphs, x = [], portable(2 * HEADS * TOKENS, 16, device=DEVICE).view(2, HEADS, TOKENS, 16)
     torch._dynamo.reset()
     with pytest.MonkeyPatch.context() as patch:
-        read_once = compiled_attention.read_once
-        patch.setattr(compiled_attention, "read_once", lambda module: (read_once(module), graphs.append(module))[0])
+        read_once = read_masks.read_once
+        patch.setattr(read_masks, "read_once", lambda module: (read_once(module), graphs.append(module))[0])
         with torch.no_grad(), batch_invariant(), pytest.warns(MovesBits, match="normal.float_float draws"):
             torch.compile(two, dynamic=False)(x)
     read = [str(node.target) for module in graphs for node in module.graph.nodes]

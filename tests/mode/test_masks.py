@@ -10,6 +10,7 @@ from playing import Seen as Ops
 
 from kernels import runtime
 from kernels.bits import portable, same_bits
+from kernels.mode import attention as rules
 from kernels.mode import batch_invariant, kept_attention, masks
 
 DEVICE = runtime.device()
@@ -79,6 +80,30 @@ def test_sequences_of_queries_that_see_nothing_are_short(keys, pieces):
     assert seen.empty.sum().item() == 147
 
 
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_masks_in_turn_are_read_once_each(monkeypatch, on_gpu):
+    """As of a model whose layers see all keys and a window by turns."""
+    read, last, looked = masks._read, masks._Last.is_alike, []
+    monkeypatch.setattr(masks, "_LAST", [])
+    monkeypatch.setattr(masks, "_read", lambda mask, *sizes: (looked.append("read"), read(mask, *sizes))[1])
+    monkeypatch.setattr(masks._Last, "is_alike", lambda *given: (looked.append("compared"), last(*given))[1])
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: on_gpu))
+    of_all, of_window = _padded(), _padded(window=2)
+    seen = [_seen(mask) for mask in (of_all, of_window) * 3]
+    assert looked.count("read") == 2 and len(set(map(id, seen))) == 2 and [one.window for one in seen] == [0, 2] * 3
+    assert looked.count("compared") == (1 if on_gpu else 1 + 2 + 1 + 2 + 1)
+    of_all[1, :, :, 0] = False
+    assert _seen(of_all).starts == (2, 1, 5) and looked.count("read") == 3
+    for hidden in range(4):
+        _seen(_padded((hidden, 0, 0)))
+    assert len(masks._LAST) == masks.LAST
+
+
+def test_a_mask_of_no_keys_shows_nothing():
+    seen = masks.of_mask(torch.ones(2, 1, 3, 0, dtype=torch.bool, device=DEVICE), 2, 3, 0, DEVICE)
+    assert seen.runs == () and seen.starts == (0, 0)
+
+
 def _attended(q, k, v, mask):
     return EFFICIENT(q, k, v, _hidden(mask, q.shape[1]), True)[:2]
 
@@ -99,6 +124,15 @@ def test_a_padded_sequence_has_the_bits_of_itself_alone(window):
             alone = attended(*one, _padded((0,), KEYS - start, window))
             assert same_bits([t[b : b + 1, :, start:].contiguous() for t in (y, sums)], [t.contiguous() for t in alone])
             assert not y[b, :, :start].any() and (sums[b, :, :start] == -math.inf).all()
+
+
+@pytest.mark.parametrize("batch", [2, 0])
+def test_without_keys_nothing_is_seen(batch):
+    q, k = _numbers(2, 4, 3, 8)[:batch], _numbers(2, 4, 1, 8)[:batch, :, :0]
+    y, sums = rules.attend(q, k, k, masks.without_mask(batch, 3, 0, False, DEVICE), None, True)
+    assert same_bits(y, torch.zeros_like(q)) and same_bits(sums, torch.full((batch, 4, 3), -math.inf, device=DEVICE))
+    y, sums = rules.attend(q, k, k, masks.without_mask(batch, 3, 0, False, DEVICE), None, False)
+    assert y.shape == q.shape and sums is None
 
 
 @pytest.mark.parametrize("sums", [True, False])

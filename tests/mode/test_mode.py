@@ -318,7 +318,7 @@ def test_another_mask_of_the_same_shape_is_read_anew():
 def test_a_mask_like_the_last_one_is_not_read_again(monkeypatch):
     read = []
     monkeypatch.setattr(masks, "_read", lambda mask, *sizes: read.append(mask.clone()) or object())
-    monkeypatch.setattr(masks, "_LAST", {})
+    monkeypatch.setattr(masks, "_LAST", [])
     mask = torch.ones(2, 1, 3, 4, dtype=torch.bool, device=DEVICE).tril()
 
     def seen(given, batch=2):
@@ -344,7 +344,7 @@ def test_what_is_kept_of_a_mask_is_what_was_read(before, monkeypatch):
         return seen
     mask = torch.ones(1, 1, 3, 3, dtype=torch.bool, device=DEVICE).tril()
     wanted = [read(given, 1, 3, 3, DEVICE).runs for given in (mask, torch.ones_like(mask))]
-    monkeypatch.setattr(masks, "_LAST", {})
+    monkeypatch.setattr(masks, "_LAST", [])
     monkeypatch.setattr(masks, "_read", written_to)
     assert masks.of_mask(mask, 1, 3, 3, DEVICE).runs == wanted[0]
     assert masks.of_mask(torch.ones_like(mask), 1, 3, 3, DEVICE).runs == wanted[1]
@@ -371,10 +371,10 @@ def test_a_sparse_mask_behind_a_dense_one_is_refused_by_name():
 
 def test_a_large_mask_is_not_kept(monkeypatch):
     monkeypatch.setattr(masks, "COPIED", 11)
-    monkeypatch.setattr(masks, "_LAST", {})
+    monkeypatch.setattr(masks, "_LAST", [])
     for shape, kept in (((1, 1, 3, 4), False), ((1, 1, 2, 4), True)):
         masks.of_mask(torch.ones(shape, dtype=torch.bool, device=DEVICE), 1, *shape[2:], DEVICE)
-        assert (masks._LAST["mask"][2] is not None) == kept
+        assert (masks._LAST[0].copy is not None) == kept
 
 
 def test_queries_that_see_nothing_give_zeros():

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import runtime
 from kernels.bits import portable, same_bits
-from kernels.mode import MovesBits, Refused, active, batch_invariant, switch
+from kernels.mode import MovesBits, Refused, active, asked_first, batch_invariant, switch
 from kernels.ops.matmul.op import matmul
 
 DEVICE = runtime.device()
@@ -290,9 +290,10 @@ def test_what_a_wrapper_computes_inside_is_in_the_mode():
         assert Wrapper.seen == [(op, True)] and not asked and same_bits(y.inner, PRODUCT)
     fake, calls = FakeTensorMode(), []
     kernel = switch.guarded("mm", lambda *given: calls.append(given), lambda *given: None, lambda *given: None)
+    given = [fake.from_tensor(t) for t in (X, W)]
     with batch_invariant(strict=True):
-        kernel(*(fake.from_tensor(t) for t in (X, W)))
-    assert len(calls) == 1  # not handed on, for there are no numbers
+        kernel(*given)
+    assert len(calls) == 1 and not asked_first.are_asked(given)  # for there are no numbers
 
 
 @torch.no_grad()
