@@ -31,8 +31,9 @@ from ..ops.matmul.order import Order
 from ..ops.mean import sum
 from ..ops.softmax import log_softmax
 from .kept_attention import as_cudnn, as_efficient, as_flash, as_rows, keep_attention, nothing, of_rows, with_nothing
-from .masks import Read, Seen, of_mask, without_mask
+from .masks import of_mask
 from .products import how, supported
+from .seen import Read, Seen, without_mask
 from .seen_softmax import seen_softmax
 from .switch import Unsupported, rule
 

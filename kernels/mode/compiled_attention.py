@@ -20,10 +20,11 @@ import torch.nn.functional as F
 
 from .kept import short
 from .kept_attention import nothing
-from .masks import READ, Read, of_mask
+from .masks import READ, of_mask
 from .names import op_of
 from .opaque import defined, schema_of
 from .read_masks import READER
+from .seen import Read
 from .switch import RULES, guarded
 
 # which of its arguments is the mask, and which are queries and keys

@@ -10,7 +10,7 @@ from ..call import Plans
 from ..ops.attention.op import attention_prefill
 from ..runtime import current_device, current_stream
 from .kept import can_keep, form, shortened
-from .masks import Read, Seen
+from .seen import Read, Seen
 
 
 class Few(Plans):

@@ -22,10 +22,11 @@ from .attention import has_op
 from .compiled_attention import EFFICIENT, MASKED, kernel_of, laid, rows, said
 from .kept import form, short
 from .kept_attention import ATTENTION
-from .masks import Read, Seen, of_mask
+from .masks import of_mask
 from .names import op_of
 from .opaque import defined, schema_of
 from .read_masks import varies
+from .seen import Read, Seen
 from .switch import Unsupported
 
 FORWARD = ("_scaled_dot_product_flash_attention", *(name for name in MASKED if not name.endswith("_backward")))

@@ -10,8 +10,9 @@ from playing import BIAS, MAT, K, Q, Seen, X
 
 from kernels import call as call_module
 from kernels.bits import same_bits
-from kernels.mode import Refused, batch_invariant, kept, kept_attention, masks
+from kernels.mode import Refused, batch_invariant, kept, kept_attention
 from kernels.mode import attention as rules
+from kernels.mode import seen as said_by_masks
 from kernels.ops.layer_norm import layer_norm
 from kernels.ops.matmul.call import CALL
 from kernels.ops.matmul.op import matmul
@@ -231,7 +232,7 @@ def test_attention_that_has_no_order_or_must_be_copied_is_the_rules(attention, m
             EFFICIENT(Q, K, K, torch.zeros(1, 1, 5, 5, dtype=Q.dtype).masked_fill(~seen, -torch.inf).expand(1, 4, 5, 5),
                       True, 0.0)
         count += 2
-        assert len([said for (_, _, _, said), _ in kept_attention.ATTENTION if isinstance(said, masks.Seen)]) == 2
+        assert [type(said) for (*_, said), _ in kept_attention.ATTENTION].count(said_by_masks.Seen) == 2
         two = (t.expand(2, -1, -1, -1).contiguous() for t in (Q, K, K))
         FLASH(*two, 0.0, True)  # rows that do not lie as the op wants them
         CALLS["flash"](Q.float(), K.float())  # float32 is computed otherwise

@@ -12,6 +12,7 @@ from kernels import runtime
 from kernels.bits import portable, same_bits
 from kernels.mode import attention as rules
 from kernels.mode import batch_invariant, kept_attention, masks
+from kernels.mode.seen import Seen, without_mask
 
 DEVICE = runtime.device()
 EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention
@@ -30,7 +31,7 @@ def _padded(starts=STARTS, keys: int = KEYS, window: int = 0) -> torch.Tensor:
     return seen.triu(1 - window) if window else seen
 
 
-def _seen(mask: torch.Tensor) -> masks.Seen:
+def _seen(mask: torch.Tensor) -> Seen:
     batch, _, queries, keys = mask.shape
     return masks.of_mask(mask, batch, queries, keys, DEVICE)
 
@@ -75,7 +76,7 @@ def test_queries_that_see_nothing_are_found_and_are_in_sequences():
 @pytest.mark.parametrize(("keys", "pieces"), [(3, 3), (200, 64)])
 def test_sequences_of_queries_that_see_nothing_are_short(keys, pieces):
     """Each has as many keys as queries, and there may be fewer keys."""
-    seen = masks.Seen(1, 150, keys, DEVICE, (0,), ((0, 100, 3, 3),))
+    seen = Seen(1, 150, keys, DEVICE, (0,), ((0, 100, 3, 3),))
     assert seen.sequences.tokens == 150 and seen.sequences.queries.max() == pieces
     assert seen.empty.sum().item() == 147
 
@@ -83,15 +84,15 @@ def test_sequences_of_queries_that_see_nothing_are_short(keys, pieces):
 @pytest.mark.parametrize("on_gpu", [True, False])
 def test_masks_in_turn_are_read_once_each(monkeypatch, on_gpu):
     """As of a model whose layers see all keys and a window by turns."""
-    read, last, looked = masks._read, masks._Last.is_alike, []
+    read, may_be, looked = masks._read, masks._Last.may_be, []
     monkeypatch.setattr(masks, "_LAST", [])
     monkeypatch.setattr(masks, "_read", lambda mask, *sizes: (looked.append("read"), read(mask, *sizes))[1])
-    monkeypatch.setattr(masks._Last, "is_alike", lambda *given: (looked.append("compared"), last(*given))[1])
+    monkeypatch.setattr(masks._Last, "may_be", lambda *given: (looked.append("compared"), may_be(*given))[1])
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: on_gpu))
     of_all, of_window = _padded(), _padded(window=2)
     seen = [_seen(mask) for mask in (of_all, of_window) * 3]
     assert looked.count("read") == 2 and len(set(map(id, seen))) == 2 and [one.window for one in seen] == [0, 2] * 3
-    assert looked.count("compared") == (1 if on_gpu else 1 + 2 + 1 + 2 + 1)
+    assert looked.count("compared") == (1 if on_gpu else 1 + 2 * 4)
     of_all[1, :, :, 0] = False
     assert _seen(of_all).starts == (2, 1, 5) and looked.count("read") == 3
     for hidden in range(4):
@@ -129,9 +130,9 @@ def test_a_padded_sequence_has_the_bits_of_itself_alone(window):
 @pytest.mark.parametrize("batch", [2, 0])
 def test_without_keys_nothing_is_seen(batch):
     q, k = _numbers(2, 4, 3, 8)[:batch], _numbers(2, 4, 1, 8)[:batch, :, :0]
-    y, sums = rules.attend(q, k, k, masks.without_mask(batch, 3, 0, False, DEVICE), None, True)
+    y, sums = rules.attend(q, k, k, without_mask(batch, 3, 0, False, DEVICE), None, True)
     assert same_bits(y, torch.zeros_like(q)) and same_bits(sums, torch.full((batch, 4, 3), -math.inf, device=DEVICE))
-    y, sums = rules.attend(q, k, k, masks.without_mask(batch, 3, 0, False, DEVICE), None, False)
+    y, sums = rules.attend(q, k, k, without_mask(batch, 3, 0, False, DEVICE), None, False)
     assert y.shape == q.shape and sums is None
 
 
@@ -139,12 +140,11 @@ def test_without_keys_nothing_is_seen(batch):
 @pytest.mark.parametrize("start", [1, 3])
 def test_padded_attention_is_kept(attention, sums, start):
     """A second call launches what the first one left, with keys moved, and puts right what padding gets."""
-    hidden = _hidden(_padded((start,), 5), 4)
+    hidden, given = _hidden(_padded((start,), 5), 4), K.repeat_interleave(2, 1)
     with batch_invariant(strict=True):
-        first, second = (EFFICIENT(Q, K.repeat_interleave(2, 1), K.repeat_interleave(2, 1), hidden, sums)[:2]
-                         for _ in range(2))
+        first, second = (EFFICIENT(Q, given, given, hidden, sums)[:2] for _ in range(2))
     (kind, *_), (again, q, k, v) = attention
-    assert (kind, again) == ("looked at", "launched") and q == Q.data_ptr() and len({q, k, v}) == 3
+    assert (kind, again) == ("looked at", "launched") and q == Q.data_ptr() and len({q, k, v, given.data_ptr()}) == 4
     (kept,) = kept_attention.ATTENTION.values()
     assert isinstance(kept, kept_attention._Padded)
     for y, of in (first, second):

@@ -328,6 +328,19 @@ def test_what_modes_and_classes_do_is_in_the_mode():
         assert on == [("inner", op, True), ("outer", op, True)] and same_bits(y, PRODUCT)
 
 
+def test_who_is_asked_first_has_the_key_on_and_others_above_pythons_off():
+    """As PyTorch's own fallback has it, but for one key; of torch 2.13 the early key alone is above Python's."""
+    off = []
+
+    class Asks(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), named=None):
+            off.extend(torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C._dispatch_key_parse(name))
+                       for name in ("DeferredInit", "Python", "AutogradCPU"))
+    with batch_invariant(), Asks():
+        asked_first.ask(torch.ops.aten.mm.default, [X, W], switch.EARLY, (X, W), {})
+    assert off == [False, False, True]
+
+
 @torch.no_grad()
 def test_a_call_that_every_class_gives_up_is_an_error():
     class GivesUp(Wrapper):
