@@ -17,7 +17,8 @@ _COUNT_MODES = torch._C._len_torch_dispatch_stack
 
 def are_asked(given: list[torch.Tensor]) -> bool:
     """Whether a mode or a class among these arguments is to see a call that has come to our key."""
-    return any(map(_wraps, given)) or _COUNT_MODES() > 0 and not without_numbers(given)
+    some = any(map(_wraps, given)) or _COUNT_MODES() > 0 and not without_numbers(given)
+    return some and not torch._C._dispatch_tls_is_dispatch_key_excluded(_PYTHON)
 
 
 def ask(op: Callable, given: list[torch.Tensor], keep: int, arguments: tuple, named: dict):

@@ -342,6 +342,16 @@ def test_who_is_asked_first_has_the_key_on_and_others_above_pythons_off():
 
 
 @torch.no_grad()
+def test_nobody_is_asked_where_pytorch_asks_nobody():
+    op, own = torch.ops.aten.mm.default, []
+    kernel = switch.guarded("mm", op, lambda *given: own.append(given) or PRODUCT, lambda *given: None)
+    with batch_invariant(strict=True), Seen() as seen, torch._C._DisableTorchDispatch():
+        for call in (kernel, torch.mm):
+            assert same_bits(call(X, W.t()), PRODUCT)
+    assert not seen.ops and len(own) == 1
+
+
+@torch.no_grad()
 def test_a_call_that_every_class_gives_up_is_an_error():
     class GivesUp(Wrapper):
         @classmethod
