@@ -1,11 +1,16 @@
 """Dispatch modes, and tensors whose class computes with others inside: they see an op before its rule does.
 
 So find_moving_ops sees the op and not what a rule does, and what a class computes inside is in the mode. PyTorch asks
-them itself where its key for them stands above ours. In torch 2.11 it stands below, and there it would turn ours off.
+them itself where its key for them stands above ours, as in torch 2.13. In 2.11 it stands below, and turns ours off for
+what they call. There they are asked here, of ops that have a rule; what they make of other ops is outside the mode.
+DTensor, which only PyTorch can ask, is objected to by name there.
 """
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from functools import reduce
+from operator import or_
 
 import torch
 from torch.utils._python_dispatch import _pop_mode_temporarily
@@ -15,6 +20,10 @@ _ABOVE = (torch._C._dispatch_keyset_full() - torch._C._dispatch_keyset_full_afte
 _COUNT_MODES = torch._C._len_torch_dispatch_stack
 
 
+class OnlyPyTorchCanAsk(Exception):
+    """Of a class of tensors that PyTorch computes itself; the text names it."""
+
+
 def are_asked(given: list[torch.Tensor]) -> bool:
     """Whether a mode or a class among these arguments is to see a call that has come to our key."""
     some = any(map(_wraps, given)) or _COUNT_MODES() > 0 and not without_numbers(given)
@@ -22,8 +31,9 @@ def are_asked(given: list[torch.Tensor]) -> bool:
 
 
 def ask(op: Callable, given: list[torch.Tensor], keep: int, arguments: tuple, named: dict):
-    """What they make of a call, with key `keep` on: the innermost mode first. Raises TypeError if all give it up."""
-    classes = tuple(dict.fromkeys(type(t) for t in given if _wraps(t)))
+    """What they make of a call, with key `keep` on: the innermost mode first. Raises TypeError if all give it up, and
+    OnlyPyTorchCanAsk."""
+    classes = _in_order(given)
     with torch._C._ExcludeDispatchKeyGuard(_ABOVE.remove(keep)):
         if _COUNT_MODES():
             with _pop_mode_temporarily() as mode:
@@ -31,22 +41,50 @@ def ask(op: Callable, given: list[torch.Tensor], keep: int, arguments: tuple, na
             if found is not NotImplemented:
                 return found
         for each in classes:
+            if issubclass(each, _computed_by_pytorch()):
+                raise OnlyPyTorchCanAsk(each.__name__)
             found = each.__torch_dispatch__(op, classes, arguments, named)
             if found is not NotImplemented:
                 return found
     raise TypeError(f"no __torch_dispatch__ of {', '.join(each.__name__ for each in classes)} takes {op}")
 
 
+def ask_outside(op: Callable, given: list[torch.Tensor], arguments: tuple, named: dict):
+    """What PyTorch's own fallback makes of a call: it asks them all, without our keys."""
+    keys = reduce(or_, map(torch._C._dispatch_keys, given)) & torch._C._dispatch_keyset_full_after(_PYTHON).add(_PYTHON)
+    return op._handle.redispatch_boxed(keys, *arguments, **named)
+
+
+def _in_order(given: list[torch.Tensor]) -> tuple[type, ...]:
+    """Their classes as PyTorch asks them: as they come, but a class before those that it inherits from."""
+    classes: list[type] = []
+    for kind in dict.fromkeys(type(t) for t in given if _wraps(t)):
+        place = next((i for i, known in enumerate(classes) if issubclass(kind, known)), len(classes))
+        classes.insert(place, kind)
+    return tuple(classes)
+
+
+def _computed_by_pytorch() -> tuple[type, ...]:
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return () if tensors is None else (tensors.DTensor,)
+
+
 def _wraps(t: torch.Tensor) -> bool:
     """Whether its class computes with tensors inside, in this mode."""
-    if type(t).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ or t.is_meta:
-        return False
-    from torch._subclasses import FakeTensor
-    from torch._subclasses.functional_tensor import FunctionalTensor
-
-    return not isinstance(t, (FakeTensor, FunctionalTensor))
+    return not (_is_plain(t) or t.is_meta or _is_traced(t))
 
 
 def without_numbers(tensors: list[torch.Tensor]) -> bool:
     """Tensors of torch.compile's tracing, and meta tensors: they have shapes alone."""
-    return any(t.is_meta or type(t).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for t in tensors)
+    return any(t.is_meta or not _is_plain(t) and _is_traced(t) for t in tensors)
+
+
+def _is_plain(t: torch.Tensor) -> bool:
+    return type(t).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+
+
+def _is_traced(t: torch.Tensor) -> bool:
+    from torch._subclasses import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return isinstance(t, (FakeTensor, FunctionalTensor))

@@ -7,8 +7,9 @@ float32 above all, is computed as written here, in float32, for each sequence ap
     p       softmax over the keys, in the order of ops/softmax/order.py, from a query's first key with a weight on
     y       a chain over the keys, in sequence, of p and v; 0 where no key is seen
 
-What is masked adds +0 to a sum at its end, so neither the padding nor the other sequences can be in a result. (Rows of
-more than 32768 keys have softmax's segments, which their number decides: there a longer cache may move bits.)
+What is masked adds +0 to a sum at its end, and what no query sees counts as 0 (padding may hold NaN), so neither the
+padding nor the other sequences can be in a result. (Rows of more than 32768 keys have softmax's segments, which their
+number decides: there a longer cache may move bits.)
 
 PyTorch chooses the kernel before this suite is asked. Where it chooses none and multiplies itself (its math backend:
 masks that learn, wide heads), its operations are the same ones, in float32, and so is its softmax (seen_softmax.py).
@@ -99,14 +100,14 @@ def _weights(q, k, hidden, scale):
     return scores, seen_softmax(scores, -1).masked_fill(hidden, 0.0)
 
 
-def _for_heads(t, heads: int):
-    """k or v (KV, K, D), each repeated for the heads that share it, in float32."""
-    return t.float().repeat_interleave(heads // len(t), 0)
+def _for_heads(t, heads: int, hidden):
+    """k or v (KV, K, D), each repeated for the heads that share it, in float32; 0 for keys that no query sees."""
+    return t.float().masked_fill(hidden.all(0)[:, None], 0.0).repeat_interleave(heads // len(t), 0)
 
 
 def _one(q, k, v, hidden, scale, lse):
     """One sequence: q (H, Q, D), k and v (KV, K, D) -> y (H, Q, D), its weights, lse (H, Q)."""
-    k_, v_ = (_for_heads(t, len(q)) for t in (k, v))
+    k_, v_ = (_for_heads(t, len(q), hidden) for t in (k, v))
     scores, p = _weights(q.float(), k_, hidden, scale)
     y = how(q, bmm)(p, v_.transpose(1, 2), Order(1, k.shape[1])).to(q.dtype)
     if not lse:
@@ -123,9 +124,10 @@ def _backward(dy, q, k, v, out, seen: Seen, scale):
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
     product, add = how(q, bmm), how(q, sum)
     for b, start in enumerate(seen.starts):
-        q_, dy_, y = (t[b].float() for t in (q, dy, out))
-        k_, v_ = (_for_heads(t[b, :, start:], len(q_)) for t in (k, v))
-        _, p = _weights(q_, k_, seen.hidden(b), scale)
+        hidden = seen.hidden(b)
+        q_, dy_, y = (t[b].float().masked_fill(hidden.all(1)[:, None], 0.0) for t in (q, dy, out))
+        k_, v_ = (_for_heads(t[b, :, start:], len(q_), hidden) for t in (k, v))
+        _, p = _weights(q_, k_, hidden, scale)
         over_keys, over_queries = Order(1, p.shape[2]), Order(1, p.shape[1])
         d = p * (product(dy_, v_, Order(1, v_.shape[2])) - add(dy_ * y, -1, True))
         d = d * torch.full((), scale, dtype=torch.float32, device=q.device)

@@ -89,7 +89,8 @@ def nothing(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def as_rows(q, k, v) -> tuple[torch.Tensor, ...]:
     """q (B, H, Q, D) as (B * Q, H, D), k and v (B, KV, K, D) as (B, K, KV, D), which is how the op takes them."""
-    return q.transpose(1, 2).reshape(-1, q.shape[1], q.shape[3]), k.transpose(1, 2), v.transpose(1, 2)
+    batch, heads, queries, width = q.shape
+    return q.transpose(1, 2).reshape(batch * queries, heads, width), k.transpose(1, 2), v.transpose(1, 2)
 
 
 def of_rows(y, sums, batch: int, queries: int) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -17,7 +17,7 @@ from torch._C._dynamo import eval_frame
 from torch.autograd import forward_ad
 
 from . import decorated
-from .asked_first import are_asked, ask, without_numbers
+from .asked_first import OnlyPyTorchCanAsk, are_asked, ask, ask_outside, without_numbers
 from .names import public
 
 NAMES = "Fake", "DeferredInit"
@@ -160,7 +160,11 @@ def guarded(name: str, op, function: Callable, short: Callable) -> Callable:
             return found
         given = [a for a in (*arguments, *named.values()) if isinstance(a, torch.Tensor)]
         if are_asked(given):
-            return ask(op, given, KEY, arguments, named)
+            try:
+                return ask(op, given, KEY, arguments, named)
+            except OnlyPyTorchCanAsk as which:
+                object_to(name, f"has no order for {which} with this release of PyTorch")
+            return ask_outside(op, given, arguments, named)
         with torch._C._ExcludeDispatchKeyGuard(KEYS):
             if without_numbers(given):
                 return op(*arguments, **named)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from playing import K, Q
 from playing import Seen as Ops
 
@@ -125,6 +126,27 @@ def test_a_padded_sequence_has_the_bits_of_itself_alone(window):
             alone = attended(*one, _padded((0,), KEYS - start, window))
             assert same_bits([t[b : b + 1, :, start:].contiguous() for t in (y, sums)], [t.contiguous() for t in alone])
             assert not y[b, :, :start].any() and (sums[b, :, :start] == -math.inf).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_padding_holds_is_in_no_result_and_in_no_gradient(dtype, side):
+    given = [_numbers(2, 4, KEYS, 8, seed=seed).to(dtype) for seed in range(4)]
+    padding, mask = (slice(0, 2), _padded((0, 2))) if side == "left" else (slice(4, KEYS), _padded((0, 0)))
+    if side == "right":
+        mask[1, ..., 4:] = False
+        mask[1, :, 4:] = False
+
+    def found(number):
+        q, k, v, dy = (t.clone() for t in given)
+        for t in (q, k, v, dy):
+            t[1, :, padding] = number
+        for t in (q, k, v):
+            t.requires_grad_()
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return y.detach(), torch.autograd.grad(y, (q, k, v), dy)
+    with batch_invariant(strict=True):
+        assert same_bits(found(1.0), found(math.nan)) and same_bits(found(1.0), found(math.inf))
 
 
 @pytest.mark.parametrize("batch", [2, 0])

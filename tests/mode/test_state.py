@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from playing import Seen
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import runtime
@@ -349,6 +350,52 @@ def test_nobody_is_asked_where_pytorch_asks_nobody():
         for call in (kernel, torch.mm):
             assert same_bits(call(X, W.t()), PRODUCT)
     assert not seen.ops and len(own) == 1
+
+    class CallsItself(torch.Tensor):
+        """It has numbers of its own, and is computed with them."""
+        @classmethod
+        def __torch_dispatch__(cls, function, types, arguments=(), named=None):
+            with torch._C._DisableTorchDispatch():
+                return function(*arguments, **(named or {}))
+    x = torch.Tensor._make_subclass(CallsItself, X)
+    with batch_invariant(strict=True):
+        assert same_bits(x @ W.t(), PRODUCT)
+        with torch._C._DisableTorchDispatch():
+            assert kernel(x, W.t()) is PRODUCT
+
+
+@torch.no_grad()
+def test_a_class_is_asked_before_those_that_it_inherits_from():
+    class Heir(Wrapper):
+        pass
+
+    class Apart(Wrapper):
+        pass
+    kernel = switch.guarded("mm", torch.ops.aten.mm.default, lambda *given: NotImplemented, lambda *given: None)
+    for call in (kernel, torch.mm):
+        Heir.seen, Apart.seen, Wrapper.seen = [], [], []
+        with batch_invariant(strict=True):
+            assert same_bits(call(Wrapper(X), Heir(W.t())).inner, PRODUCT)
+            assert (len(Wrapper.seen), len(Heir.seen)) == (0, 1)
+            call(Apart(X), Heir(W.t()))
+        assert (len(Apart.seen), len(Heir.seen)) == (1, 1)
+
+
+@torch.no_grad()
+def test_where_only_pytorch_can_ask_it_is_objected_to_by_name(monkeypatch):
+    """As of DTensor in torch 2.11, whose tensors PyTorch computes by code of its own."""
+    assert asked_first._computed_by_pytorch() == (DTensor,)
+    monkeypatch.setattr(asked_first, "_computed_by_pytorch", lambda: (Wrapper,))
+    kernel = switch.guarded("mm", torch.ops.aten.mm.default, lambda *given: NotImplemented, lambda *given: None)
+    given, on = (Wrapper(X), W.t()), []
+    monkeypatch.setattr(Wrapper, "__torch_dispatch__", classmethod(
+        lambda cls, function, types, arguments=(), named=None: on.append(active()) or X))
+    with batch_invariant(strict=True), pytest.raises(Refused, match="mm has no order for Wrapper with this release"):
+        kernel(*given)
+    monkeypatch.setattr(asked_first, "ask_outside", lambda op, tensors, arguments, named: on.append(op) or X)
+    monkeypatch.setattr(switch, "ask_outside", asked_first.ask_outside)
+    with batch_invariant(), pytest.warns(MovesBits, match="mm has no order for Wrapper with this release"):
+        assert kernel(*given) is X and on == [torch.ops.aten.mm.default]
 
 
 @torch.no_grad()
