@@ -65,8 +65,8 @@ def _in_order(given: list[torch.Tensor]) -> tuple[type, ...]:
 
 
 def _computed_by_pytorch() -> tuple[type, ...]:
-    tensors = sys.modules.get("torch.distributed.tensor")
-    return () if tensors is None else (tensors.DTensor,)
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return () if kind is None else (kind,)
 
 
 def _wraps(t: torch.Tensor) -> bool:

@@ -86,11 +86,16 @@ def of_mask(mask: torch.Tensor, batch: int, queries: int, keys: int, device: tor
             if last.mask() is mask and last.version == version:
                 return last.seen
     for last in _alike(known, mask):  # PyTorch makes each layer a mask of its own, of the one that it was given
-        return last.seen
+        return _keep(last._replace(mask=weakref.ref(mask), version=version), last)
     copy = mask.detach().clone() if mask.numel() <= COPIED else None
     seen = _read(mask if copy is None else copy, *sizes)  # the copy, or another thread could write in between
-    _LAST[:] = [_Last(weakref.ref(mask), version, copy, sizes, seen), *_LAST[: LAST - 1]]
-    return seen
+    return _keep(_Last(weakref.ref(mask), version, copy, sizes, seen))
+
+
+def _keep(last: _Last, before: _Last | None = None) -> Seen:
+    """Put a mask first, in the place of what it was `before`: the next layer that is given it need not compare it."""
+    _LAST[:] = [last, *(other for other in _LAST if other is not before)][:LAST]
+    return last.seen
 
 
 def _read(mask, batch, queries, keys, device) -> Seen:

@@ -19,25 +19,27 @@ def reporting_rows(server) -> threading.Thread:
     return thread
 
 
+def ends(thread: threading.Thread, seconds: float = 10) -> bool:
+    thread.join(seconds)
+    return not thread.is_alive()
+
+
 def test_rows_wait_for_their_own_answer(server, monkeypatch):
     monkeypatch.setattr(serve, "DRAWN_WITHIN", 0.0)
     server.report("rows", [0])  # nobody answers in time
     monkeypatch.setattr(serve, "DRAWN_WITHIN", 60.0)
     thread = reporting_rows(server)
     server.hear("shown")  # the late answer
-    thread.join(0.2)
-    assert thread.is_alive()
+    assert not ends(thread, 0.2)
     server.hear("shown")
-    thread.join(10)
-    assert not thread.is_alive()
+    assert ends(thread)
 
 
 def test_a_stop_ends_the_wait(server, monkeypatch):
     monkeypatch.setattr(serve, "DRAWN_WITHIN", 60.0)
     thread = reporting_rows(server)
     server.hear("stop")
-    thread.join(10)
-    assert not thread.is_alive()
+    assert ends(thread)
 
 
 def test_a_job_begins_without_answers_owed(server, monkeypatch):
@@ -47,16 +49,14 @@ def test_a_job_begins_without_answers_owed(server, monkeypatch):
     monkeypatch.setattr(serve, "DRAWN_WITHIN", 60.0)
     thread = reporting_rows(server)
     server.hear("shown")
-    thread.join(10)
-    assert not thread.is_alive()
+    assert ends(thread)
 
 
 def test_other_reports_do_not_wait(server, monkeypatch):
     monkeypatch.setattr(serve, "DRAWN_WITHIN", 60.0)
     thread = threading.Thread(target=server.report, args=("doing", "a product"), daemon=True)
     thread.start()
-    thread.join(10)
-    assert not thread.is_alive()
+    assert ends(thread)
 
 
 class Listed(base.Measuring):
@@ -89,11 +89,9 @@ def test_rows_reported_while_others_are_shown_wait_for_their_own(monkeypatch):
     widget.meanwhile = report_more
     widget._report("started")
     widget._take()
-    worker.join(0.2)
-    assert worker.is_alive() and widget.drawn == []
+    assert not ends(worker, 0.2) and widget.drawn == []
     widget._take()
-    worker.join(10)
-    assert not worker.is_alive() and widget.drawn == [1]
+    assert ends(worker) and widget.drawn == [1]
 
 
 def test_a_stop_ends_the_threads_wait(monkeypatch):
@@ -102,5 +100,4 @@ def test_a_stop_ends_the_threads_wait(monkeypatch):
     worker = threading.Thread(target=widget._report, args=("rows", [1]), daemon=True)
     worker.start()
     widget.stop()
-    worker.join(10)
-    assert not worker.is_alive() and widget.drawn == []
+    assert ends(worker) and widget.drawn == []
