@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 
 from .launch import Launch, Step
 from .op import DTYPES
-from .runtime import contiguous_strides, require_subnormals, require_triton
+from .runtime import contiguous_strides, modes_are_asked, require_subnormals, require_triton
 
 
 class Call(ABC):
@@ -109,7 +109,7 @@ class Call(ABC):
         for name, argument in given.items():
             if isinstance(argument, torch.Tensor):
                 refuse_foreign(f"{self.name}.triton", name, argument)
-        if torch._C._len_torch_dispatch_stack():
+        if modes_are_asked():
             return self.traced(self.custom, *arguments)
         arguments = tuple(a.as_subclass(torch.Tensor) if isinstance(a, torch.Tensor) else a for a in arguments)
         if schedule is None and torch.is_grad_enabled() and any(getattr(a, "requires_grad", False) for a in arguments):

@@ -13,6 +13,7 @@ from functools import cache, wraps
 
 import torch
 
+_PYTHON = torch._C._dispatch_key_parse("Python")
 HAS_GPU = torch.cuda.is_available() and torch.version.hip is None
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -107,6 +108,11 @@ def require_subnormals() -> None:
 def device() -> torch.device:
     """Where examples run: the current CUDA device, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if HAS_GPU else torch.device("cpu")
+
+
+def modes_are_asked() -> bool:
+    """Whether a dispatch mode sees the calls of this thread. One may be on where PyTorch's key for them is off."""
+    return torch._C._len_torch_dispatch_stack() > 0 and not torch._C._dispatch_tls_is_dispatch_key_excluded(_PYTHON)
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

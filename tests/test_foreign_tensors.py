@@ -156,6 +156,15 @@ def test_a_dispatch_mode_sees_the_op(op):
     assert same_bits(traced(given[0].flip(0)), op.python(given[0].flip(0), *given[1:]))
 
 
+@needs_triton
+@every_op
+def test_a_call_that_no_mode_is_asked_of_is_launched(op):
+    """PyTorch's key for modes is off where a class of tensors computes its own op."""
+    given = arguments(op)
+    with FlopCounterMode(display=False), torch._C._DisableTorchDispatch():
+        assert same_bits(op.triton(*given), op.python(*given))
+
+
 @every_op
 def test_torch_compile_keeps_a_specifications_bits(op):
     """Inductor would fuse what the order keeps apart; the compiled graph calls the specification as one op."""

@@ -2,7 +2,8 @@
 
 So find_moving_ops sees the op and not what a rule does, and what a class computes inside is in the mode. PyTorch asks
 them itself where its key for them stands above ours, as in torch 2.13. In 2.11 it stands below, and turns ours off for
-what they call. There they are asked here, of ops that have a rule; what they make of other ops is outside the mode.
+what they call. There they are asked here, of ops that have a rule and of those that composites.py sees whole; what they
+make of other ops is outside the mode.
 DTensor, which only PyTorch can ask, is objected to by name there.
 """
 from __future__ import annotations
@@ -22,6 +23,11 @@ _COUNT_MODES = torch._C._len_torch_dispatch_stack
 
 class OnlyPyTorchCanAsk(Exception):
     """Of a class of tensors that PyTorch computes itself; the text names it."""
+
+
+def is_below(keep: int) -> bool:
+    """Whether PyTorch asks them only behind this key of ours."""
+    return _ABOVE.has(keep)
 
 
 def are_asked(given: list[torch.Tensor]) -> bool:

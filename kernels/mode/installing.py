@@ -16,11 +16,12 @@ from . import (  # noqa: F401 - for rules
     refused_draws,
     refused_libraries,
 )
+from .asked_first import is_below
 from .composites import COMPOSITES, seen_whole, unless_on_gpu
 from .kept import short
 from .names import op_of, space_of
 from .overloads import ON_A_CPU_ALONE
-from .switch import EARLY, KEY, NAMES, RULES, guarded, unseen_by_dynamo
+from .switch import EARLY, KEY, NAMES, RULES, guarded, made_of_rules, unseen_by_dynamo
 
 _LIBRARIES: list[torch.library.Library] = []
 _LOCK = threading.Lock()
@@ -55,6 +56,8 @@ def _registered() -> tuple[torch.library.Library, ...]:
                 early_kernel(name, unless_on_gpu(op))
     for name, way in COMPOSITES.items():
         early_kernel(name, seen_whole(op_of(name), way))
+        if is_below(KEY) and name not in RULES:
+            spaces["aten"].impl(name, made_of_rules(name, op_of(name), way.long), here, with_keyset=True)
     return everywhere, *spaces.values()
 
 

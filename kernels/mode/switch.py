@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch._C._dynamo import eval_frame
@@ -158,13 +159,9 @@ def guarded(name: str, op, function: Callable, short: Callable) -> Callable:
         found = short(*arguments, **named)
         if found is not None:
             return found
-        given = [a for a in (*arguments, *named.values()) if isinstance(a, torch.Tensor)]
+        given = _tensors(arguments, named)
         if are_asked(given):
-            try:
-                return ask(op, given, KEY, arguments, named)
-            except OnlyPyTorchCanAsk as which:
-                object_to(name, f"has no order for {which} with this release of PyTorch")
-            return ask_outside(op, given, arguments, named)
+            return _asked(name, op, given, arguments, named)
         with torch._C._ExcludeDispatchKeyGuard(KEYS):
             if without_numbers(given):
                 return op(*arguments, **named)
@@ -183,6 +180,30 @@ def guarded(name: str, op, function: Callable, short: Callable) -> Callable:
                 torch._C._set_grad_enabled(gradients)
             return op(*arguments, **named) if result is NotImplemented else result
     return unseen_by_dynamo(kernel)
+
+
+def made_of_rules(name: str, op, function: Callable) -> Callable:
+    """A kernel, given the call's keys, of an op whose parts have rules, where it comes whole to our key: a class of
+    tensors or a mode may take it so. `function` makes it of its parts; it takes first what PyTorch makes of the op."""
+    def kernel(keys, *arguments, **named):
+        given, below = _tensors(arguments, named), keys.remove(KEY)
+        if are_asked(given):
+            return _asked(name, op, given, arguments, named)
+        return function(partial(op._handle.redispatch_boxed, below), *arguments, **named)
+    return unseen_by_dynamo(kernel)
+
+
+def _tensors(arguments: tuple, named: dict) -> list[torch.Tensor]:
+    return [a for a in (*arguments, *named.values()) if isinstance(a, torch.Tensor)]
+
+
+def _asked(name: str, op, given: list[torch.Tensor], arguments: tuple, named: dict):
+    """What modes and classes of tensors make of a call."""
+    try:
+        return ask(op, given, KEY, arguments, named)
+    except OnlyPyTorchCanAsk as which:
+        object_to(name, f"has no order for {which} with this release of PyTorch")
+    return ask_outside(op, given, arguments, named)
 
 
 def unseen_by_dynamo(kernel: Callable) -> Callable:

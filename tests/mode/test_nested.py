@@ -14,6 +14,7 @@ from kernels.mode import MovesBits, Refused, batch_invariant
 DEVICE = runtime.device()
 PARTS = [portable(rows, 40, device=DEVICE, seed=rows) for rows in (3, 5, 70)]
 W, B = portable(24, 40, device=DEVICE, seed=1), portable(1, 40, device=DEVICE, seed=2)[0]
+UP, DOWN = portable(500, 40, device=DEVICE, seed=3), portable(24, 500, device=DEVICE, seed=4)
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 
@@ -67,6 +68,8 @@ RIGHT = {  # the layout, and whether a part is what the op makes of it as a dens
     "linear": (lambda x: F.linear(x, W), torch.strided, True),
     "matmul": (lambda x: x @ x.transpose(-1, -2), torch.strided, True),
     "jagged linear": (lambda x: F.linear(x, W), torch.jagged, True),
+    "two jagged linears": (lambda x: F.linear(F.linear(x, UP), DOWN), torch.jagged, True),
+    "jagged matmul": (lambda x: x @ UP.t() @ DOWN.t(), torch.jagged, True),
     "jagged softmax": (lambda x: x.softmax(-1), torch.jagged, True),
     "jagged silu": (F.silu, torch.jagged, True),
     "jagged layer_norm": (lambda x: F.layer_norm(x, (40,), B, B), torch.jagged, True),

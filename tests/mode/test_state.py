@@ -307,6 +307,24 @@ def test_a_dispatch_mode_sees_the_op_and_not_what_its_rule_does():
         assert seen.ops[-1] is op and seen.ops.count(op) == 1 and not asked and same_bits(y, PRODUCT)
 
 
+@torch.inference_mode()
+def test_an_op_that_is_made_of_rules_asks_too():
+    """In inference mode linear comes whole to our key, which in torch 2.11 is before classes and modes are asked."""
+    op = torch.ops.aten.linear.default
+    kernel = switch.made_of_rules("linear", op, lambda made, x, w: made(x, w) + 1.0)
+    keys = torch._C.DispatchKeySet(torch._C._dispatch_key_parse(DEVICE.type.upper()))
+    with batch_invariant(strict=True):
+        assert same_bits(kernel(keys, X, W), PRODUCT + 1.0)
+    for call, keys in ((kernel, [keys]), (F.linear, [])):
+        Wrapper.seen.clear()
+        with batch_invariant(strict=True):
+            y = call(*keys, Wrapper(X), W)
+        assert Wrapper.seen[0] == (op, True) and same_bits(y.inner, PRODUCT)
+        with batch_invariant(strict=True), Seen() as seen:
+            y = call(*keys, X, W)
+        assert seen.ops[0] is op and same_bits(y, PRODUCT)
+
+
 @torch.no_grad()
 def test_what_modes_and_classes_do_is_in_the_mode():
     """Two modes, the innermost first; each sees the op once, and what they call has its rule."""

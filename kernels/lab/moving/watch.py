@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 from .state import put_back, tensors_in
 
 OUTPUT = "output"  # a result of the model as if an op of this name gave it
-# what they return is memory, not a value
+# what they return is memory, not a value; and so are results of attention that only dropout fills
+_STATE = frozenset(("philox_seed", "philox_offset", "rng_state", "unused", "debug_attn_mask"))
 _MEMORY = frozenset(("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"))
 
 Key = tuple[str, str, int]  # the module, the op, and which of that module's calls of it
@@ -48,7 +49,7 @@ class Watch(TorchDispatchMode):
         key = (place, name, self.counted[place, name])
         self.made_by.update(dict.fromkeys(map(_storage, results), key))
         if name not in _MEMORY:
-            self.tell(Seen(key, tuple(results), tuple(given)))
+            self.tell(Seen(key, tuple(_values(op, found)), tuple(given)))
         return found
 
     def outputs(self, module: str, found) -> None:
@@ -58,6 +59,14 @@ class Watch(TorchDispatchMode):
         for number, tensor in enumerate(rounded or tensors, 1):
             maker = self.made_by.get(_storage(tensor))
             self.tell(Seen((module, OUTPUT, number), (tensor,), () if maker is None else (maker,)))
+
+
+def _values(op, found) -> list[torch.Tensor]:
+    """The results of a call that hold numbers of its own making."""
+    names = [given.name for given in op._schema.returns]
+    if not isinstance(found, tuple) or len(found) != len(names):
+        return _tensors(found)
+    return _tensors([each for name, each in zip(names, found, strict=True) if name not in _STATE])
 
 
 def _tensors(value) -> list[torch.Tensor]:

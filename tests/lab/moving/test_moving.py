@@ -1,6 +1,8 @@
 """`find_moving_ops` names the op that moves a row's bits, and nothing else; and leaves a model as it was."""
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -78,6 +80,18 @@ def test_nothing_moves_where_nothing_does():
     assert str(report).startswith("no bit moved: run, batch, place, ")
     assert {c.verdict for c in report.calls} == {"same"}
     assert set(report.left_out) == {"padding", "query"}
+
+
+def test_the_state_of_draws_that_are_not_made_is_no_result():
+    """PyTorch's kernels for a GPU return it, as memory that nobody fills."""
+    filled = itertools.count()
+    with torch.library._scoped_library("same_bits_test", "FRAGMENT") as library:
+        for name, state in (("attention", "philox_seed"), ("guess", "best")):
+            library.define(f"{name}(Tensor x) -> (Tensor y, Tensor {state})")
+            library.impl(name, lambda x: (x.clone(), torch.tensor(next(filled), device=x.device)),
+                         "CompositeExplicitAutograd")
+        assert not find_moving_ops(Planted(lambda x: torch.ops.same_bits_test.attention(x)[0]), rows())
+        assert find_moving_ops(Planted(lambda x: torch.ops.same_bits_test.guess(x)[0]), rows()).first.op.endswith("guess")
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="of this kind of CPU's products")
