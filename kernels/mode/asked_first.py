@@ -77,15 +77,16 @@ def _computed_by_pytorch() -> tuple[type, ...]:
 
 def _wraps(t: torch.Tensor) -> bool:
     """Whether its class computes with tensors inside, in this mode."""
-    return not (_is_plain(t) or t.is_meta or _is_traced(t))
+    return not (is_plain(t) or t.is_meta or _is_traced(t))
 
 
 def without_numbers(tensors: list[torch.Tensor]) -> bool:
     """Tensors of torch.compile's tracing, and meta tensors: they have shapes alone."""
-    return any(t.is_meta or not _is_plain(t) and _is_traced(t) for t in tensors)
+    return any(t.is_meta or not is_plain(t) and _is_traced(t) for t in tensors)
 
 
-def _is_plain(t: torch.Tensor) -> bool:
+def is_plain(t: torch.Tensor) -> bool:
+    """Whether its class leaves ops to PyTorch."""
     return type(t).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 

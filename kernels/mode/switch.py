@@ -16,13 +16,15 @@ from functools import partial
 import torch
 from torch._C._dynamo import eval_frame
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map_only
 
 from . import decorated
-from .asked_first import OnlyPyTorchCanAsk, are_asked, ask, ask_outside, without_numbers
+from .asked_first import OnlyPyTorchCanAsk, are_asked, ask, ask_outside, is_plain, without_numbers
 from .names import public
 
 NAMES = "Fake", "DeferredInit"
 KEY, EARLY = map(torch._C._dispatch_key_parse, NAMES)
+_BELOW = torch._C._dispatch_keyset_full_after(KEY)
 KEYS = torch._C.DispatchKeySet(KEY) | torch._C.DispatchKeySet(EARLY)
 RULES: dict[str, Callable] = {}  # the op as torch.ops.aten writes it -> what takes its place
 
@@ -165,6 +167,8 @@ def guarded(name: str, op, function: Callable, short: Callable) -> Callable:
         with torch._C._ExcludeDispatchKeyGuard(KEYS):
             if without_numbers(given):
                 return op(*arguments, **named)
+            if not all(map(is_plain, given)):  # a class that computes with its own numbers, and is not asked again
+                arguments, named = tree_map_only(torch.Tensor, _as_plain, (arguments, named))
             gradients = torch.is_grad_enabled()
             torch._C._set_grad_enabled(False)
             try:
@@ -186,7 +190,7 @@ def made_of_rules(name: str, op, function: Callable) -> Callable:
     """A kernel, given the call's keys, of an op whose parts have rules, where it comes whole to our key: a class of
     tensors or a mode may take it so. `function` makes it of its parts; it takes first what PyTorch makes of the op."""
     def kernel(keys, *arguments, **named):
-        given, below = _tensors(arguments, named), keys.remove(KEY)
+        given, below = _tensors(arguments, named), keys & _BELOW
         if are_asked(given):
             return _asked(name, op, given, arguments, named)
         return function(partial(op._handle.redispatch_boxed, below), *arguments, **named)
@@ -195,6 +199,10 @@ def made_of_rules(name: str, op, function: Callable) -> Callable:
 
 def _tensors(arguments: tuple, named: dict) -> list[torch.Tensor]:
     return [a for a in (*arguments, *named.values()) if isinstance(a, torch.Tensor)]
+
+
+def _as_plain(t: torch.Tensor) -> torch.Tensor:
+    return t if is_plain(t) else t.as_subclass(torch.Tensor)
 
 
 def _asked(name: str, op, given: list[torch.Tensor], arguments: tuple, named: dict):

@@ -13,7 +13,7 @@ from kernels.lab.moving.batches import PROMPTS, pool, random_batches
 from kernels.lab.moving.cost import MODE_COST, compiled_layers, layer_cost, mode_cost, prompts, transformers_model
 from kernels.lab.moving.examples import Plain, example_model, example_prompts, logits, padded
 from kernels.lab.sweep.chart import sweep_chart
-from kernels.mode import batch_invariant
+from kernels.mode import active, batch_invariant
 
 DEVICE = runtime.device()
 
@@ -43,9 +43,13 @@ def test_the_command_records_each_point(recorded):
     keys = {(r.how, r.ops, r.tokens) for r in rows.itertuples()}
     assert keys == {(how, ops, n) for how in ("eager", "find") for ops in ("default", "invariant") for n in (2,)}
     assert rows[rows.ops == "invariant"].same_bits.all() and (rows.us_p50 > 0).all()
-    if DEVICE.type == "cuda":
-        assert not rows[(rows.ops == "default") & (rows.how == "find")].same_bits.all()
     assert set(rows.model) == {"tiny"} and set(rows.dtype) == {"bfloat16"}
+
+
+def test_a_search_that_finds_something_is_no_row_of_the_same_bits(monkeypatch):
+    monkeypatch.setattr("kernels.lab.moving.cost.find_moving_ops", lambda model, given: active())
+    found = mode_cost("tiny", [2], ["find"])
+    assert {row["ops"]: row["same_bits"] for row in found} == {"default": True, "invariant": False}
 
 
 def test_a_second_run_measures_nothing_again(recorded, capsys):
