@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .seen import Seen
+from .seen import Seen, neighbours
 from .switch import Unsupported
 
 READ: dict[int, Seen] = {}  # what compiled graphs have read, by a number, which they can carry
@@ -142,16 +142,12 @@ def _sequences(count: np.ndarray, first: np.ndarray, last: np.ndarray, keys: int
     end = first + count
     some = count > 0
     gaps = some & (last != end)
-    starts = [int(first[b][some[b]].min(initial=keys)) for b in range(batch)]
-    start = np.array(starts).reshape(-1, 1)
+    start = np.where(some, first, keys).min(1, initial=keys, keepdims=True)
     window = 0 if (first == start)[some].all() else int(count.max(initial=0))
     if gaps.any() or window and (first != np.maximum(start, end - window))[some].any():
         raise Unsupported("has an order for masks in which each query sees neighbouring keys up to one place, and "
                           "attn_mask is dense in another way")
-    runs = []
-    for b in range(batch):
-        here = np.flatnonzero(some[b])
-        cuts = np.flatnonzero((np.diff(here) != 1) | (np.diff(end[b][here]) != 1)) + 1
-        runs += [(b, int(run[0]), len(run), int(end[b][run[-1]]) - starts[b])
-                 for run in np.split(here, cuts) if len(run)]
-    return Seen(batch, queries, keys, device, tuple(0 if s == keys else s for s in starts), tuple(runs), window)
+    runs = [(b, place, length, int(end[b, place + length - 1] - start[b, 0]))
+            for b, place, length in neighbours(some, np.diff(end, axis=1, prepend=0) == 1)]
+    return Seen(batch, queries, keys, device, tuple(0 if s == keys else s for s in start[:, 0].tolist()), tuple(runs),
+                window)

@@ -42,14 +42,9 @@ class Seen:
     @cached_property
     def _blind(self) -> list[tuple[int, int, int, int]]:
         """Runs of the queries that see nothing, as if they saw keys: `empty` says whose results are to be put right."""
-        runs = []
-        for b, seeing in enumerate(self._seeing if self.keys else ()):
-            places = np.flatnonzero(~seeing)
-            for run in np.split(places, np.flatnonzero(np.diff(places) != 1) + 1):
-                step = min(_TOGETHER, self.keys)
-                runs += [(b, int(part[0]), len(part), len(part)) for part in
-                         (run[i : i + step] for i in range(0, len(run), step))]
-        return runs
+        step = min(_TOGETHER, self.keys)
+        return [(b, first + i, min(step, count - i), min(step, count - i)) for b, first, count in
+                (neighbours(~self._seeing) if step else ()) for i in range(0, count, step)]
 
     @cached_property
     def _seeing(self) -> np.ndarray:
@@ -98,6 +93,16 @@ class Seen:
             places = head * self.keys + np.minimum(key, self.keys - 1)
             self._places[heads] = torch.from_numpy(places.ravel()).to(self.device)
         return self._places[heads]
+
+
+def neighbours(there: np.ndarray, follows: np.ndarray | None = None) -> list[tuple[int, int, int]]:
+    """(row, first column, count) of each run of columns that are `there` (B, Q), and that `follow` the one before."""
+    begins = there.copy()
+    begins[:, 1:] &= ~(there[:, :-1] if follows is None else there[:, :-1] & follows[:, 1:])
+    row, first = np.nonzero(begins)
+    number = np.cumsum(there).reshape(there.shape)[row, first]
+    count = np.diff(number, append=np.count_nonzero(there) + 1)
+    return list(zip(row.tolist(), first.tolist(), count.tolist(), strict=True))
 
 
 @dataclass(frozen=True)

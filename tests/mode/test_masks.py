@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from kernels import runtime
 from kernels.bits import portable, same_bits
 from kernels.mode import attention as rules
 from kernels.mode import batch_invariant, kept_attention, masks
-from kernels.mode.seen import Seen, without_mask
+from kernels.mode.seen import Seen, neighbours, without_mask
 
 DEVICE = runtime.device()
 EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention
@@ -40,6 +41,14 @@ def _seen(mask: torch.Tensor) -> Seen:
 def _hidden(mask: torch.Tensor, heads: int) -> torch.Tensor:
     return torch.zeros(mask.shape, dtype=torch.bfloat16, device=DEVICE).masked_fill(~mask, -math.inf).expand(
         -1, heads, -1, -1)
+
+
+def test_runs_are_neighbours_of_which_each_follows_the_one_before():
+    there = np.array([[1, 1, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]], dtype=bool)
+    follows = np.array([[0, 1, 1, 0, 1, 0], [1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 0, 1]], dtype=bool)
+    assert neighbours(there) == [(0, 0, 2), (0, 3, 3), (2, 0, 6)]
+    assert neighbours(there, follows) == [(0, 0, 2), (0, 3, 2), (0, 5, 1), (2, 0, 1), (2, 1, 3), (2, 4, 2)]
+    assert neighbours(there[:, :0]) == neighbours(there[:0]) == []
 
 
 LAYOUTS = {"by head": lambda t: t, "by key": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),

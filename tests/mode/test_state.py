@@ -315,13 +315,13 @@ def test_an_op_that_is_made_of_rules_asks_too():
     keys = torch._C.DispatchKeySet(torch._C._dispatch_key_parse(DEVICE.type.upper()))
     with batch_invariant(strict=True):
         assert same_bits(kernel(keys, X, W), PRODUCT + 1.0)
-    for call, keys in ((kernel, [keys]), (F.linear, [])):
+    for call, first in ((kernel, [keys]), (F.linear, [])):
         Wrapper.seen.clear()
         with batch_invariant(strict=True):
-            y = call(*keys, Wrapper(X), W)
+            y = call(*first, Wrapper(X), W)
         assert Wrapper.seen[0] == (op, True) and same_bits(y.inner, PRODUCT)
         with batch_invariant(strict=True), Seen() as seen:
-            y = call(*keys, X, W)
+            y = call(*first, X, W)
         assert seen.ops[0] is op and same_bits(y, PRODUCT)
 
 

@@ -9,7 +9,7 @@ from .schedule import BLOCKS, HOPPER, HOPPER_FEW, HOPPER_MANY, Schedule
 from .sequences import Sequences
 
 PROGRAMS = 132
-WALKS = (16, 64, 128, 256, 512)  # the fewest queries of a sequence that walks: what is tried
+TRIED = 16, 64, 128, 256, 512, 1 << 31  # the fewest queries of a sequence that walks
 BLOCK_US = {64: 1.0, 128: 1.5}  # a block of 128 keys for so many rows
 JOB_US = {64: 3.5, 128: 3.5}  # what a tile, or a leaf of one, costs besides
 SECOND_US = 3.0  # another launch
@@ -26,9 +26,7 @@ def hopper_shares(form: Form, sequences: Sequences) -> list[tuple[Schedule, np.n
         return [(LONG_WALK, None)]
     if (queries * form.group).max(initial=0) <= 16 and _leaves(queries, keys) * form.kv_heads <= BLOCKS_MOST:
         return [(HOPPER_FEW if keys[queries > 0].max(initial=0) <= ONE_LAUNCH_KEYS else BLOCKS, None)]
-    ways = [(_walk_us(queries, keys, form, queries >= least) + _spread_us(queries, keys, form, queries < least, rows),
-             least, rows) for least in (*WALKS, 1 << 31) for rows in (64, 128)]
-    _, least, rows = min(ways)
+    least, rows = _quickest(queries[queries > 0], keys[queries > 0], form)
     spread = HOPPER_FEW if rows == 64 else HOPPER_MANY
     found = [(schedule, chosen & (queries > 0)) for schedule, chosen in ((HOPPER, queries >= least),
                                                                          (spread, queries < least))]
@@ -50,25 +48,31 @@ def _is_long_decode(form, queries, keys) -> bool:
                 and len(keys) * form.kv_heads >= 2 * PROGRAMS - 8 and keys.max() <= 1.2 * keys.mean())
 
 
-def _walk_us(queries, keys, form, chosen) -> float:
-    """Tiles of 128 positions, a head each, each through all blocks before it."""
-    queries, keys = queries[chosen & (queries > 0)], keys[chosen & (queries > 0)]
-    if not len(queries):
-        return 0.0
+def _quickest(queries, keys, form) -> tuple[int, int]:
+    """The fewest queries of a sequence that walks, and rows of a tile of the others'."""
+    walks = queries >= np.array(TRIED)[:, None]
+    walk = _walk_us(queries, keys, form, walks)
+    spread = {rows: _spread_us(queries, keys, form, ~walks, rows) for rows in (64, 128)}
+    _, least, rows = min((walk[i] + spread[rows][i], least, rows) for i, least in enumerate(TRIED) for rows in spread)
+    return least, rows
+
+
+def _walk_us(queries, keys, form, chosen) -> np.ndarray:
+    """Tiles of 128 positions, a head each, each through all blocks before it; for each row of `chosen` sequences."""
     tiles = (keys - 1) // BLOCK - (keys - queries) // BLOCK + 1
     longest = (keys - 1) // BLOCK + 1
     blocks = tiles * longest - tiles * (tiles - 1) // 2
-    shared = form.heads * (blocks * BLOCK_US[128] + tiles * JOB_US[128]).sum() / PROGRAMS
-    return SECOND_US + max(shared, longest.max() * BLOCK_US[128] + JOB_US[128])
+    shared = form.heads * (chosen @ (blocks * BLOCK_US[128] + tiles * JOB_US[128])) / PROGRAMS
+    alone = (chosen * longest).max(1, initial=0) * BLOCK_US[128] + JOB_US[128]
+    return np.where(chosen.any(1), SECOND_US + np.maximum(shared, alone), 0.0)
 
 
-def _spread_us(queries, keys, form, chosen, rows) -> float:
-    """Tiles of so many rows, of a head of k each, a leaf at a time."""
-    queries, keys = queries[chosen & (queries > 0)], keys[chosen & (queries > 0)]
-    if not len(queries):
-        return 0.0
+def _spread_us(queries, keys, form, chosen, rows) -> np.ndarray:
+    """Tiles of so many rows, of a head of k each, a leaf at a time; for each row of `chosen` sequences."""
     tiles = -(-queries * form.group // rows) * form.kv_heads
     blocks, leaves = -(-keys // BLOCK), -(-keys // LEAF)
-    shared = (tiles * (blocks * BLOCK_US[rows] + leaves * JOB_US[rows])).sum() / PROGRAMS
-    longest = min(keys.max() // BLOCK, LEAF // BLOCK) * BLOCK_US[rows] + JOB_US[rows]
-    return 2 * SECOND_US + max(shared, longest) + (queries * form.heads * leaves).sum() * ROW_US
+    shared = chosen @ (tiles * (blocks * BLOCK_US[rows] + leaves * JOB_US[rows])) / PROGRAMS
+    longest = np.minimum((chosen * keys).max(1, initial=0), LEAF) // BLOCK
+    alone = longest * BLOCK_US[rows] + JOB_US[rows]
+    joined = chosen @ (queries * form.heads * leaves) * ROW_US
+    return np.where(chosen.any(1), 2 * SECOND_US + np.maximum(shared, alone) + joined, 0.0)

@@ -51,19 +51,17 @@ def deal(lines: np.ndarray, cost: np.ndarray, programs: int, empty: np.ndarray) 
     waits for the next, as long as another can take it.
     """
     load = np.zeros(programs, dtype=np.float64)
-    waves, done = [], 0
+    waves, done = [], 0  # of each wave, the number of each program's job
     while done < len(lines):
-        cost_now = cost[done] + FIXED
-        who = np.argsort(load, kind="stable")
-        fit = int((load[who] + cost_now <= load.max() + 1e-9).sum())
-        count = min(len(lines) - done, fit or programs)
-        waves.append(np.tile(empty, (programs, 1)))
-        waves[-1][who[:count]] = lines[done : done + count]
-        load[who[:count]] += cost[done : done + count] + FIXED
-        done += count
-    table = _without_gaps(np.stack(waves) if waves else np.tile(empty, (1, programs, 1)), empty)
-    more = _padded(len(table)) - len(table)
-    return np.concatenate([table, np.tile(empty, (more, programs, 1))]).astype(np.int32)
+        fit = np.count_nonzero(load + cost[done] + FIXED <= load.max() + 1e-9)
+        some = slice(done, done + (fit or programs))
+        who = np.argsort(load, kind="stable")[: len(lines[some])]
+        waves.append(np.full(programs, len(lines)))
+        waves[-1][who] = np.arange(len(lines))[some]
+        load[who] += cost[some] + FIXED
+        done += len(who)
+    number = _padded(_without_gaps(np.array(waves).reshape(-1, programs), len(lines)), len(lines))
+    return np.concatenate([lines, empty[None]]).astype(np.int32)[number]
 
 
 def short_between(table: np.ndarray, cost: np.ndarray) -> np.ndarray:
@@ -80,15 +78,14 @@ def short_between(table: np.ndarray, cost: np.ndarray) -> np.ndarray:
     return np.take_along_axis(table, order[:, :, None], 0)
 
 
-def _without_gaps(table, empty):
-    """Each program's jobs moved to the front, in their order."""
-    none = (table == empty).all(2)
-    order = np.argsort(none, axis=0, kind="stable")
-    table = np.take_along_axis(table, order[:, :, None], 0)
-    return table[: max(int((~none).sum(0).max(initial=0)), 1)]
+def _without_gaps(number: np.ndarray, none: int) -> np.ndarray:
+    """Each program's jobs moved to the front, in their order; one wave at least."""
+    there = number != none
+    number = np.take_along_axis(number, np.argsort(~there, axis=0, kind="stable"), 0)
+    return number[: there.sum(0).max(initial=0)] if there.any() else np.full((1, number.shape[1]), none)
 
 
-def _padded(waves: int) -> int:
+def _padded(number: np.ndarray, none: int) -> np.ndarray:
     """Empty waves added, so that there are few different counts: code is made ready for each."""
-    step = max(1, 1 << waves.bit_length() >> 3)
-    return -(-waves // step) * step
+    step = max(1, 1 << len(number).bit_length() >> 3)
+    return np.concatenate([number, np.full((-len(number) % step, number.shape[1]), none)])

@@ -54,6 +54,8 @@ def test_jobs_are_dealt_once_each_and_short_ones_fill_gaps(costs, programs):
     there = table[:, :, 0] > 0
     assert sorted(table[there][:, 0].tolist()) == list(range(1, len(costs) + 1))
     assert (np.diff(there.astype(int), axis=0) <= 0).all()  # without gaps
+    waves = int(there.sum(0).max())
+    assert len(table) - waves < max(1, 1 << waves.bit_length() >> 3)  # and without more empty waves than are added
     load = np.where(there, table[:, :, 1] + FIXED, 0).sum(0)
     assert load.max() <= load.mean() + costs.max() + FIXED
 
