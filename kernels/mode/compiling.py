@@ -24,7 +24,8 @@ from functools import cache, wraps
 import torch
 from torch.utils._pytree import tree_map_only
 
-from . import compiled_attention, known_attention, norm_fusion, read_masks
+from . import compiled_attention, known_attention, norm_fusion, products_together, read_masks
+from .compiled_products import product
 from .elements import COMPLEX, EVERY
 from .kept import short
 from .names import op_of, space_of
@@ -38,7 +39,8 @@ def _opaque(name: str) -> Callable:
     if name.startswith("_scaled_dot_product"):
         return compiled_attention.traced(name)
     op = op_of(name)
-    kernel, shapes = (named_as_pytorchs(f, op) for f in (guarded(name, op, RULES[name], short(name)), op))
+    kernel = product(name) if name in ("mm", "addmm") else guarded(name, op, RULES[name], short(name))
+    kernel, shapes = (named_as_pytorchs(f, op) for f in (kernel, op))
 
     def run(*arguments, **named):
         found = kernel(*arguments, **named)
@@ -88,6 +90,7 @@ def _inner(module: torch.fx.GraphModule, *arguments, **named):
     if not config.triton.cudagraphs:
         read_masks.name_sources(module)
     norm_fusion.fuse(module)
+    products_together.put_together(module)
     own, compiled = _own_kernels(module), compile_fx_inner(module, *arguments, **named)
     return _objected(compiled, own) if own else compiled
 

@@ -66,21 +66,24 @@ READER_OF = defined("read_mask_of", f"(Tensor source, int made, SymInt[] numbers
 
 def read_once(module: torch.fx.GraphModule) -> None:
     """Of readings of masks that are made alike leave the first: layers make and read theirs apart, of the same one."""
+    values, first = numbered(module), {}
+    for node in list(module.graph.nodes):
+        if node.target is READER and first.setdefault(values[node], node) is not node:
+            node.replace_all_uses_with(first[values[node]])
+            module.graph.erase_node(node)
+    module.recompile()
+
+
+def numbered(module: torch.fx.GraphModule) -> dict[torch.fx.Node, int]:
+    """Each node -> a number, the same for nodes that are made alike."""
     values: dict[tuple, int] = {}  # operations on equal values -> their number
     of: dict[torch.fx.Node, int] = {}
-    first: dict[int, torch.fx.Node] = {}
-    for node in list(module.graph.nodes):
+    for node in module.graph.nodes:
         leaves, form = tree_flatten((node.args, node.kwargs))
         known = node.op == "call_function" and not varies(node.target)
         made = tuple(f"value {of[leaf]}" if isinstance(leaf, torch.fx.Node) else repr(leaf) for leaf in leaves)
         of[node] = values.setdefault((node.target, str(form), made) if known else (node,), len(values))
-        if node.target is READER:
-            if of[node] in first:
-                node.replace_all_uses_with(first[of[node]])
-                module.graph.erase_node(node)
-            else:
-                first[of[node]] = node
-    module.recompile()
+    return of
 
 
 def varies(target) -> bool:

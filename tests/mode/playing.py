@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.bits import portable
-from kernels.mode import batch_invariant, composites, kept, kept_attention, steps
+from kernels.mode import batch_invariant, compiled_products, composites, kept, kept_attention, steps
 from kernels.ops.attention import call as attention_call
 from kernels.ops.attention.sequences import Sequences
 from kernels.ops.layer_norm import layer_norm
@@ -95,6 +95,7 @@ def gpu(monkeypatch):
     kept_attention._PLANS.clear()
     for way in composites.COMPOSITES.values():
         way.steps.clear()
+    compiled_products.STEPS.clear()
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from playing import X
+from playing import BIAS as SUMMAND
+from playing import MAT, X
 
 from kernels.bits import same_bits
-from kernels.mode import batch_invariant, folded, steps
+from kernels.mode import batch_invariant, compiled_products, compiling, folded, steps
 from kernels.ops.matmul import plan as plan_module
 from kernels.ops.matmul.call import CALL
 from kernels.ops.matmul.op import matmul
@@ -170,3 +171,28 @@ def test_a_reductions_step_launches_what_its_plan_does(monkeypatch, op, call):
     for plan.copies, plan.second in ((True, None), (False, "a second launch")):
         assert steps.of_reduction(plan, 0)(X, *given) == (plan, X, *given)
         assert steps.of_reduction(plan, 0)(X, [-1]) == (plan, X, [-1], False)  # the dispatcher leaves defaults out
+
+
+@pytest.mark.parametrize("name, given", [("mm", (X, MAT)), ("addmm", (SUMMAND, X, MAT))])
+def test_a_product_of_compiled_code_is_a_step_that_goes_with_its_plan(gpu, name, given):
+    call, bias = compiling._opaque(name), given[0] if name == "addmm" else None
+    with batch_invariant(strict=True):
+        ys = [call(*given) for _ in range(4)]
+        assert gpu[2:] == [(X.data_ptr(), MAT.data_ptr())] * 2  # the rule, its plan, and then steps
+        ys.append(call(*(t.clone() if t is not MAT else t for t in given)))
+        assert len(gpu) == 5 and gpu[4][0] != X.data_ptr() and gpu[4][1] == MAT.data_ptr()
+        for key in [key for key in CALL.plans if key[0] == name]:
+            del CALL.plans[key]
+        gc.collect()
+        assert not any(compiled_products.STEPS.values())
+        ys.append(call(*given))
+    assert gpu[5][0].shape == (24, 40) and all(same_bits(y, matmul.python(X, MAT.t(), bias)) for y in ys)
+
+
+def test_other_products_of_compiled_code_go_the_long_way(gpu):
+    apart, calls = torch.ones(48)[::2], compiling._opaque("addmm")
+    with batch_invariant(strict=True):
+        for _ in range(3):
+            assert same_bits(calls(apart, X, MAT), matmul.python(X, MAT.t(), apart))
+            assert same_bits(calls(SUMMAND, X, MAT, beta=2.0), matmul.python(X, MAT.t()) + SUMMAND * 2.0)
+    assert all(torch.is_tensor(weight) for weight, _ in gpu) and len(gpu) == 6

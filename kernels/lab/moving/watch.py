@@ -42,6 +42,11 @@ class Watch(TorchDispatchMode):
         name, results = op._schema.name.removeprefix("aten::"), _tensors(found)
         if _is_view(op) or not results:
             return found
+        if name == "clone":  # how a tensor lies decides whether PyTorch makes one
+            maker = self.made_by.get(_storage(arguments[0]))
+            self.made_by.pop(_storage(found), None)  # of a tensor that lay there before
+            self.made_by.update({} if maker is None else {_storage(found): maker})
+            return found
         given = dict.fromkeys(self.made_by[storage] for t in _tensors((arguments, named or {}))
                               if (storage := _storage(t)) in self.made_by)
         place = self.modules[-1]
