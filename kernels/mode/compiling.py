@@ -4,7 +4,8 @@ The dispatcher's keys are part of Dynamo's guards, so a function is compiled onc
 leaves to ATen reaches the rules when it runs. What it would lower or decompose itself, sums and softmax and small
 products, is traced as one opaque op for each rule, by a table of decompositions that is handed to this compilation
 alone: nothing of Inductor's is changed. Compiled graphs are kept by their code, which the mode is no part of, so
-compilations inside neither read nor fill those caches.
+compilations inside neither read nor fill those caches. On a GPU a norm is one op (norm_fusion.py), and so are products
+of the same rows (products_together.py): the way to each op takes the host longer than its launch.
 
 A fused kernel rounds after each operation, as eager does, and contracts none, for what is fused follows the sizes.
 Where Inductor has another formula for a function of one number (a sigmoid, a remainder), its last bits are Inductor's,
