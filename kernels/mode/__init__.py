@@ -19,9 +19,9 @@ choose kernels by how their tensors lie: a second key above autograd sees them w
 
 switch has its parts in installing (what is registered once) and decorated (the mode as a decorator); composites in
 folded, whole_attention and steps; compiling in opaque, compiled_attention, known_attention, compiled_products,
-products_together, rounded_norm and norm_fusion; kept in kept_attention; reductions in seen_softmax. refused has the
-ops that the atlas ran, refused_draws random numbers, refused_libraries linear algebra, Fourier transforms, distances,
-sparse and quantized ops.
+products_together, rounded_norm, norm_fusion and graphs; kept in kept_attention; reductions in seen_softmax. refused
+has the ops that the atlas ran, refused_draws random numbers, refused_libraries linear algebra, Fourier transforms,
+distances, sparse and quantized ops.
 
 What the batch is: the rows of a product's first factor, the matrices of a batched one, attention's sequences, and of
 other ops the rows over which they go. So `W @ x.t()`, whose columns are the batch, may move where `x @ W.t()` does not,

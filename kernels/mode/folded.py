@@ -1,17 +1,13 @@
 """linear and matmul of rows in more than two dimensions and a matrix: one product of all rows, with its bias."""
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from math import prod
 
 import torch
 
 from ..call import Plans
-from ..ops.matmul.call import CALL as MATMUL
-from ..ops.matmul.plan import Plan
-from .kept import can_keep, form
-from .steps import can_make, of_product
+from .kept import can_keep, form, leave_product
 
 LINEAR = Plans()  # key -> step
 
@@ -61,19 +57,10 @@ def linear_key(input, weight, bias=None) -> tuple | None:
 
 
 def leave_linear(key, input, weight, bias=None) -> Callable | None:
-    """A step of a linear, if the rule for its product left a plan. It goes with the plan, whose schedule may be learned
-    anew; while schedules are being tried there is none."""
+    """A step of a linear, if the rule for its product left a plan."""
     if weight.dim() != 2 or not input.dim() or not can_keep(form(input, weight)):
         return None
     rows, (name, *more) = _rows(input), ("mm",) if bias is None else ("addmm", bias)
     if rows.data_ptr() != input.data_ptr() or more and not bias.is_contiguous():
         return None  # copied at each call
-    plan = MATMUL.plans.get((name, (), form(rows, weight.t(), *more)))
-    if plan is None:
-        return None
-    if plan.launch is not Plan.on_gpu or True not in plan.ready or not can_make(plan.index):
-        return NotImplemented
-    step = of_product(plan, (*input.shape[:-1], weight.shape[0]))
-    if step is not None:
-        weakref.finalize(plan, LINEAR.pop, key, None)
-    return step
+    return leave_product(name, (rows, weight.t(), *more), (*input.shape[:-1], weight.shape[0]), LINEAR, key)

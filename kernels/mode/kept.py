@@ -9,18 +9,20 @@ the rule as first calls do, so that no refusal is left out.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
+from ..call import Plans
 from ..ops.layer_norm import layer_norm
 from ..ops.matmul.call import CALL as MATMUL
 from ..ops.matmul.plan import Plan
 from ..ops.mean import mean, sum
 from ..ops.softmax import log_softmax, softmax
-from .steps import can_make, of_reduction
+from .steps import can_make, of_product, of_reduction
 
 _TENSOR, _PARAMETER = torch.Tensor, torch.nn.Parameter
 _modes, _level = torch._C._len_torch_dispatch_stack, torch._C._functorch.maybe_current_level
@@ -104,6 +106,21 @@ def leave_reduction(op) -> Callable:
             return NotImplemented
         return None if plan is None else of_reduction(plan, self.get_device())
     return leave
+
+
+def leave_product(name: str, tensors: tuple, shape: tuple[int, ...], steps: Plans, key: tuple) -> Callable | None:
+    """The step of a product whose rule left a plan for tensors of this form, to be kept in `steps` under `key`; None if
+    there is none, NotImplemented while schedules are being tried. It goes with the plan, whose schedule may be learned
+    anew."""
+    plan = MATMUL.plans.get((name, (), form(*tensors)))
+    if plan is None:
+        return None
+    if plan.launch is not Plan.on_gpu or True not in plan.ready or not can_make(plan.index):
+        return NotImplemented
+    step = of_product(plan, shape)
+    if step is not None:
+        weakref.finalize(plan, steps.pop, key, None)
+    return step
 
 
 def _over(op) -> Callable:

@@ -20,12 +20,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .attention import has_op
 from .compiled_attention import EFFICIENT, MASKED, kernel_of, laid, rows, said
+from .graphs import notes_without_inputs, varies
 from .kept import form, short
 from .kept_attention import ATTENTION
 from .masks import of_mask
 from .names import op_of
 from .opaque import defined, schema_of
-from .read_masks import varies
 from .seen import Read, Seen
 from .switch import Unsupported
 
@@ -117,7 +117,7 @@ def _put(graph: torch.fx.Graph, node: torch.fx.Node, name: str, place: int, read
         given[MASKED[name][0]] = None
     with graph.inserting_before(node):
         known = graph.call_function(_op(name), (place, *given), node.kwargs)
-    known.meta = {name: kept for name, kept in node.meta.items() if name != "eager_input_vals"}  # of other arguments
+    known.meta = notes_without_inputs(node)
     node.replace_all_uses_with(known)
     graph.erase_node(node)
 

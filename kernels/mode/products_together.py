@@ -9,8 +9,8 @@ import torch
 from torch.fx import Node
 
 from .compiled_products import product
+from .graphs import notes_without_inputs, numbered
 from .opaque import defined
-from .read_masks import numbered
 
 _MM, _VIEWS = "same_bits_mode::aten_mm", (torch.ops.aten.permute.default, torch.ops.aten.t.default)
 
@@ -58,6 +58,6 @@ def _put(graph: torch.fx.Graph, products: list[Node]) -> None:
             found.meta["eager_input_vals"] = (given[0][0], [weight for _, weight in given]), {}
         results = [graph.call_function(operator.getitem, (found, place)) for place in range(len(products))]
     for node, one in zip(products, results, strict=True):
-        one.meta = {key: kept for key, kept in node.meta.items() if key != "eager_input_vals"}
+        one.meta = notes_without_inputs(node)
         node.replace_all_uses_with(one)
         graph.erase_node(node)

@@ -7,13 +7,13 @@ Inside of CUDA graphs an input may be written to unseen, so there the numbers ar
 """
 from __future__ import annotations
 
-import operator
 import weakref
 from typing import NamedTuple
 
 import torch
 from torch.utils._pytree import tree_flatten
 
+from .graphs import notes_without_inputs, numbered, varies
 from .masks import READ, number_of
 from .opaque import defined
 
@@ -74,26 +74,6 @@ def read_once(module: torch.fx.GraphModule) -> None:
     module.recompile()
 
 
-def numbered(module: torch.fx.GraphModule) -> dict[torch.fx.Node, int]:
-    """Each node -> a number, the same for nodes that are made alike."""
-    values: dict[tuple, int] = {}  # operations on equal values -> their number
-    of: dict[torch.fx.Node, int] = {}
-    for node in module.graph.nodes:
-        leaves, form = tree_flatten((node.args, node.kwargs))
-        known = node.op == "call_function" and not varies(node.target)
-        made = tuple(f"value {of[leaf]}" if isinstance(leaf, torch.fx.Node) else repr(leaf) for leaf in leaves)
-        of[node] = values.setdefault((node.target, str(form), made) if known else (node,), len(values))
-    return of
-
-
-def varies(target) -> bool:
-    """Whether two alike calls may differ: random draws, and ops that write."""
-    if target is operator.getitem:
-        return False
-    return not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable or \
-        torch.Tag.nondeterministic_seeded in target.tags
-
-
 def name_sources(module: torch.fx.GraphModule) -> None:
     """Tell each reading of a mask that is made of one input, and of numbers, which input and how."""
     for node in list(module.graph.nodes):
@@ -108,7 +88,7 @@ def name_sources(module: torch.fx.GraphModule) -> None:
         with module.graph.inserting_before(node):
             named = module.graph.call_function(
                 READER_OF, (sources[0], _MADE.setdefault(text, len(_MADE)), numbers, *node.args))
-        named.meta = {key: kept for key, kept in node.meta.items() if key != "eager_input_vals"}  # of other arguments
+        named.meta = notes_without_inputs(node)
         node.replace_all_uses_with(named)
         module.graph.erase_node(node)
     module.recompile()
